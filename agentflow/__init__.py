@@ -1,0 +1,3 @@
+"""What every process of AgentFlow has to agree on: settings, database, jobs, broker, storage, metrics, log."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,238 @@
+"""The settings of a process: read once from the environment, checked, frozen.
+
+A wrong value stops the process with one line that names the variable (`SettingsError`); a value that is allowed but unwise is
+warned about once (`Settings.warnings`). The table in README is checked against `TABLE` by a test.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import quote, urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from agentflow.embedded import default_home
+
+
+class SettingsError(Exception):
+    """One variable is wrong. The text names it and says what would be right; it never repeats a secret's value."""
+
+    def __init__(self, variable: str, problem: str) -> None:
+        super().__init__(f"{variable}: {problem}")
+        self.variable = variable
+        self.problem = problem
+
+
+def _split_list(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+StrList = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Field names are the variables' names in lower case; a field's description is its line in README's table."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    agentflow_env: Literal["development", "production", "test"] = Field(
+        "development", description="`development` or `production`: how logs look, what is refused at start"
+    )
+    agentflow_home: Path = Field(
+        default_factory=default_home, description="Folder of the embedded servers, the files and the operator's key"
+    )
+    database_url: SecretStr | None = Field(
+        None, description="Postgres 15 or newer; unset: the embedded one. May be a transaction pooler"
+    )
+    direct_database_url: SecretStr | None = Field(
+        None, description="A connection past the pooler, for migrations (default: `DATABASE_URL`)"
+    )
+    redis_url: SecretStr | None = Field(
+        None, description="Redis or Valkey for the broker, results and live progress; unset: the embedded one"
+    )
+    redis_host: str | None = Field(None, description="With `REDIS_PORT` and `REDIS_DB`, instead of `REDIS_URL`")
+    redis_port: Annotated[int, Field(ge=1, le=65535)] = Field(6379, description="See `REDIS_HOST`")
+    redis_db: Annotated[int, Field(ge=0)] = Field(0, description="See `REDIS_HOST`")
+    redis_connect_timeout: Seconds = Field(30.0, description="Seconds until a connection to Redis is given up")
+    storage_url: str | None = Field(
+        None, description="Where files live: `file:///folder` (default: in the home) or `s3://bucket/prefix` with `AWS_*`"
+    )
+    admin_api_key: SecretStr | None = Field(
+        None, description="The operator's key; unset: made once, in `admin.key` in the home"
+    )
+    encryption_key: SecretStr | None = Field(
+        None, description="Base64 of 32 bytes, or 32 ASCII characters: signs links (and encrypts credentials)"
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(
+        3001, description="Where a process serves `/health` and `/metrics`; web serves its API there (8000 if unset)"
+    )
+    job_queue_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,40}$")] = Field(
+        "agent-jobs", description="Prefix of the queues' names at the broker"
+    )
+    job_concurrency: Annotated[int, Field(ge=1, le=1000)] = Field(
+        25, description="Jobs at once in one worker process (threads)"
+    )
+    job_lease: Seconds = Field(30.0, description="Seconds after which a silent worker's jobs are taken from it")
+    job_lease_renew: Seconds = Field(10.0, description="Seconds between renewals of the leases")
+    job_payload_bytes: Annotated[int, Field(ge=1024, le=16 << 20)] = Field(
+        256 << 10, description="Largest payload of a job, as JSON; larger things go to storage and travel by key"
+    )
+    job_result_bytes: Annotated[int, Field(ge=1024, le=64 << 20)] = Field(
+        4 << 20, description="Largest result of a job, as JSON"
+    )
+    worker_polling_interval: Seconds = Field(1.0, description="Seconds between two looks of the relay for due jobs")
+    worker_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="How much is logged")
+    shutdown_grace: Seconds = Field(
+        25.0, description="Seconds that running jobs get on SIGTERM; keep 3 s below the platform's kill"
+    )
+    database_pool_size: Count = Field(5, description="Connections of a process's pool (a worker uses 3 more)")
+    retain_succeeded_hours: Seconds = Field(24.0, description="Succeeded jobs are kept while younger than this …")
+    retain_succeeded_count: Annotated[int, Field(ge=0)] = Field(1000, description="… or among the newest of these")
+    retain_failed_hours: Seconds = Field(168.0, description="Failed and cancelled jobs: the same …")
+    retain_failed_count: Annotated[int, Field(ge=0)] = Field(5000, description="… per organization")
+    retain_idempotency_hours: Seconds = Field(24.0, description="How long an Idempotency-Key is remembered")
+    upload_max_bytes: Count = Field(5 << 30, description="Largest upload or download of a video, in bytes")
+    fetch_allow: StrList = Field(
+        (), description="`host:port` entries, comma-separated, that may be fetched although they are private addresses"
+    )
+    web_threads: Annotated[int, Field(ge=2, le=500)] = Field(16, description="Requests at once in one web process")
+    web_wait_share: Annotated[float, Field(gt=0, le=0.9)] = Field(
+        0.5, description="Share of those threads that `?wait=` and event streams may hold"
+    )
+    video_concurrency: Count = Field(2, description="Videos analysed at once in one worker process")
+    video_max_pixels: Count = Field(8192 * 4320, description="Largest frame of a video, in pixels")
+    video_max_hours: Seconds = Field(6.0, description="Longest video, in hours")
+    metrics_token: SecretStr | None = Field(None, description="Where set, `/metrics` wants it as a bearer token")
+    sentry_dsn: SecretStr | None = Field(None, description="Errors are sent to Sentry where set")
+    trusted_proxies: Annotated[int, Field(ge=0, le=5)] = Field(
+        0, description="How many proxies in front may be believed about the caller's address"
+    )
+
+    @property
+    def embedded_database(self) -> bool:
+        return self.database_url is None
+
+    @property
+    def embedded_redis(self) -> bool:
+        return self.redis_url is None and self.database_url is None
+
+    @property
+    def link_secret(self) -> bytes | None:
+        """The key material of ENCRYPTION_KEY, 32 bytes."""
+        return encryption_key_bytes(self.encryption_key.get_secret_value()) if self.encryption_key else None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.job_lease_renew * 2 > self.job_lease:
+            raise SettingsError(
+                "JOB_LEASE_RENEW", f"{self.job_lease_renew:g} must be at most half of JOB_LEASE ({self.job_lease:g})"
+            )
+        if self.encryption_key is not None:
+            encryption_key_bytes(self.encryption_key.get_secret_value())
+        for name, schemes in _SCHEMES.items():
+            value = getattr(self, name)
+            text = value.get_secret_value() if isinstance(value, SecretStr) else value
+            if text is not None and urlsplit(text).scheme not in schemes:
+                raise SettingsError(name.upper(), f"must begin with {' or '.join(s + '://' for s in schemes)}")
+        if self.admin_api_key is not None and len(self.admin_api_key.get_secret_value()) < 16:
+            raise SettingsError("ADMIN_API_KEY", "must have at least 16 characters")
+        return self
+
+    def warnings(self) -> list[str]:
+        """Values that are allowed but probably not meant, each a sentence that names its variable."""
+        said = []
+        for name, (low, high, why) in _SENSIBLE.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                said.append(f"{name.upper()}={value:g} is outside the sensible range {low:g} to {high:g}: {why}")
+        return said
+
+
+_SCHEMES: dict[str, tuple[str, ...]] = {
+    "database_url": ("postgresql", "postgres"),
+    "direct_database_url": ("postgresql", "postgres"),
+    "redis_url": ("redis", "rediss", "unix"),
+    "storage_url": ("file", "s3"),
+}
+
+_SENSIBLE: dict[str, tuple[float, float, str]] = {
+    "job_concurrency": (1, 100, "threads share one interpreter; more processes carry more"),
+    "job_lease": (5, 300, "shorter leases are lost to pauses, longer ones delay the rescue of a dead worker's jobs"),
+    "worker_polling_interval": (0.05, 10, "retries and parked jobs start this much late, or the database is asked too often"),
+    "shutdown_grace": (1, 300, "platforms kill after 30 s unless told otherwise"),
+    "database_pool_size": (1, 50, "small plans allow 20 connections in all"),
+}
+
+
+def encryption_key_bytes(text: str) -> bytes:
+    """The 32 bytes behind ENCRYPTION_KEY: base64 of 32 bytes, or exactly 32 ASCII characters as the old product had."""
+    if len(text) == 32 and text.isascii():
+        return text.encode()
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raw = b""
+    if len(raw) != 32:
+        raise SettingsError(
+            "ENCRYPTION_KEY", "must be base64 of 32 bytes, or 32 ASCII characters; make one with: openssl rand -base64 32"
+        )
+    return raw
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from `environ` (default: this process's). Empty variables count as unset. Raises SettingsError."""
+    environ = os.environ if environ is None else environ
+    values: dict[str, str] = {}
+    for field in Settings.model_fields:
+        text = environ.get(field.upper(), "")
+        if text != text.strip():
+            raise SettingsError(field.upper(), "has spaces or a line break at its start or end; take them out")
+        if text:
+            values[field] = text
+    _derive_redis_url(environ, values)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise SettingsError(str(first["loc"][0]).upper(), first["msg"]) from None
+
+
+def _derive_redis_url(environ: Mapping[str, str], values: dict[str, str]) -> None:
+    """Upstash's REST variables and REDIS_HOST name a Redis server as well; the REST token is its password."""
+    rest = values.get("redis_url", "")
+    if not rest.startswith("https://"):
+        rest = "" if "redis_url" in values else environ.get("UPSTASH_REDIS_REST_URL", "").strip()
+    if rest:
+        url = urlsplit(rest)
+        token = environ.get("UPSTASH_REDIS_REST_TOKEN", "").strip() or url.password
+        if url.scheme != "https" or not url.hostname:
+            raise SettingsError("UPSTASH_REDIS_REST_URL", "must be the https:// URL that Upstash shows")
+        if not token:
+            raise SettingsError("UPSTASH_REDIS_REST_TOKEN", "is missing; it belongs to the https:// URL of Upstash")
+        values["redis_url"] = f"rediss://default:{quote(token, safe='')}@{url.hostname}:6379"
+    elif "redis_url" not in values and "redis_host" in values:
+        values["redis_url"] = f"redis://{values['redis_host']}:{values.get('redis_port', 6379)}/{values.get('redis_db', 0)}"
+
+
+@functools.lru_cache(maxsize=1)
+def current() -> Settings:
+    """The settings of this process, read at the first call."""
+    return load()
+
+
+#: variable -> (default as text, description): what README's table must say.
+TABLE: dict[str, tuple[str, str]] = {
+    name.upper(): (
+        "" if field.default is None else "see text" if field.default_factory else str(field.default),
+        field.description or "",
+    )
+    for name, field in Settings.model_fields.items()
+}
