@@ -1,0 +1,18 @@
+"""The background work: a module (or package) for each kind. `dramatiq actors` runs it.
+
+Importing this package fills the registry of job types and makes a broker that connects to nothing before its first use.
+"""
+
+from __future__ import annotations
+
+import os
+
+# A job's child process wants one module of this package, not the worker around it.
+if "AGENTFLOW_CHILD" not in os.environ:
+    from actors import deliver_callback  # noqa: F401
+    from actors.analyze_video import job as analyze_video  # noqa: F401
+    from actors.ping import job as ping  # noqa: F401
+    from agentflow.worker.process import make_global
+
+    #: The worker of this process, started by Dramatiq.
+    worker = make_global()

@@ -10,7 +10,12 @@ import structlog
 
 from agentflow.settings import Settings
 
-_NOISY = {"pika": logging.CRITICAL, "httpx2": logging.WARNING, "httpcore2": logging.WARNING, "apscheduler": logging.WARNING}
+_NOISY = {
+    "pika": logging.CRITICAL,
+    "httpx2": logging.WARNING,
+    "httpcore2": logging.WARNING,
+    "apscheduler": logging.WARNING,
+}
 
 
 def configure(settings: Settings, process: str) -> None:

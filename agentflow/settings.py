@@ -63,7 +63,8 @@ class Settings(BaseModel):
     redis_db: Annotated[int, Field(ge=0)] = Field(0, description="See `REDIS_HOST`")
     redis_connect_timeout: Seconds = Field(30.0, description="Seconds until a connection to Redis is given up")
     storage_url: str | None = Field(
-        None, description="Where files live: `file:///folder` (default: in the home) or `s3://bucket/prefix` with `AWS_*`"
+        None,
+        description="Where files live: `file:///folder` (default: in the home) or `s3://bucket/prefix` with `AWS_*`",
     )
     admin_api_key: SecretStr | None = Field(
         None, description="The operator's key; unset: made once, in `admin.key` in the home"
@@ -82,6 +83,9 @@ class Settings(BaseModel):
     )
     job_lease: Seconds = Field(30.0, description="Seconds after which a silent worker's jobs are taken from it")
     job_lease_renew: Seconds = Field(10.0, description="Seconds between renewals of the leases")
+    job_max_crashes: Annotated[int, Field(ge=1, le=100)] = Field(
+        3, description="A job under which so many workers died fails as `worker_lost`"
+    )
     job_payload_bytes: Annotated[int, Field(ge=1024, le=16 << 20)] = Field(
         256 << 10, description="Largest payload of a job, as JSON; larger things go to storage and travel by key"
     )
@@ -166,7 +170,11 @@ _SCHEMES: dict[str, tuple[str, ...]] = {
 _SENSIBLE: dict[str, tuple[float, float, str]] = {
     "job_concurrency": (1, 100, "threads share one interpreter; more processes carry more"),
     "job_lease": (5, 300, "shorter leases are lost to pauses, longer ones delay the rescue of a dead worker's jobs"),
-    "worker_polling_interval": (0.05, 10, "retries and parked jobs start this much late, or the database is asked too often"),
+    "worker_polling_interval": (
+        0.05,
+        10,
+        "retries and parked jobs start this much late, or the database is asked too often",
+    ),
     "shutdown_grace": (1, 300, "platforms kill after 30 s unless told otherwise"),
     "database_pool_size": (1, 50, "small plans allow 20 connections in all"),
 }
@@ -182,7 +190,8 @@ def encryption_key_bytes(text: str) -> bytes:
         raw = b""
     if len(raw) != 32:
         raise SettingsError(
-            "ENCRYPTION_KEY", "must be base64 of 32 bytes, or 32 ASCII characters; make one with: openssl rand -base64 32"
+            "ENCRYPTION_KEY",
+            "must be base64 of 32 bytes, or 32 ASCII characters; make one with: openssl rand -base64 32",
         )
     return raw
 
@@ -219,7 +228,9 @@ def _derive_redis_url(environ: Mapping[str, str], values: dict[str, str]) -> Non
             raise SettingsError("UPSTASH_REDIS_REST_TOKEN", "is missing; it belongs to the https:// URL of Upstash")
         values["redis_url"] = f"rediss://default:{quote(token, safe='')}@{url.hostname}:6379"
     elif "redis_url" not in values and "redis_host" in values:
-        values["redis_url"] = f"redis://{values['redis_host']}:{values.get('redis_port', 6379)}/{values.get('redis_db', 0)}"
+        values["redis_url"] = (
+            f"redis://{values['redis_host']}:{values.get('redis_port', 6379)}/{values.get('redis_db', 0)}"
+        )
 
 
 @functools.lru_cache(maxsize=1)

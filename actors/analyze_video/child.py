@@ -1,0 +1,19 @@
+"""The child process's way in: the analysis, with its progress put behind the download's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from actors.analyze_video import analysis
+
+
+def analyze(
+    *, source: str, out_dir: str, share_done: float, report: Callable[[float, str | None], None], **limits: Any
+) -> dict[str, Any]:
+    """See analysis.analyze. `share_done` of the whole was done before; the last 2 % are storing the pictures."""
+
+    def scaled(fraction: float, stage: str) -> None:
+        report(share_done + (0.98 - share_done) * fraction, stage)
+
+    return analysis.analyze(source, out_dir, report=scaled, **limits)

@@ -1,0 +1,107 @@
+"""Video analysis: shots, keyframes and a contact sheet of a stored or linked video, in a child process.
+
+The file is streamed: a stored one is read in place where storage is a folder, a linked one is downloaded through the SSRF
+guard. Pictures go to storage under a key of the job's, so that a second run writes the same keys.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from agentflow import fetch, videos
+from agentflow.errors import Permanent
+from agentflow.jobs.registry import Payload, job
+from agentflow.videos import Video
+from agentflow.worker.running import JobContext
+
+_DOWNLOAD_SHARE = 0.2
+_DOWNLOAD_LIMIT_S = 1800.0
+_CONTENT_TYPES = {".png": "image/png", ".jpg": "image/jpeg"}
+
+
+class AnalyzeVideo(Payload):
+    video_id: UUID
+
+
+@job(
+    "analyze_video",
+    payload=AnalyzeVideo,
+    queue="heavy",
+    time_limit_s=3600.0,
+    process_limit=lambda settings: settings.video_concurrency,
+)
+def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
+    """Find a video's shots, with the sharpest keyframe of each and a contact sheet."""
+    organization = context.job.organization_id
+    with context.system.database.connection() as conn:
+        video = videos.get(conn, organization, payload.video_id)
+    if video is None:
+        raise Permanent(f"There is no video {payload.video_id}.", code="no_such_video")
+    with tempfile.TemporaryDirectory(prefix="agentflow-video-") as folder:
+        source, share = _source(context, video, Path(folder))
+        out = Path(folder) / "out"
+        out.mkdir()
+        settings = context.system.settings
+        analysis: dict[str, Any] = context.run_child(
+            "actors.analyze_video.child:analyze",
+            source=str(source),
+            out_dir=str(out),
+            share_done=share,
+            max_pixels=settings.video_max_pixels,
+            max_duration_s=settings.video_max_hours * 3600,
+        )
+        prefix = f"o/{organization}/videos/{video.id}/{context.job.id}"
+        _store_pictures(context, analysis, out, prefix)
+    return {"video_id": str(video.id), "filename": video.filename, **analysis}
+
+
+def _source(context: JobContext, video: Video, folder: Path) -> tuple[Path, float]:
+    """The file on this machine, and the share of the progress that getting it took."""
+    storage = context.system.storage
+    if video.storage_key is not None:
+        local = storage.local_path(video.storage_key)
+        if local is None:
+            local = folder / "source"
+            context.progress(0.0, "download")
+            storage.fetch_to(video.storage_key, local)
+            return local, _DOWNLOAD_SHARE
+        if not local.exists():
+            raise Permanent("The video's file is gone from storage.", code="file_gone")
+        return local, 0.0
+    return _download(context, video, folder / "source"), _DOWNLOAD_SHARE
+
+
+def _download(context: JobContext, video: Video, path: Path) -> Path:
+    settings = context.system.settings
+
+    def report(done: int, total: int | None) -> None:
+        context.progress(_DOWNLOAD_SHARE * (done / total if total else 0.5), "download")
+
+    assert video.source_url is not None  # noqa: S101 - a CHECK constraint: one source
+    with path.open("wb") as file:
+        fetch.download(
+            video.source_url,
+            file.write,
+            guard=fetch.Guard(allow=settings.fetch_allow),
+            max_bytes=settings.upload_max_bytes,
+            timeout_s=_DOWNLOAD_LIMIT_S,
+            user_agent="AgentFlow",
+            report=report,
+            should_stop=context.check,
+        )
+    return path
+
+
+def _store_pictures(context: JobContext, analysis: dict[str, Any], out: Path, prefix: str) -> None:
+    """Put each picture in storage, and its key beside its file's name in the analysis."""
+    pictures = [shot["keyframe"] for shot in analysis["shots"] if shot.get("keyframe")]
+    if analysis.get("contact_sheet"):
+        pictures.append(analysis["contact_sheet"])
+    for number, picture in enumerate(pictures):
+        path = out / picture["file"]
+        picture["key"] = f"{prefix}/{picture['file']}"
+        context.system.storage.put_file(picture["key"], path, content_type=_CONTENT_TYPES[path.suffix])
+        context.progress(0.98 + 0.02 * (number + 1) / len(pictures), "store")

@@ -1,0 +1,1 @@
+"""The canary: `job` is the worker's side, `native` runs in the child process."""

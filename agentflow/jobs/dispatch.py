@@ -1,0 +1,41 @@
+"""Ringing the broker for due jobs: the relay's one step, and taking a ring back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from agentflow.database import Connection
+from agentflow.jobs.model import Ring
+
+
+def pick_due(conn: Connection, queue: str) -> tuple[list[Ring], float | None]:
+    """Stamp due jobs of a queue as sent, fairly, while its window has room. Publish them after the commit, not before.
+
+    Returns them, and, when there were none, in how many seconds the next one is due (None: the queue is empty, or another
+    process leads; negative: the window is full).
+    """
+    rows = conn.execute("select * from agentflow.relay_1(%s)", (queue,)).fetchall()
+    rings = [Ring(row[0], queue, row[1], row[2]) for row in rows if row[0] is not None]
+    return rings, next((row[3] for row in rows if row[0] is None), None)
+
+
+def take_back(conn: Connection, ids: Sequence[UUID], delay_s: float) -> None:
+    """Say that these jobs were not sent after all (the publish failed, or no thread was free): the relay rings again."""
+    conn.execute(
+        "with locked as materialized (select id from agentflow.jobs where id = any (%s) and state || '' = 'queued'"
+        " and sent_at is not null order by id for update)"
+        " update agentflow.jobs j set sent_at = null, wake_at = greatest(j.run_at, clock_timestamp() + make_interval(secs => %s))"
+        " from locked where j.id = locked.id and j.state || '' = 'queued'",
+        (sorted(set(ids)), delay_s),
+    )
+
+
+def ring_everything_again(conn: Connection, limit: int = 10_000) -> int:
+    """Bring forward the next ring of every job that was sent: the broker is a new or an emptied one. Returns how many."""
+    return conn.execute(
+        "with picked as materialized (select id from agentflow.jobs where state = 'queued' and sent_at is not null"
+        " order by id limit %s for update skip locked)"
+        " update agentflow.jobs j set wake_at = clock_timestamp(), sent_at = null from picked where j.id = picked.id",
+        (limit,),
+    ).rowcount

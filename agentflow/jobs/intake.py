@@ -1,0 +1,318 @@
+"""Taking work in: a job is checked, then inserted in the caller's transaction.
+
+Where the organization's window has room the row is stamped as sent in the same INSERT, and the caller rings the broker after
+the commit (`agentflow.system.System.transaction` does both). A ring that is lost between the two is found by the relay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from pydantic import ValidationError
+from uuid6 import uuid7
+
+from agentflow.database import Connection
+from agentflow.jobs import registry
+from agentflow.jobs.model import JOB_COLUMNS, PRIORITIES, Job, Priority, Ring, job_from_row
+from agentflow.jobs.text import is_storable
+
+MAX_THEN_DEPTH: Final = 8
+MAX_THEN_JOBS: Final = 50
+
+
+class InvalidJob(ValueError):
+    """What was asked for cannot be a job. `field` is a path (`payload.sleep_ms`), `problem` says what would be right."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class IdempotencyConflict(Exception):
+    """The key was used before for another request."""
+
+    def __init__(self, key: str, job_id: UUID) -> None:
+        super().__init__(f"idempotency key {key!r} was used for another request (job {job_id})")
+        self.job_id = job_id
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A request for a job; what is None comes from its type. `then` are requests for jobs to run after its success."""
+
+    type: str
+    payload: dict[str, Any]
+    priority: Priority | None = None
+    run_at: datetime | None = None
+    max_attempts: int | None = None
+    time_limit_s: float | None = None
+    idempotency_key: str | None = None
+    concurrency_key: str | None = None
+    concurrency_limit: int | None = None
+    correlation_id: str | None = None
+    callback_url: str | None = None
+    then: tuple[NewJob, ...] = ()
+    retry_of: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked request, as columns. Made without the database."""
+
+    id: UUID
+    new: NewJob
+    queue: str
+    priority: int
+    payload: str
+    max_attempts: int
+    time_limit_s: float
+    concurrency: tuple[str, int] | None
+    then_jobs: str | None
+    request_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job that is in the database (once the caller commits). `created` is False for a repeated idempotency key."""
+
+    job: Job
+    created: bool
+    rings: tuple[Ring, ...] = ()
+
+
+def prepare(
+    new: NewJob, *, organization_id: int, max_payload_bytes: int, public_only: bool = True, depth: int = 0
+) -> Prepared:
+    """Check a request against its type. Raises InvalidJob, UnknownType."""
+    job_type = registry.get(new.type)
+    if public_only and not job_type.public:
+        raise registry.UnknownType(new.type)
+    payload = _payload(job_type, new.payload, max_payload_bytes)
+    for field in ("idempotency_key", "correlation_id", "concurrency_key", "callback_url"):
+        _storable(field, getattr(new, field))
+    concurrency = job_type.concurrency(job_type.payload.model_validate(new.payload))
+    if new.concurrency_key is not None:
+        # A caller's keys are the organization's own; those of a type (a GPU, an account) are the system's.
+        concurrency = (f"{organization_id}:{new.concurrency_key}", new.concurrency_limit or 1)
+    children = _children(new, organization_id, max_payload_bytes, depth)
+    request = json.dumps(
+        [new.type, payload, new.priority, new.max_attempts, new.concurrency_key, new.callback_url]
+        + ([new.run_at.isoformat()] if new.run_at else [])
+        + [[c["type"], c["payload"]] for c in children]
+    )
+    return Prepared(
+        id=uuid7(),
+        new=new,
+        queue=job_type.queue,
+        priority=PRIORITIES.index(new.priority or job_type.priority),
+        payload=payload,
+        max_attempts=new.max_attempts or job_type.retry.max_attempts,
+        time_limit_s=min(new.time_limit_s or job_type.time_limit_s, job_type.time_limit_s),
+        concurrency=concurrency,
+        then_jobs=json.dumps(children) if children else None,
+        request_hash=hashlib.sha256(request.encode()).digest(),
+    )
+
+
+def _payload(job_type: registry.JobType, payload: dict[str, Any], max_bytes: int) -> str:
+    try:
+        checked = job_type.payload.model_validate_json(json.dumps(payload))
+    except (TypeError, RecursionError) as error:
+        raise InvalidJob("payload", f"is not JSON: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise InvalidJob(".".join(["payload", *map(str, first["loc"])]), first["msg"]) from None
+    text = checked.model_dump_json()
+    _storable("payload", text)
+    if len(text.encode()) > max_bytes:
+        raise InvalidJob("payload", f"is larger than {max_bytes} bytes; put large things in storage and send their key")
+    return text
+
+
+def _storable(field: str, text: str | None) -> None:
+    """Postgres stores no NUL and no lone surrogate, neither as text nor escaped inside JSON."""
+    if text is not None and not is_storable(text):
+        raise InvalidJob(field, "holds a NUL character or half of a surrogate pair, which cannot be stored")
+
+
+def _children(new: NewJob, organization_id: int, max_payload_bytes: int, depth: int) -> list[dict[str, Any]]:
+    """The `then` jobs as they will be inserted, with ids fixed now, so that a repeated finish cannot insert them twice."""
+    if not new.then:
+        return []
+    if depth >= MAX_THEN_DEPTH:
+        raise InvalidJob("then", f"is nested deeper than {MAX_THEN_DEPTH}")
+    if len(new.then) > MAX_THEN_JOBS:
+        raise InvalidJob("then", f"has more than {MAX_THEN_JOBS} jobs")
+    children = []
+    for index, child in enumerate(new.then):
+        try:
+            p = prepare(child, organization_id=organization_id, max_payload_bytes=max_payload_bytes, depth=depth + 1)
+        except InvalidJob as error:
+            raise InvalidJob(f"then.{index}.{error.field}", error.problem) from None
+        except registry.UnknownType as error:
+            raise InvalidJob(f"then.{index}.type", str(error)) from None
+        if child.run_at or child.idempotency_key or p.concurrency:
+            raise InvalidJob(f"then.{index}", "may not have run_at, an idempotency key or a concurrency key")
+        children.append(
+            {
+                "id": str(p.id),
+                "type": child.type,
+                "queue": p.queue,
+                "priority": p.priority,
+                "payload": json.loads(p.payload),
+                "max_attempts": p.max_attempts,
+                "time_limit_s": p.time_limit_s,
+                "callback_url": child.callback_url,
+                "then": json.loads(p.then_jobs) if p.then_jobs else None,
+            }
+        )
+    return children
+
+
+def submit(conn: Connection, organization_id: int, prepared: Prepared, *, idempotency_hours: float = 24.0) -> Submitted:
+    """Insert one job in the caller's transaction. Raises IdempotencyConflict.
+
+    With an idempotency key that is known already the job it was used for is returned, and nothing is inserted.
+    """
+    if prepared.new.idempotency_key is not None:
+        known = _remember(conn, organization_id, prepared, idempotency_hours)
+        if known is not None:
+            return Submitted(known, created=False)
+    jobs, rings = _insert(conn, organization_id, [prepared], None)
+    return Submitted(jobs[0], created=True, rings=tuple(rings))
+
+
+def submit_many(
+    conn: Connection, organization_id: int, prepared: Sequence[Prepared], *, batch_id: UUID | None = None
+) -> tuple[list[Job], list[Ring]]:
+    """Insert many jobs in the caller's transaction, in one statement; with `batch_id` they are counted as a batch.
+
+    Idempotency keys are not looked at here: `submit` does that, one by one.
+    """
+    if batch_id is not None:
+        conn.execute(
+            "insert into agentflow.batches (id, organization_id, total) values (%s, %s, %s)",
+            (batch_id, organization_id, len(prepared)),
+        )
+    return _insert(conn, organization_id, prepared, batch_id)
+
+
+def _remember(conn: Connection, organization_id: int, prepared: Prepared, hours: float) -> Job | None:
+    key = prepared.new.idempotency_key
+    for _ in range(10):  # the other one may be rolled back, or cleaned up, between the two statements
+        row = conn.execute(
+            "insert into agentflow.idempotency_keys as k (organization_id, key, request_hash, job_id)"
+            " values (%s, %s, %s, %s) on conflict (organization_id, key) do update"
+            " set request_hash = excluded.request_hash, job_id = excluded.job_id, created_at = excluded.created_at"
+            " where k.created_at < clock_timestamp() - make_interval(hours => 1) * %s returning 1",
+            (organization_id, key, prepared.request_hash, prepared.id, hours),
+        ).fetchone()
+        if row is not None:
+            return None
+        # A statement of its own: one that did both would not see a row that was committed after it began.
+        found = conn.execute(
+            f"select k.request_hash, k.job_id, {JOB_COLUMNS} from agentflow.idempotency_keys k"  # noqa: S608 - constants
+            " left join agentflow.jobs j on j.id = k.job_id and j.organization_id = k.organization_id"
+            " where k.organization_id = %s and k.key = %s",
+            (organization_id, key),
+        ).fetchone()
+        if found is None:
+            continue
+        request_hash, job_id, *columns = found
+        if bytes(request_hash) != prepared.request_hash or columns[0] is None:
+            raise IdempotencyConflict(str(key), job_id)
+        return job_from_row(tuple(columns))
+    raise IdempotencyConflict(str(key), prepared.id)
+
+
+_INSERT = f"""
+with input as materialized (
+    select * from unnest(
+        %(ids)s::uuid[], %(types)s::text[], %(queues)s::text[], %(priorities)s::smallint[], %(payloads)s::jsonb[],
+        %(max_attempts)s::smallint[], %(time_limits)s::real[], %(run_ats)s::timestamptz[], %(keys)s::text[],
+        %(thens)s::jsonb[], %(callbacks)s::text[], %(correlations)s::text[], %(idempotency_keys)s::text[],
+        %(retries)s::uuid[]
+    ) with ordinality as i(id, type, queue, priority, payload, max_attempts, time_limit_s, run_at, concurrency_key,
+        then_jobs, callback_url, correlation_id, idempotency_key, retry_of, n)
+), room as materialized (
+    select q.queue, w.size - (
+            select count(*) from (
+                select 1 from agentflow.jobs s where s.queue = q.queue and s.organization_id = %(organization)s
+                and s.state = 'queued' and s.sent_at is not null limit w.size
+            ) x
+        ) as room,
+        exists (
+            select from agentflow.jobs o where o.queue = q.queue and o.priority = q.priority and o.state = 'queued'
+            and o.organization_id = %(organization)s and o.wake_at <= clock_timestamp()
+        ) as older, q.priority
+    from (select distinct queue, priority from input) q cross join lateral (select agentflow.window_1(q.queue) as size) w
+), placed as (
+    select i.*, (i.run_at is null or i.run_at <= clock_timestamp()) and not r.older
+        and row_number() over (partition by i.queue order by i.priority, i.n) <= r.room as now
+    from input i join room r on r.queue = i.queue and r.priority = i.priority
+)
+insert into agentflow.jobs as j (id, organization_id, type, queue, priority, payload, max_attempts, time_limit_s, run_at,
+    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, batch_id, wake_at, sent_at, sends)
+select id, %(organization)s, type, queue, priority, payload, max_attempts, time_limit_s, coalesce(run_at, clock_timestamp()),
+    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, %(batch)s,
+    case when now then clock_timestamp() + interval '30 s' else coalesce(run_at, clock_timestamp()) end,
+    case when now then clock_timestamp() end, now::integer
+from placed order by n
+returning {JOB_COLUMNS}, j.sent_at is not null
+"""  # noqa: S608 - only constants are put in
+
+
+def _insert(
+    conn: Connection, organization_id: int, prepared: Sequence[Prepared], batch_id: UUID | None
+) -> tuple[list[Job], list[Ring]]:
+    slots = {p.concurrency[0]: p.concurrency[1] for p in prepared if p.concurrency}
+    if slots:
+        _name_slots(conn, slots)
+    rows = conn.execute(
+        _INSERT,
+        {
+            "organization": organization_id,
+            "batch": batch_id,
+            "ids": [p.id for p in prepared],
+            "types": [p.new.type for p in prepared],
+            "queues": [p.queue for p in prepared],
+            "priorities": [p.priority for p in prepared],
+            "payloads": [p.payload for p in prepared],
+            "max_attempts": [p.max_attempts for p in prepared],
+            "time_limits": [p.time_limit_s for p in prepared],
+            "run_ats": [p.new.run_at for p in prepared],
+            "keys": [p.concurrency[0] if p.concurrency else None for p in prepared],
+            "thens": [p.then_jobs for p in prepared],
+            "callbacks": [p.new.callback_url for p in prepared],
+            "correlations": [p.new.correlation_id for p in prepared],
+            "idempotency_keys": [p.new.idempotency_key for p in prepared],
+            "retries": [p.new.retry_of for p in prepared],
+        },
+    ).fetchall()
+    jobs = {row[0]: job_from_row(row[:-1]) for row in rows}
+    sent = {row[0] for row in rows if row[-1]}
+    rings = [Ring(p.id, p.queue, p.new.type, p.priority) for p in prepared if p.id in sent]
+    return [jobs[p.id] for p in prepared], rings
+
+
+def _name_slots(conn: Connection, slots: dict[str, int]) -> None:
+    """Write a key's number of slots where it changed. Read first: ON CONFLICT DO UPDATE locks the row even when equal."""
+    known = dict(
+        conn.execute(
+            "select key, slots from agentflow.concurrency_keys where key = any (%s)", (list(slots),)
+        ).fetchall()
+    )
+    for key, number in sorted(slots.items()):
+        if known.get(key) != number:
+            conn.execute(
+                "insert into agentflow.concurrency_keys (key, slots) values (%s, %s)"
+                " on conflict (key) do update set slots = excluded.slots",
+                (key, number),
+            )

@@ -1,0 +1,67 @@
+"""Leases: renewed by one statement per worker process, taken away by the rescue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import UUID
+
+from psycopg.types.json import Jsonb
+
+from agentflow.database import Connection
+from agentflow.jobs.model import Settled
+from agentflow.jobs.settlement import settled_from_rows
+
+Answer = Literal["ok", "cancel", "lost", "skipped", "orphan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A job that a worker runs, and what is new of its progress (None: nothing)."""
+
+    job_id: UUID
+    fence: int
+    progress: float | None = None
+    stage: str | None = None
+
+
+def renew(conn: Connection, worker: UUID, held: Sequence[Held], lease_s: float) -> dict[tuple[UUID, int], Answer]:
+    """Renew the leases; see agentflow.heartbeat_1 for the answers. A statement that hangs ends after 5 s."""
+    with conn.transaction():
+        conn.execute("set local statement_timeout = '5s'")
+        rows = conn.execute(
+            "select * from agentflow.heartbeat_1(%s, %s::uuid[], %s::integer[], %s::real[], %s::text[], make_interval(secs => %s))",
+            (
+                worker,
+                [h.job_id for h in held],
+                [h.fence for h in held],
+                [h.progress for h in held],
+                [h.stage for h in held],
+                lease_s,
+            ),
+        ).fetchall()
+    return {(row[0], row[1]): row[2] for row in rows}
+
+
+def rescue(conn: Connection, *, limit: int, lease_s: float, max_crashes: int) -> Settled:
+    """Take jobs whose leases ran out, unless another process is at it: back to queued, or failed after too many crashes."""
+    rows = conn.execute(
+        "select * from agentflow.rescue_1(%s, make_interval(secs => %s), %s)", (limit, lease_s, max_crashes)
+    ).fetchall()
+    return settled_from_rows(rows)
+
+
+def announce_worker(conn: Connection, worker: UUID, facts: dict[str, Any]) -> None:
+    """Write or refresh the worker's row: kind, host, pid, version, queues, threads, demand, memory_bytes, busy."""
+    conn.execute(
+        "insert into agentflow.workers as w (id, kind, host, pid, version, queues, threads, demand, memory_bytes, busy)"
+        " values (%(id)s, %(kind)s, %(host)s, %(pid)s, %(version)s, %(queues)s, %(threads)s, %(demand)s, %(memory_bytes)s,"
+        " %(busy)s) on conflict (id) do update set demand = excluded.demand, memory_bytes = excluded.memory_bytes,"
+        " busy = excluded.busy, seen_at = clock_timestamp()",
+        {**facts, "id": worker, "demand": Jsonb(facts["demand"])},
+    )
+
+
+def retire_worker(conn: Connection, worker: UUID) -> None:
+    conn.execute("update agentflow.workers set stopped_at = clock_timestamp(), busy = 0 where id = %s", (worker,))

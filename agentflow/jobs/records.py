@@ -1,0 +1,151 @@
+"""Looking at jobs, cancelling them, and trying a dead letter again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from psycopg import sql
+from uuid6 import uuid7
+
+from agentflow.database import Connection
+from agentflow.jobs.intake import InvalidJob, NewJob, Prepared, Submitted, prepare, submit
+from agentflow.jobs.model import JOB_COLUMNS, Attempt, Job, Ring, State, job_from_row
+
+#: Sees every organization's rows (the operator's key).
+EVERY_ORGANIZATION = None
+
+
+def get(conn: Connection, organization_id: int | None, job_id: UUID) -> Job | None:
+    row = conn.execute(
+        f"select {JOB_COLUMNS} from agentflow.jobs j where j.id = %(id)s"  # noqa: S608 - constants
+        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)",
+        {"id": job_id, "organization": organization_id},
+    ).fetchone()
+    return job_from_row(row) if row else None
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    state: State | None = None
+    type: str | None = None
+    correlation_id: str | None = None
+    batch_id: UUID | None = None
+    parent_id: UUID | None = None
+
+
+def search(
+    conn: Connection, organization_id: int | None, wanted: Filter, *, before: UUID | None = None, limit: int = 50
+) -> list[Job]:
+    """Jobs, the newest first by id; `before` is the last id of the page before. Good for browsing, not for "what is new"."""
+    clauses: list[sql.Composable] = [sql.SQL("true")]
+    values: dict[str, Any] = {"limit": limit, "before": before, "organization": organization_id}
+    if organization_id is not None:
+        clauses.append(sql.SQL("j.organization_id = %(organization)s"))
+    if before is not None:
+        clauses.append(sql.SQL("j.id < %(before)s"))
+    for name in ("state", "type", "correlation_id", "batch_id", "parent_id"):
+        if (value := getattr(wanted, name)) is not None:
+            clauses.append(sql.SQL("j.{} = {}").format(sql.Identifier(name), sql.Placeholder(name)))
+            values[name] = value
+    query = sql.SQL("select {} from agentflow.jobs j where {} order by j.id desc limit %(limit)s").format(
+        sql.SQL(JOB_COLUMNS), sql.SQL(" and ").join(clauses)
+    )
+    return [job_from_row(row) for row in conn.execute(query, values).fetchall()]
+
+
+def attempts(conn: Connection, job_id: UUID) -> list[Attempt]:
+    """The ended attempts of a job, the first one first."""
+    rows = conn.execute(
+        "select fence, attempt, worker, started_at, ended_at, outcome, error from agentflow.job_attempts"
+        " where job_id = %s order by fence",
+        (job_id,),
+    ).fetchall()
+    return [Attempt(*row) for row in rows]
+
+
+def children(conn: Connection, job_id: UUID) -> list[Job]:
+    rows = conn.execute(
+        f"select {JOB_COLUMNS} from agentflow.jobs j where j.parent_id = %s order by j.id",  # noqa: S608
+        (job_id,),
+    ).fetchall()
+    return [job_from_row(row) for row in rows]
+
+
+def cancel(conn: Connection, organization_id: int, job_id: UUID) -> tuple[State | None, list[UUID]]:
+    """Cancel a queued job, ask for the end of a running one. Returns its state now (None: no such job) and ids to ring."""
+    row = conn.execute("select * from agentflow.cancel_1(%s, %s)", (organization_id, job_id)).fetchone()
+    return (row[0], row[1] or []) if row else (None, [])
+
+
+def rings_for(conn: Connection, ids: list[UUID]) -> list[Ring]:
+    if not ids:
+        return []
+    rows = conn.execute("select id, queue, type, priority from agentflow.jobs where id = any (%s)", (ids,)).fetchall()
+    return [Ring(*row) for row in rows]
+
+
+class NotRetryable(Exception):
+    """Only a job that failed or was cancelled can be tried again."""
+
+
+def retry(conn: Connection, job: Job, *, max_payload_bytes: int) -> Submitted:
+    """Submit a dead letter's work as a new job that points to it; the old row stays as it is. Raises NotRetryable."""
+    if job.state not in ("failed", "cancelled"):
+        raise NotRetryable(f"job {job.id} is {job.state}; only a failed or cancelled job can be retried")
+    new = NewJob(
+        type=job.type,
+        payload=job.payload,
+        priority=job.priority,
+        max_attempts=job.max_attempts,
+        time_limit_s=job.time_limit_s,
+        correlation_id=job.correlation_id,
+        callback_url=job.callback_url,
+        retry_of=job.id,
+    )
+    prepared = prepare(new, organization_id=job.organization_id, max_payload_bytes=max_payload_bytes, public_only=False)
+    return submit(conn, job.organization_id, _with_the_rest(conn, job, prepared))
+
+
+def _with_the_rest(conn: Connection, job: Job, prepared: Prepared) -> Prepared:
+    """The key and the `then` jobs of the old row, the latter with new ids."""
+    row = conn.execute(
+        "select j.then_jobs, k.key, k.slots from agentflow.jobs j"
+        " left join agentflow.concurrency_keys k on k.key = j.concurrency_key where j.id = %s",
+        (job.id,),
+    ).fetchone()
+    if row is None:
+        raise InvalidJob("id", "the job was cleaned up meanwhile")
+
+    def renew(children: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**c, "id": str(uuid7()), "then": renew(c["then"]) if c.get("then") else None} for c in children]
+
+    return dataclasses.replace(
+        prepared,
+        then_jobs=json.dumps(renew(row[0])) if row[0] else None,
+        concurrency=(row[1], row[2]) if row[1] else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    id: UUID
+    total: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    created_at: datetime
+    finished_at: datetime | None
+
+
+def get_batch(conn: Connection, organization_id: int | None, batch_id: UUID) -> Batch | None:
+    row = conn.execute(
+        "select id, total, succeeded, failed, cancelled, created_at, finished_at from agentflow.batches where id = %(id)s"
+        " and (%(organization)s::bigint is null or organization_id = %(organization)s)",
+        {"id": batch_id, "organization": organization_id},
+    ).fetchone()
+    return Batch(*row) if row else None

@@ -1,0 +1,146 @@
+"""The types of jobs: what the decorator of a job's function says about it.
+
+`ls actors/` is the table of contents; importing `actors` fills this registry. The web process reads it to check payloads,
+the worker to find the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+from agentflow.jobs.model import Priority
+from agentflow.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class RetryClass:
+    """How often an attempt may fail. Back-off is 2, 4, 8, 16, 32 s … up to `cap_s`, with jitter."""
+
+    name: str
+    max_attempts: int
+    cap_s: float = 300.0
+
+    def delay_s(self, attempt: int, jitter: float) -> float:
+        """Seconds until the next try after try number `attempt` (from 1); `jitter` is 0 to 1 and takes off up to a quarter."""
+        return float(min(self.cap_s, 2.0 ** min(attempt, 16)) * (1 - jitter / 4))
+
+
+STANDARD: Final = RetryClass("standard", 5)
+CRITICAL: Final = RetryClass("critical", 10)  # CRM, sending messages
+QUICK: Final = RetryClass("quick", 3)  # status updates
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """At most `amount` starts within `per_s` seconds, over all workers; beyond it jobs are parked, no attempt spent."""
+
+    amount: int
+    per_s: int
+
+
+class Payload(BaseModel):
+    """A job's arguments: ids and small JSON. Unknown fields are refused, so that a typing error is not a silent default."""
+
+    model_config = {"extra": "forbid", "frozen": True}
+
+
+P = TypeVar("P", bound=Payload)
+
+
+class JobFunction(Protocol):
+    def __call__(self, context: Any, payload: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class JobType:
+    """One kind of work. `concurrency` gives a scarce resource's key and its slots, or None; `process_limit` the most of this
+    type that one worker process runs at once. Work that is not `repeatable` is stopped when the worker's lease runs out by
+    its own clock; other work goes on, since its finish is fenced."""
+
+    name: str
+    function: JobFunction
+    payload: type[Payload]
+    queue: str
+    retry: RetryClass
+    time_limit_s: float
+    priority: Priority
+    concurrency: Callable[[Any], tuple[str, int] | None]
+    process_limit: Callable[[Settings], int] | None
+    rate: Rate | None
+    repeatable: bool
+    public: bool
+    description: str
+
+
+_types: dict[str, JobType] = {}
+
+
+class UnknownType(LookupError):
+    """No job type of this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"unknown job type {name!r}; known: {', '.join(sorted(t.name for t in public())) or 'none'}")
+        self.name = name
+
+
+def job(
+    name: str,
+    *,
+    payload: type[P],
+    queue: str = "default",
+    retry: RetryClass = STANDARD,
+    time_limit_s: float = 600.0,
+    priority: Priority = "default",
+    concurrency: Callable[[P], tuple[str, int] | None] = lambda _: None,
+    process_limit: Callable[[Settings], int] | None = None,
+    rate: Rate | None = None,
+    repeatable: bool = True,
+    public: bool = True,
+) -> Callable[[Callable[[Any, P], Any]], Callable[[Any, P], Any]]:
+    """Declare a function `(context, payload) -> result` as a job type. `public` types may be submitted over the API."""
+
+    def declare(function: Callable[[Any, P], Any]) -> Callable[[Any, P], Any]:
+        if name in _types and _types[name].function is not function:
+            raise ValueError(f"job type {name!r} is declared twice")
+        _types[name] = JobType(
+            name=name,
+            function=function,
+            payload=payload,
+            queue=queue,
+            retry=retry,
+            time_limit_s=time_limit_s,
+            priority=priority,
+            concurrency=concurrency,
+            process_limit=process_limit,
+            rate=rate,
+            repeatable=repeatable,
+            public=public,
+            description=(function.__doc__ or "").strip().split("\n")[0],
+        )
+        return function
+
+    return declare
+
+
+def get(name: str) -> JobType:
+    """Raises UnknownType."""
+    try:
+        return _types[name]
+    except KeyError:
+        raise UnknownType(name) from None
+
+
+def known(name: str) -> bool:
+    return name in _types
+
+
+def every() -> list[JobType]:
+    return list(_types.values())
+
+
+def public() -> list[JobType]:
+    return [t for t in _types.values() if t.public]

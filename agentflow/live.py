@@ -1,0 +1,113 @@
+"""What is known of a job between two looks at Postgres: its progress now, and the moment it ended. Kept in Redis, for minutes.
+
+Redis may be away or empty at any time: readers fall back to the row.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+import redis
+from dramatiq.message import Message
+from dramatiq.results.backends import RedisBackend
+from dramatiq.results.result import wrap_exception, wrap_result
+
+from agentflow.broker import message_for
+from agentflow.jobs.model import Job, Ring, State
+
+RESULT_TTL_MS: Final = 600_000
+PROGRESS_TTL_S: Final = 120
+#: A result larger than this is not copied to Redis; the row has it.
+MAX_RESULT_CHARS: Final = 64 << 10
+_ROW_POLL_S: Final = 0.5
+
+
+class Progress(NamedTuple):
+    fraction: float
+    stage: str | None
+
+
+class Finished(NamedTuple):
+    """A job's end, for Dramatiq's results backend. `result` and `error` are JSON text, or None."""
+
+    job_id: UUID
+    queue: str
+    type: str
+    state: State
+    result: str | None
+    error: str | None
+
+
+class Live:
+    """Reads and writes through one client with short timeouts; each call may raise redis.RedisError."""
+
+    def __init__(self, client: redis.Redis, waiting_client: redis.Redis, *, prefix: str) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._results = RedisBackend(client=client)
+        self._waiting = waiting_client
+
+    def write_progress(self, changed: Sequence[tuple[UUID, Progress]]) -> None:
+        with self._client.pipeline(transaction=False) as pipe:
+            for job_id, progress in changed:
+                pipe.set(self._key(job_id), json.dumps(progress), ex=PROGRESS_TTL_S)
+            pipe.execute()
+
+    def progress(self, job_id: UUID) -> Progress | None:
+        data: Any = self._client.get(self._key(job_id))
+        return Progress(*json.loads(data)) if data else None
+
+    def write_finished(self, finished: Sequence[Finished]) -> None:
+        """Store results under the jobs' ids as Dramatiq does, so that `message.get_result()` finds them."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for end in finished:
+                key = self._results.build_message_key(self._message(end.job_id, end.queue, end.type))
+                pipe.delete(key)
+                pipe.lpush(key, self._results.encoder.encode(_wrap(end)))
+                pipe.pexpire(key, RESULT_TTL_MS)
+            pipe.execute()
+
+    def wait_finished(self, job: Job, timeout_s: float, reread: Callable[[], Job | None]) -> Job | None:
+        """The job when it has ended, or as it is after `timeout_s`. `reread` reads its row; None: it is gone."""
+        end = time.monotonic() + timeout_s
+        current: Job | None = job
+        while current is not None and not current.terminal and (left := end - time.monotonic()) > 0:
+            self._wait_some(job, left)
+            current = reread()
+        return current
+
+    def _wait_some(self, job: Job, left_s: float) -> None:
+        """Until the result is there, at most a few seconds: the row is looked at in between, in case Redis lost it."""
+        key = self._results.build_message_key(self._message(job.id, job.queue, job.type))
+        try:
+            if self._waiting.brpoplpush(key, key, timeout=min(left_s, 5.0)) is not None:
+                time.sleep(0.002)  # of an earlier life of the same id, or ahead of a replica: do not spin
+        except redis.RedisError:
+            time.sleep(min(_ROW_POLL_S, left_s))
+
+    def _message(self, job_id: UUID, queue: str, type_: str) -> Message[Any]:
+        return message_for(Ring(job_id, queue, type_), self._prefix)
+
+    def _key(self, job_id: UUID) -> str:
+        return f"{self._prefix}:progress:{job_id}"
+
+
+class JobFailed(Exception):
+    """How a failed job looks to a Dramatiq program that asks for its result."""
+
+
+class Cancelled(Exception):
+    """The same for a cancelled one."""
+
+
+def _wrap(end: Finished) -> Any:
+    if end.state == "succeeded":
+        small = end.result is None or len(end.result) <= MAX_RESULT_CHARS
+        return wrap_result(json.loads(end.result) if end.result is not None and small else None)
+    error = json.loads(end.error) if end.error else {}
+    kind = Cancelled if end.state == "cancelled" else JobFailed
+    return wrap_exception(kind(error.get("message", end.state)))

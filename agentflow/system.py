@@ -1,0 +1,241 @@
+"""What a process of AgentFlow holds: settings, database, broker, publisher, live state, storage. Made once, in each process."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import redis
+
+from agentflow import embedded, log, schema
+from agentflow.broker import redis as redis_broker
+from agentflow.database import Connection, Database
+from agentflow.jobs import intake, records
+from agentflow.jobs.intake import NewJob, Prepared, Submitted
+from agentflow.jobs.model import Job, Ring, State
+from agentflow.links import Links
+from agentflow.live import Live
+from agentflow.publisher import Publisher, Rings
+from agentflow.settings import Settings
+from agentflow.storage import Storage
+
+logger = log.get(__name__)
+
+WAIT_MOST_S: Final = 25.0
+
+
+@dataclass
+class Transaction:
+    """A transaction of the caller's: its own statements on `conn`, jobs by `submit`; rung after the commit."""
+
+    system: System
+    conn: Connection
+    rings: list[Ring] = field(default_factory=list)
+
+    def submit(self, organization_id: int, new: NewJob, *, public_only: bool = False) -> Submitted:
+        """Raises InvalidJob, UnknownType, IdempotencyConflict."""
+        prepared = self.system.prepare(organization_id, new, public_only=public_only)
+        return self.submit_prepared(organization_id, prepared)
+
+    def submit_prepared(self, organization_id: int, prepared: Prepared) -> Submitted:
+        hours = self.system.settings.retain_idempotency_hours
+        submitted = intake.submit(self.conn, organization_id, prepared, idempotency_hours=hours)
+        self.rings.extend(submitted.rings)
+        return submitted
+
+    def submit_many(self, organization_id: int, prepared: list[Prepared], *, batch_id: UUID | None = None) -> list[Job]:
+        jobs, rings = intake.submit_many(self.conn, organization_id, prepared, batch_id=batch_id)
+        self.rings.extend(rings)
+        return jobs
+
+
+class System:
+    """`System.start` for a process that works; `System(settings, kind)` connects to nothing until it is used."""
+
+    def __init__(self, settings: Settings, kind: str) -> None:
+        self.settings = settings
+        self.kind = kind
+        self.home = settings.agentflow_home
+        self._embedded: embedded.Embedded | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def start(cls, settings: Settings, kind: str) -> System:
+        """Start the embedded servers where they are used, check the schema (embedded: bring it up to date).
+
+        Raises SchemaError, EmbeddedError, psycopg.OperationalError.
+        """
+        system = cls(settings, kind)
+        for warning in settings.warnings():
+            logger.warning(warning)
+        system.join_embedded()
+        system.check_schema()
+        return system
+
+    def join_embedded(self) -> None:
+        if self._embedded is None and (self.settings.embedded_database or self.settings.embedded_redis):
+            self._embedded = embedded.join(self.home)
+
+    def check_schema(self) -> None:
+        with self.database.connect() as conn:
+            if self.settings.embedded_database:
+                schema.migrate(conn)
+            schema.check(conn)
+
+    @property
+    def application_name(self) -> str:
+        return f"agentflow {self.kind} {socket.gethostname()} {os.getpid()}"[:63]
+
+    @property
+    def database_url(self) -> str:
+        url = self.settings.database_url
+        return url.get_secret_value() if url else embedded.database_url(self.home)
+
+    @property
+    def redis_url(self) -> str:
+        url = self.settings.redis_url
+        return url.get_secret_value() if url else embedded.redis_url(self.home)
+
+    @cached_property
+    def database(self) -> Database:
+        return Database(
+            self.database_url, application_name=self.application_name, pool_size=self.settings.database_pool_size
+        )
+
+    @cached_property
+    def broker(self) -> redis_broker.BellBroker:
+        """A broker to publish by. A worker's, with its middleware, is made in agentflow/worker/ and put here."""
+        return redis_broker.BellBroker(self.redis_client(), prefix=self.settings.job_queue_name, middleware=[])
+
+    def redis_client(self, answer_timeout_s: float = 10.0) -> redis.Redis:
+        return redis_broker.connect(
+            self.redis_url,
+            connect_timeout_s=self.settings.redis_connect_timeout,
+            client_name=self.application_name,
+            answer_timeout_s=answer_timeout_s,
+        )
+
+    @cached_property
+    def live(self) -> Live:
+        # Of their own and quick to give up: a status request must not hang on Redis. Waiting blocks for up to 5 s.
+        client = redis_broker.connect(
+            self.redis_url, connect_timeout_s=2.0, client_name=self.application_name, answer_timeout_s=2.0
+        )
+        return Live(client, self.redis_client(answer_timeout_s=10.0), prefix=self.settings.job_queue_name)
+
+    @cached_property
+    def publisher(self) -> Publisher:
+        broker: Rings = self.broker
+        return Publisher(broker, self.live, self.database)
+
+    @cached_property
+    def storage(self) -> Storage:
+        url = self.settings.storage_url or (self.home / "storage").resolve().as_uri()
+        return Storage.open(url)
+
+    @cached_property
+    def links(self) -> Links:
+        return Links(self.settings.link_secret or self._installation_secret("links"))
+
+    def prepare(self, organization_id: int, new: NewJob, *, public_only: bool = True) -> Prepared:
+        """Check a request for a job, without the database. Raises InvalidJob, UnknownType."""
+        return intake.prepare(
+            new,
+            organization_id=organization_id,
+            max_payload_bytes=self.settings.job_payload_bytes,
+            public_only=public_only,
+        )
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """A transaction whose jobs are rung after its commit. Raises psycopg.OperationalError when the database is away."""
+        with self.database.transaction() as conn:
+            transaction = Transaction(self, conn)
+            yield transaction
+        self.publisher.ring(transaction.rings)
+
+    def submit(self, organization_id: int, new: NewJob, *, public_only: bool = False) -> Submitted:
+        """One job in a transaction of its own."""
+        prepared = self.prepare(organization_id, new, public_only=public_only)
+        with self.transaction() as transaction:
+            return transaction.submit_prepared(organization_id, prepared)
+
+    def cancel(self, organization_id: int, job_id: UUID) -> State | None:
+        """Cancel a queued job, ask for the end of a running one. Returns its state now, None when there is no such job."""
+        with self.database.transaction() as conn:
+            state, ids = records.cancel(conn, organization_id, job_id)
+            rings = records.rings_for(conn, ids)
+        self.publisher.ring(rings)
+        if state == "running":
+            self.publisher.cancel()
+        return state
+
+    def wait_finished(self, job: Job, timeout_s: float) -> Job | None:
+        """The job when it has ended, or as it is after `timeout_s` (25 s at most). None: it was cleaned up."""
+
+        def reread() -> Job | None:
+            with self.database.connection() as conn:
+                return records.get(conn, None, job.id)
+
+        return self.live.wait_finished(job, min(timeout_s, WAIT_MOST_S), reread)
+
+    def admin_key(self) -> str:
+        """ADMIN_API_KEY, or the key in `admin.key` in the home, made at the first call."""
+        if self.settings.admin_api_key is not None:
+            return self.settings.admin_api_key.get_secret_value()
+        return admin_key(self.home)
+
+    def heartbeat(self) -> None:
+        """Called every few seconds by long-lived processes: see that the embedded servers have their keeper."""
+        if self._embedded is not None:
+            self._embedded.ensure()
+
+    def close(self, *, wait_stopped_s: float = 0.0) -> None:
+        if "publisher" in self.__dict__:
+            self.publisher.close()
+        if "database" in self.__dict__:
+            self.database.close()
+        if self._embedded is not None:
+            self._embedded.leave()
+            if wait_stopped_s:
+                self._embedded.wait_stopped(wait_stopped_s)
+            self._embedded = None
+
+    def _installation_secret(self, name: str) -> bytes:
+        """Made once per database, so that all web processes sign alike."""
+        with self.database.transaction() as conn:
+            conn.execute(
+                "insert into agentflow.installation (name, value) values (%s, %s) on conflict do nothing",
+                (f"secret.{name}", secrets.token_hex(32)),
+            )
+            row = conn.execute(
+                "select value from agentflow.installation where name = %s", (f"secret.{name}",)
+            ).fetchone()
+        assert row is not None  # noqa: S101 - inserted above
+        return bytes.fromhex(row[0])
+
+
+def admin_key(home: Path) -> str:
+    """The operator's key of a home: made by the first process that asks, readable by the owner only."""
+    path = home / "admin.key"
+    home.mkdir(parents=True, exist_ok=True)
+    new = home / f"admin.key.{os.getpid()}.{secrets.token_hex(4)}"
+    if not path.exists():
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"af_{secrets.token_urlsafe(32)}\n")
+        try:
+            os.link(new, path)  # whoever comes second keeps the first one's
+        except FileExistsError:
+            pass
+        finally:
+            new.unlink()
+    return path.read_text().strip()

@@ -1,0 +1,191 @@
+"""Native and heavy work in a process that can be killed.
+
+A Python thread in the middle of a C call cannot be stopped, and a crash there takes the whole worker along. So such work runs as
+`python -m agentflow.worker.child module:function FD`: arguments come as JSON on standard input, progress and the result go back
+as JSON lines on FD. It has no secrets in its environment, and dies with its parent.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
+
+from agentflow.errors import JobError, Permanent, Transient, Wait
+
+if TYPE_CHECKING:
+    from agentflow.worker.running import Running
+
+_ENVIRONMENT: Final = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "VIRTUAL_ENV",
+    "OPENBLAS_CORETYPE",
+    "OPENBLAS_L2_SIZE",
+)
+_NICE: Final = 5  # the worker's own threads renew leases: they come first
+_PR_SET_PDEATHSIG: Final = 1
+_STDERR_TAIL: Final = 4000
+
+
+def run(running: Running, target: str, arguments: dict[str, Any]) -> Any:
+    """Run `target` for this job and return its result. Raises what it raised, Transient when it died, Stopped when killed."""
+    read_fd, write_fd = os.pipe()
+    with tempfile.TemporaryFile() as stderr, open(read_fd, encoding="utf-8") as messages:
+        process = _spawn(target, write_fd, stderr)
+        try:
+            with running.killer(lambda: _kill(process)):
+                _send(process, arguments)
+                answer = _listen(running, messages)
+                status = process.wait()
+        finally:
+            _kill(process)
+            process.wait()
+        running.check()
+        if answer is None:
+            raise Transient(_how_it_died(status, stderr), code="child_died")
+        if "error" in answer:
+            raise _error(answer["error"])
+        return answer["result"]
+
+
+def _spawn(target: str, write_fd: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    root = str(Path(__file__).resolve().parent.parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    environment["AGENTFLOW_CHILD"] = str(os.getpid())  # the parent: see actors/__init__.py and _die_with_parent
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "agentflow.worker.child", target, str(write_fd)],
+            stdin=subprocess.PIPE,
+            stdout=stderr,
+            stderr=stderr,
+            pass_fds=[write_fd],
+            start_new_session=True,
+            env=environment,
+        )
+    finally:
+        os.close(write_fd)
+
+
+def _send(process: subprocess.Popen[bytes], arguments: dict[str, Any]) -> None:
+    assert process.stdin is not None  # noqa: S101 - a pipe was asked for
+    try:
+        # Left open: its end tells the child that the parent is gone.
+        process.stdin.write(json.dumps(arguments).encode() + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it died already; its messages and its status say how
+
+
+def _listen(running: Running, messages: IO[str]) -> dict[str, Any] | None:
+    """Follow the child until it has answered or is gone. Ends when it is killed, since that closes the pipe."""
+    answer = None
+    for line in messages:
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue  # cut off by its death
+        if "progress" in message:
+            running.report(*message["progress"])
+        else:
+            answer = message
+    return answer
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            process.kill()
+
+
+def _how_it_died(status: int, stderr: IO[bytes]) -> str:
+    size = stderr.seek(0, os.SEEK_END)
+    stderr.seek(max(0, size - _STDERR_TAIL))
+    said = stderr.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
+    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    if status == -signal.SIGKILL:
+        how += " (out of memory, or by hand)"
+    return f"the child process {how}" + (f": {said}" if said else "")
+
+
+def _error(error: dict[str, Any]) -> Exception:
+    """What the child's function raised, as this process's own error."""
+    message, code = error["message"], error.get("code")
+    if error["kind"] == "permanent":
+        return Permanent(message, code=code)
+    if error["kind"] == "wait":
+        return Wait(error["seconds"], code or "asked", message=message)
+    failed = Transient(message, code=code or "child_error", retry_after_s=error.get("seconds"))
+    if error.get("traceback"):
+        failed.add_note(error["traceback"])
+    return failed
+
+
+# ---- the child's side ----
+
+
+def main() -> None:
+    target, fd = sys.argv[1], int(sys.argv[2])
+    _die_with_parent()
+    os.nice(_NICE)
+    out = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
+    arguments = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_at_end_of_input, daemon=True).start()
+
+    def report(fraction: float, stage: str | None = None) -> None:
+        out.write(json.dumps({"progress": [fraction, stage]}) + "\n")
+
+    try:
+        module, _, name = target.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        answer = {"result": function(report=report, **arguments)}
+    except Exception as error:  # noqa: BLE001 - everything goes back to the parent, which decides
+        answer = {"error": _described(error)}
+    out.write(json.dumps(answer) + "\n")
+    out.flush()
+    os._exit(0)  # no waiting for native threads
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    kind = "permanent" if isinstance(error, Permanent) else "wait" if isinstance(error, Wait) else "transient"
+    described: dict[str, Any] = {"kind": kind, "message": str(error) or type(error).__name__}
+    if isinstance(error, JobError):
+        described["code"] = error.code
+        described["seconds"] = getattr(error, "seconds", None) or getattr(error, "retry_after_s", None)
+    else:
+        described["message"] = f"{type(error).__name__}: {error}"
+        described["traceback"] = traceback.format_exc(limit=-20)
+    return described
+
+
+def _die_with_parent() -> None:
+    """Linux kills us when the parent dies; elsewhere the end of standard input does."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ["AGENTFLOW_CHILD"]):
+        os._exit(1)  # it died before we asked for that
+
+
+def _die_at_end_of_input() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What any worker process does for all: ring for due jobs (one leads per queue), and take what the dead left behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from agentflow import log
+from agentflow.database import BoundedConnection, Database
+from agentflow.jobs import dispatch, leases
+from agentflow.jobs.model import Ring, Settled
+from agentflow.worker.loops import Loop
+
+logger = log.get(__name__)
+
+_RESCUE_BATCH: Final = 200
+_SOONEST_S: Final = 0.005
+
+
+class Relay(Loop):
+    """Rings for due rows. Runs again at once while it finds some, and when the window may have room (`wake`)."""
+
+    def __init__(
+        self, database: Database, queues: Sequence[str], *, poll_s: float, publish: Callable[[Sequence[Ring]], None]
+    ) -> None:
+        super().__init__("relay", database)
+        self._queues = queues
+        self._poll_s = poll_s
+        self._publish = publish
+
+    def step(self, conn: BoundedConnection) -> float:
+        pause_s = self._poll_s * random.uniform(0.8, 1.2)  # so that the processes do not ask in step
+        for queue in self._queues:
+            rings, due_in_s = dispatch.pick_due(conn, queue)  # committed: no lock is held while publishing
+            self._publish(rings)
+            if rings:
+                pause_s = min(pause_s, _SOONEST_S)
+            elif due_in_s is not None and due_in_s > 0:
+                pause_s = min(pause_s, due_in_s + 0.001)
+        return pause_s
+
+
+class Rescue(Loop):
+    """Takes jobs whose leases ran out. Only while `allowed()`: see Heart.stable."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        lease_s: float,
+        max_crashes: int,
+        allowed: Callable[[], bool],
+        after: Callable[[Settled], None],
+    ) -> None:
+        super().__init__("rescue", database)
+        self._lease_s = lease_s
+        self._max_crashes = max_crashes
+        self._allowed = allowed
+        self._after = after
+
+    def step(self, conn: BoundedConnection) -> float:
+        pause_s = min(5.0, self._lease_s / 6) * random.uniform(0.8, 1.2)
+        if not self._allowed():
+            return pause_s
+        settled = leases.rescue(conn, limit=_RESCUE_BATCH, lease_s=self._lease_s, max_crashes=self._max_crashes)
+        if settled.states:
+            logger.warning(
+                "rescued jobs of a worker that fell silent",
+                jobs=len(settled.states),
+                failed=sum(state == "failed" for state in settled.states.values()),
+            )
+            self._after(settled)
+        return 0.0 if len(settled.states) == _RESCUE_BATCH else pause_s

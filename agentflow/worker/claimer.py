@@ -1,0 +1,136 @@
+"""Taking jobs for the free threads: whatever they ask for while a claim is under way goes into the next statement together."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+from uuid import UUID
+
+from agentflow.database import BoundedConnection, Database
+from agentflow.jobs import claims
+from agentflow.jobs.model import Job
+from agentflow.worker.loops import Loop
+from agentflow.worker.running import Running
+
+_BATCH: Final = 100
+
+
+class _Request:
+    __slots__ = ("answered", "job_id", "running")
+
+    def __init__(self, job_id: UUID) -> None:
+        self.job_id = job_id
+        self.running: Running | None = None
+        self.answered = threading.Event()
+
+
+class ClaimAbandoned(Exception):
+    """The process is stopping, or the database did not answer until it did: the message is not to be acknowledged."""
+
+
+class Claimer(Loop):
+    """`claim` blocks the calling thread until the answer is known, however long the database is away."""
+
+    def __init__(self, database: Database, worker: UUID, lease_s: float, hold: Callable[[Running], None]) -> None:
+        super().__init__("claimer", database)
+        self._worker = worker
+        self._lease_s = lease_s
+        self._hold = hold
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._batch: list[_Request] = []
+        self._unsure = False
+
+    def claim(self, job_id: UUID) -> Running | None:
+        """The job, now running here and registered for heartbeats; None when it is not to be had. Raises ClaimAbandoned.
+
+        With a concurrency key it may be another job than was asked for: the head of the line.
+        """
+        request = _Request(job_id)
+        self._requests.put(request)
+        while not request.answered.wait(1.0):
+            if not self._thread.is_alive():
+                raise ClaimAbandoned
+        if request.running is None and self.stopping:
+            raise ClaimAbandoned
+        return request.running
+
+    def wake(self) -> None:
+        self._requests.put(None)
+        super().wake()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        super().stop(timeout_s)
+        self._requests.put(None)
+
+    def unsure_of(self, job_id: UUID) -> bool:
+        """Whether a claim of this job is under way: its row may say that it is ours before we know."""
+        return any(request.job_id == job_id for request in self._batch) or self._unsure
+
+    def step(self, conn: BoundedConnection) -> float:
+        if not self._batch:
+            self._batch = self._collect()
+        if self._batch:
+            wanted = [request.job_id for request in self._batch]
+            started = time.monotonic()
+            if self._unsure:  # the last claim's COMMIT was not heard: what is ours already?
+                found = claims.claimed_by(conn, wanted, self._worker)
+                self._unsure = False
+                self._answer(found, started, rest=False)
+                wanted = [request.job_id for request in self._batch]
+            if wanted:
+                self._unsure = True
+                found, keyed = claims.claim(conn, wanted, self._worker, self._lease_s)
+                self._unsure = False
+                if keyed:
+                    self._answer(found, started, rest=False)
+                    # In a transaction of their own, so that a hot key does not stall the others.
+                    self._claim_keyed(conn, keyed, started)
+                else:
+                    self._answer(found, started, rest=True)
+        return 0.0
+
+    def _claim_keyed(self, conn: BoundedConnection, keyed: Sequence[UUID], started: float) -> None:
+        for request in [r for r in self._batch if r.job_id not in set(keyed)]:
+            self._batch.remove(request)
+            request.answered.set()
+        self._unsure = True
+        found = claims.claim_keyed(conn, keyed, self._worker, self._lease_s)
+        self._unsure = False
+        self._answer(found, started, rest=True)
+
+    def _collect(self) -> list[_Request]:
+        first = self._requests.get()
+        batch = [first] if first is not None else []
+        while len(batch) < _BATCH:
+            try:
+                request = self._requests.get_nowait()
+            except queue.Empty:
+                break
+            if request is not None:
+                batch.append(request)
+        return batch
+
+    def _answer(self, jobs: Sequence[Job], started: float, *, rest: bool) -> None:
+        """Give the jobs to those who asked for them, heads of lines to anybody; with `rest` tell the others that there is none."""
+        by_id = {job.id: job for job in jobs}
+        for request in list(self._batch):
+            job = by_id.pop(request.job_id, None)
+            if job is not None:
+                self._deliver(request, job, started)
+        for job in by_id.values():
+            if self._batch:
+                self._deliver(self._batch[0], job, started)
+            # else: nobody is left to run it; the heartbeat finds it as an orphan and hands it back
+        if rest:
+            for request in self._batch:
+                request.answered.set()
+            self._batch = []
+
+    def _deliver(self, request: _Request, job: Job, started: float) -> None:
+        request.running = Running(job, started + self._lease_s)
+        self._hold(request.running)  # before its thread knows: the next heartbeat names it
+        self._batch.remove(request)
+        request.answered.set()

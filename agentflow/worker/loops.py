@@ -1,0 +1,95 @@
+"""A thread that does one step again and again, on a connection of its own, and survives the database's absence."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+
+from agentflow import log
+from agentflow.database import BoundedConnection, Database, Unavailable
+
+logger = log.get(__name__)
+
+_BACKOFF_MOST_S = 5.0
+
+
+class Loop:
+    """`step(conn)` does one round and returns the seconds until the next; `wake()` ends the pause early."""
+
+    def __init__(self, name: str, database: Database, *, answer_timeout_s: float = 30.0) -> None:
+        self.name = name
+        self._database = database
+        self._answer_timeout_s = answer_timeout_s
+        self._conn: BoundedConnection | None = None
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.failures = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def step(self, conn: BoundedConnection) -> float:
+        raise NotImplementedError
+
+    def failed(self, error: Exception) -> None:
+        """Called at each round that the database refused, with the first one logged already."""
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.clear()
+            pause_s = self._one_round()
+            if pause_s > 0:
+                self._wake.wait(pause_s)
+        self._disconnect()
+
+    def _one_round(self) -> float:
+        try:
+            if self._conn is None or self._conn.closed:
+                self._conn = self._database.connect(answer_timeout_s=self._answer_timeout_s)
+            pause_s = self.step(self._conn)
+            if self.failures:
+                logger.info("database connection ready", loop=self.name, failures=self.failures)
+            self.failures = 0
+            return pause_s
+        except Unavailable as error:
+            self._disconnect()
+            self.failures += 1
+            if self.failures == 1:
+                logger.warning("database unavailable", loop=self.name, error=str(error).strip())
+            self.failed(error)
+            return backoff_s(self.failures)
+        except Exception:
+            self._disconnect()
+            self.failures += 1
+            logger.exception("unexpected error", loop=self.name)
+            return backoff_s(self.failures)
+
+    def _disconnect(self) -> None:
+        if self._conn is not None:
+            with contextlib.suppress(Exception):
+                self._conn.close()
+            self._conn = None
+
+
+def backoff_s(failures: int) -> float:
+    return min(_BACKOFF_MOST_S, 0.1 * 2.0 ** min(failures, 8)) * random.uniform(0.5, 1.0)
+
+
+def now() -> float:
+    return time.monotonic()

@@ -1,0 +1,141 @@
+"""A worker process, put together: the broker with its middleware and its actors, the runtime, the way it is replaced.
+
+Both ways of running a worker come by here: `dramatiq actors` (Dramatiq's own command) and `agentflow up`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import dramatiq
+
+from agentflow import log, probe, settings
+from agentflow.broker import BellBroker, DeliveredMessage, queue_name
+from agentflow.embedded import EmbeddedError
+from agentflow.jobs import registry
+from agentflow.jobs.model import PRIORITIES, QUEUES
+from agentflow.schema import SchemaError
+from agentflow.system import System
+from agentflow.worker import middleware
+from agentflow.worker.runtime import Runtime
+
+logger = log.get(__name__)
+
+CANNOT_START = 3
+
+
+class WorkerProcess:
+    """The worker of this process. Made at import, connected to nothing until Dramatiq starts it."""
+
+    def __init__(self, system: System, *, replace: Callable[[], None] | None = None, serve_probe: bool = True) -> None:
+        self.system = system
+        self.runtime: Runtime | None = None
+        self._replace = replace or replace_dramatiq_child
+        self._probe: probe.Probe | None = None
+        self._serve_probe = serve_probe
+        self.broker = BellBroker(
+            system.redis_client(),
+            prefix=system.settings.job_queue_name,
+            # Lifecycle first: it must be up before any other sees a message. CurrentMessage hands the wrapper its message.
+            # The four of the product wrap the job's function themselves (middleware.layers), in the order given there.
+            middleware=[
+                middleware.Lifecycle(
+                    process_boot=self.start_system, boot=self._boot, ready=self._ready, shutdown=self.shutdown
+                ),
+                middleware.CurrentMessage(),
+                *(layers := middleware.layers(system)),
+            ],
+        )
+        self._layers = layers
+        system.__dict__["broker"] = self.broker  # the one that the system publishes by, too
+
+    def declare_actors(self) -> None:
+        """One Dramatiq actor per job type; all of them are the same wrapper around the registry's function."""
+        for job_type in registry.every():
+            dramatiq.Actor(
+                self._handle,
+                actor_name=job_type.name,
+                queue_name=queue_name(self.system.settings.job_queue_name, job_type.queue),
+                priority=PRIORITIES.index(job_type.priority),
+                broker=self.broker,
+                options={},
+            )
+
+    def start_system(self) -> None:
+        """In a process of `dramatiq`'s: logging, embedded servers, schema. Exits with one clear line when that fails."""
+        log.configure(self.system.settings, "worker")
+        try:
+            for warning in self.system.settings.warnings():
+                logger.warning(warning)
+            self.system.join_embedded()
+            self.system.check_schema()
+        except (SchemaError, EmbeddedError) as error:
+            logger.critical(str(error))
+            raise SystemExit(CANNOT_START) from error
+
+    def _boot(self, worker: dramatiq.Worker) -> None:
+        # Dramatiq's own default is 8 threads whatever the instance.
+        worker.worker_threads = self.system.settings.job_concurrency
+        worker.queue_prefetch = worker.worker_threads * 2
+        self.runtime = Runtime(
+            self.system,
+            kind=self.system.kind,
+            threads=worker.worker_threads,
+            queues=self._queues(worker),
+            perform=partial(middleware.perform, self._layers),
+            replace=self._replace,
+        )
+        self.runtime.start()
+
+    def _queues(self, worker: dramatiq.Worker) -> list[str]:
+        prefix = self.system.settings.job_queue_name
+        wanted = worker.consumer_whitelist
+        return [q for q in QUEUES if not wanted or queue_name(prefix, q) in wanted]
+
+    def _ready(self) -> None:
+        if self._serve_probe:
+            self._probe = probe.serve(self.system, "worker", self.system.settings.port)
+
+    def shutdown(self) -> None:
+        if self.runtime is None:
+            return
+        all_ended = self.runtime.drain(self.system.settings.shutdown_grace)
+        if self._probe is not None:
+            self._probe.close()
+        if not all_ended:
+            # Its thread would go on with work that was handed back, and its effects outside are not fenced.
+            logger.warning("threads that do not end are left to die with the process")
+            sys.stderr.flush()
+            os._exit(0)
+
+    def _handle(self, *_: Any) -> None:
+        message = middleware.CurrentMessage.get_current_message()
+        assert self.runtime is not None and message is not None  # noqa: S101 - set before any thread runs
+        self.runtime.handle(cast(DeliveredMessage, message))
+
+
+def make_global() -> WorkerProcess:
+    """The worker that `dramatiq` finds when it imports the package of actors. Exits with 2 and one line on wrong settings."""
+    try:
+        made = WorkerProcess(System(settings.current(), "worker"))
+    except settings.SettingsError as error:
+        print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - before there is a log
+        raise SystemExit(2) from None
+    made.declare_actors()
+    dramatiq.set_broker(made.broker)
+    return made
+
+
+def replace_dramatiq_child() -> None:
+    """End this child of `dramatiq`'s so that a fresh one follows: its master starts over when it gets SIGHUP."""
+    if multiprocessing.parent_process() is not None and hasattr(signal, "SIGHUP"):
+        os.kill(os.getppid(), signal.SIGHUP)
+        threading.Event().wait(1.0)  # the master marks it as meant before it sees this child gone
+    os._exit(0)

@@ -1,0 +1,361 @@
+"""The worker side of a process: everything around the jobs' functions, started and stopped as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+import structlog
+
+from agentflow import __version__, log, metrics
+from agentflow.broker import DeliveredMessage
+from agentflow.database import Unavailable
+from agentflow.jobs import dispatch, leases, registry
+from agentflow.jobs.model import QUEUES, Settled, State, Verdict
+from agentflow.live import Finished
+from agentflow.system import System
+from agentflow.worker.chores import Relay, Rescue
+from agentflow.worker.claimer import ClaimAbandoned, Claimer
+from agentflow.worker.heart import Heart
+from agentflow.worker.running import JobContext, Running
+from agentflow.worker.settler import Ended, Settler
+from agentflow.worker.watchdog import GRACE_S, Watchdog
+
+logger = log.get(__name__)
+
+#: At the end of the grace the rest is killed and handed back; that takes a moment, too.
+_HAND_BACK_S: Final = 4.0
+_REPLACED_AT_MOST_EVERY_S: Final = 60.0
+
+
+class Runtime:
+    """One per process. `threads` is how many jobs run at once; `replace` is how the process gets a successor."""
+
+    def __init__(
+        self,
+        system: System,
+        *,
+        kind: str,
+        threads: int,
+        queues: Sequence[str] = QUEUES,
+        perform: Callable[[Running, JobContext], Verdict],
+        replace: Callable[[], None],
+        stuck_grace_s: float = GRACE_S,
+    ) -> None:
+        settings = system.settings
+        self.id: Final = uuid4()
+        self.system = system
+        self.kind = kind
+        self.threads = threads
+        self.queues = tuple(queues)
+        self.draining = False
+        self._perform = perform
+        self._replace = replace
+        self._started = time.monotonic()
+        self._held: dict[tuple[UUID, int], Running] = {}
+        self._lock = threading.Lock()
+        self._busy: dict[str, int] = {}
+        self._busy_regular = 0
+        self._claims = 0
+        self._rate = 0.0
+        self._rated_at = time.monotonic()
+        self._empty = threading.Condition(self._lock)
+        self._drained = threading.Lock()
+
+        lease_s, crashes = settings.job_lease, settings.job_max_crashes
+        self.claimer = Claimer(system.database, self.id, lease_s, self._hold)
+        self.settler = Settler(system.database, self.id, lease_s, crashes, self._settled, self._after_settle)
+        self.heart = Heart(
+            system.database,
+            self.id,
+            lease_s=lease_s,
+            renew_s=settings.job_lease_renew,
+            held=self.held,
+            facts=self._facts,
+            unsure_of=self.claimer.unsure_of,
+            hand_back=lambda job_id, fence: self.settler.put(Ended(Verdict(job_id, fence, "handback"), None)),
+            beat=system.heartbeat,
+        )
+        self.relay = Relay(
+            system.database, self.queues, poll_s=settings.worker_polling_interval, publish=system.publisher.ring
+        )
+        self.rescue = Rescue(
+            system.database,
+            lease_s=lease_s,
+            max_crashes=crashes,
+            allowed=lambda: self.heart.stable and not self.draining,
+            after=self._after_rescue,
+        )
+        self.watchdog = Watchdog(
+            held=self.held,
+            repeatable=lambda name: not registry.known(name) or registry.get(name).repeatable,
+            publish=system.publisher.progress,
+            stuck=self._replace_process,
+            grace_s=stuck_grace_s,
+        )
+
+    # ---- life ----
+
+    def start(self) -> None:
+        broker = self.system.broker
+        broker.allowance = self.allowance
+        broker.known = registry.known
+        broker.give_back = self.give_back
+        broker.on_cancel = self.heart.wake
+        broker.on_reconnect = self.relay.wake
+        for part in (self.heart, self.claimer, self.settler, self.relay, self.rescue, self.watchdog):
+            part.start()
+        logger.info("worker ready", worker=str(self.id), threads=self.threads, queues=",".join(self.queues))
+
+    def drain(self, grace_s: float) -> bool:
+        """Stop taking work; give running jobs `grace_s`; hand back the rest. True when every job's thread has ended.
+
+        Heartbeats go on until the last verdict is written. Safe to call twice: the second caller waits for the first.
+        """
+        self.draining = True
+        with self._drained:
+            if self.claimer.stopping:
+                return True
+            logger.info("stopping", jobs=len(self._held), grace_s=grace_s)
+            self.claimer.stop(timeout_s=1.0)
+            self._wait_empty(max(0.0, grace_s - _HAND_BACK_S))
+            for running in self.held():
+                running.stop("shutdown")
+            self._wait_empty(_HAND_BACK_S / 2)
+            stuck = [running for running in self.held() if not running.settling]
+            for running in stuck:
+                self._give_up(running, Verdict(*running.key, "handback"))
+            self.settler.flush(_HAND_BACK_S / 2)
+            for part in (self.relay, self.rescue, self.settler, self.heart):
+                part.stop(timeout_s=1.0)
+            self.watchdog.stop()
+            self._retire()
+            self.system.publisher.close()
+            logger.info("stopped", handed_back=len(stuck))
+            return not stuck
+
+    def _retire(self) -> None:
+        try:
+            with self.system.database.connection() as conn:
+                leases.retire_worker(conn, self.id)
+        except Unavailable:
+            logger.debug("the worker's row was not closed; it is taken for dead when it falls silent")
+
+    def _wait_empty(self, seconds: float) -> None:
+        with self._empty:
+            self._empty.wait_for(lambda: not self._held, seconds)
+
+    # ---- one message ----
+
+    def handle(self, message: DeliveredMessage) -> None:
+        """What a worker's thread does with a message: claim, acknowledge, perform, hand over the verdict."""
+        if message.given_back:
+            metrics.message_dropped("given_back")
+            return
+        if self.draining or not self._enter(message):
+            message.given_back = True
+            self.give_back([message], 0.0 if self.draining else 1.0)
+            return
+        try:
+            self._handle(message)
+        finally:
+            self._leave(message)
+
+    def _handle(self, message: DeliveredMessage) -> None:
+        try:
+            job_id = UUID(message.args[0])
+        except (ValueError, IndexError, TypeError, AttributeError):
+            message.acknowledge()
+            metrics.message_dropped("malformed")
+            logger.warning("a message without a job's id was dropped")
+            return
+        try:
+            running = self.claimer.claim(job_id)
+        except ClaimAbandoned:
+            return  # not acknowledged: whoever gets it next may claim
+        message.acknowledge()
+        if running is None:
+            metrics.message_dropped("not_claimable")
+            return
+        self._claims += 1
+        self.relay.wake()
+        self.run(running)
+
+    def run(self, running: Running) -> None:
+        """Perform a claimed job and hand over its verdict."""
+        job = running.job
+        with structlog.contextvars.bound_contextvars(job_id=str(job.id), job_type=job.type, attempt=job.attempt):
+            metrics.job_started(job.type, job.queue, _pickup_s(running))
+            try:
+                verdict = self._perform(running, JobContext(running, self.system))
+            except BaseException as error:
+                logger.exception("a job came to no verdict")
+                said = json.dumps({"code": "internal", "message": f"{type(error).__name__}: {error}"})
+                verdict = Verdict(*running.key, "retry", delay_s=30.0, reason="retry", error=said)
+        with self._lock:
+            if running.abandoned:
+                return  # settled while this thread was thought to be stuck
+            running.settling = True
+        self.settler.put(Ended(verdict, running))
+
+    # ---- what is held ----
+
+    def held(self) -> list[Running]:
+        with self._lock:
+            return list(self._held.values())
+
+    def _hold(self, running: Running) -> None:
+        with self._lock:
+            self._held[running.key] = running
+        self.watchdog.wake()
+
+    def _settled(self, ended: Ended, state: State | None) -> None:
+        """A verdict is written, or came too late (None). Called from the settler's thread."""
+        verdict, running = ended
+        with self._empty:
+            self._held.pop((verdict.job_id, verdict.fence), None)
+            self._empty.notify_all()
+        if running is None:
+            return
+        seconds = time.monotonic() - running.started
+        metrics.job_ended(running.job.type, running.job.queue, state, seconds)
+        if state is None:
+            metrics.lease_lost()
+            logger.warning(
+                "the job was taken by somebody else; its outcome here does not count", job_id=str(running.job.id)
+            )
+
+    def _after_settle(self, settled: Settled, ended: Sequence[Ended]) -> None:
+        publisher = self.system.publisher
+        publisher.ring(settled.rings)
+        if any(0 < e.verdict.delay_s < self.system.settings.worker_polling_interval for e in ended):
+            self.relay.wake()  # it looks when the next one is due, which may be sooner than it knew
+        verdicts = {e.verdict.job_id: e.verdict for e in ended}
+        publisher.finished(
+            [
+                Finished(id_, queue, type_, state, verdicts[id_].result, verdicts[id_].error)
+                for id_, queue, type_, state in settled.finished
+            ]
+        )
+
+    def _after_rescue(self, settled: Settled) -> None:
+        metrics.rescued(len(settled.states))
+        self.system.publisher.ring(settled.rings)
+        self.system.publisher.finished(
+            [Finished(id_, queue, type_, state, None, None) for id_, queue, type_, state in settled.finished]
+        )
+        self.relay.wake()
+
+    def _give_up(self, running: Running, verdict: Verdict) -> None:
+        """Settle a job whose thread does not end."""
+        with self._lock:
+            if running.settling:
+                return
+            running.abandoned = running.settling = True
+        self.settler.put(Ended(verdict, running))
+
+    # ---- room ----
+
+    def allowance(self) -> int:
+        """Messages that this process may hold unclaimed: its free threads, and what 50 ms of measured work use up."""
+        if self.draining:
+            return 0
+        busy = sum(self._busy.values())
+        return max(0, self.threads - busy) + int(self._claims_per_s() * 0.05)
+
+    def give_back(self, messages: Sequence[DeliveredMessage], delay_s: float) -> None:
+        """Acknowledge messages that nobody here can claim; the relay rings another for each after `delay_s`."""
+        ids = []
+        for message in messages:
+            message.acknowledge()
+            try:
+                ids.append(UUID(message.args[0]))
+            except (ValueError, IndexError, TypeError, AttributeError):
+                continue
+        try:
+            with self.system.database.connection() as conn:
+                dispatch.take_back(conn, ids, delay_s)
+        except Unavailable:
+            logger.debug("rings not taken back: the relay finds them when they are due", rings=len(ids))
+
+    def _enter(self, message: DeliveredMessage) -> bool:
+        """Whether there is room for one more of its type and class. One thread in four is kept for critical jobs."""
+        name, critical = message.actor_name, message.options.get("priority") == 0
+        limit = registry.get(name).process_limit if registry.known(name) else None
+        with self._lock:
+            if limit is not None and self._busy.get(name, 0) >= limit(self.system.settings):
+                return False
+            if not critical and self._busy_regular >= self.threads - self.threads // 4:
+                return False
+            self._busy[name] = self._busy.get(name, 0) + 1
+            self._busy_regular += not critical
+            return True
+
+    def _leave(self, message: DeliveredMessage) -> None:
+        with self._lock:
+            self._busy[message.actor_name] -= 1
+            self._busy_regular -= message.options.get("priority") != 0
+        self.system.broker.nudge()
+
+    def _claims_per_s(self) -> float:
+        """A moving average over about a second."""
+        now = time.monotonic()
+        if (elapsed := now - self._rated_at) > 0.2:
+            weight = min(1.0, elapsed)
+            self._rate = (1 - weight) * self._rate + weight * self._claims / elapsed
+            self._claims, self._rated_at = 0, now
+        return self._rate
+
+    def _facts(self) -> dict[str, Any]:
+        demand = min(1000, max(self.threads, int(self._claims_per_s() * 0.1)))
+        return {
+            "kind": self.kind,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": __version__,
+            "queues": list(self.queues),
+            "threads": self.threads,
+            "demand": dict.fromkeys(self.queues, demand),
+            "memory_bytes": _resident_bytes(),
+            "busy": sum(self._busy.values()),
+        }
+
+    # ---- replacing the process ----
+
+    def _replace_process(self, running: Running) -> None:
+        """A thread ignores its end: record that, drain the others, and let a fresh process take over."""
+        job = running.job
+        logger.error("a job does not stop: the process is replaced", job_id=str(job.id), job_type=job.type)
+        self._give_up(running, _overdue_verdict(running))
+        self.drain(self.system.settings.shutdown_grace)
+        if (young_s := _REPLACED_AT_MOST_EVERY_S - (time.monotonic() - self._started)) > 0:
+            logger.error("replaced less than a minute ago: staying down until then", seconds=round(young_s))
+            time.sleep(young_s)
+        time.sleep(random.uniform(0, 2.0))  # so that a bad input does not take all processes down in step
+        self._replace()
+
+
+def _overdue_verdict(running: Running) -> Verdict:
+    from agentflow.worker.middleware import Retries
+
+    return Retries.verdict_for_stop(running)
+
+
+def _pickup_s(running: Running) -> float:
+    job = running.job
+    return max(0.0, (job.started_at - job.run_at).total_seconds()) if job.started_at else 0.0
+
+
+def _resident_bytes() -> int | None:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        return None

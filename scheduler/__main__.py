@@ -1,0 +1,45 @@
+"""`python -m scheduler`: the calendar as a process of its own."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+
+from agentflow import log, probe, settings
+from agentflow.embedded import EmbeddedError
+from agentflow.schema import SchemaError
+from agentflow.system import System
+from scheduler import schedule
+
+logger = log.get(__name__)
+
+
+def main() -> int:
+    try:
+        read = settings.current()
+    except settings.SettingsError as error:
+        print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - before there is a log
+        return 2
+    log.configure(read, "scheduler")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        system = System.start(read, "scheduler")
+    except (SchemaError, EmbeddedError, OSError) as error:
+        logger.critical(str(error))
+        return 3
+    served = probe.serve(system, "scheduler", read.port)
+    running = schedule.start(system)
+    logger.info("scheduler ready")
+    stop.wait()
+    running.shutdown(wait=False)
+    if served is not None:
+        served.close()
+    system.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

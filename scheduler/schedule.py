@@ -1,0 +1,91 @@
+"""The whole schedule on one page. Each entry runs in one process at a time, by a try-lock in Postgres."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from apscheduler.schedulers.background import BackgroundScheduler
+
+from agentflow import log
+from agentflow.database import Connection, Unavailable
+from agentflow.jobs import retention
+from agentflow.jobs.retention import Keep
+from agentflow.storage import StorageError
+from agentflow.system import System
+
+logger = log.get(__name__)
+
+CLEAN_UP_EVERY_S: Final = 600
+HEARTBEAT_EVERY_S: Final = 5
+_PAUSE_S: Final = 0.05  # between two batches of deletions, so that vacuum and the workers keep up
+_LEFTOVER_AGE_S: Final = 86_400.0
+
+
+def start(system: System) -> BackgroundScheduler:
+    """Start the schedule in a thread. A tick that was missed (the process was down or busy) runs once, late."""
+    scheduler = BackgroundScheduler(
+        timezone="UTC", job_defaults={"coalesce": True, "misfire_grace_time": None, "max_instances": 1}
+    )
+    scheduler.add_job(_guarded(system, "clean_up", clean_up), "interval", seconds=CLEAN_UP_EVERY_S, jitter=30)
+    scheduler.add_job(system.heartbeat, "interval", seconds=HEARTBEAT_EVERY_S)
+    scheduler.start()
+    return scheduler
+
+
+def clean_up(system: System) -> dict[str, int]:
+    """Forget what retention says: ended jobs, idempotency keys, batches, dead workers' rows, leftovers of cut uploads."""
+    settings = system.settings
+    succeeded = Keep(settings.retain_succeeded_hours, settings.retain_succeeded_count)
+    failed = Keep(settings.retain_failed_hours, settings.retain_failed_count)
+    with system.database.connection() as conn:
+        deleted = {
+            "succeeded": _in_batches(lambda: retention.delete_jobs(conn, succeeded=True, keep=succeeded)),
+            "failed": _in_batches(lambda: retention.delete_jobs(conn, succeeded=False, keep=failed)),
+            "idempotency_keys": _in_batches(
+                lambda: retention.delete_idempotency_keys(conn, hours=settings.retain_idempotency_hours)
+            ),
+            "batches": _in_batches(lambda: retention.delete_batches(conn, hours=settings.retain_failed_hours)),
+            "workers": retention.delete_workers(conn),
+        }
+    try:
+        deleted["leftovers"] = system.storage.sweep(_LEFTOVER_AGE_S)
+    except StorageError as error:
+        logger.warning("leftovers in storage were not looked for", error=str(error))
+    return deleted
+
+
+def _in_batches(delete: Callable[[], int]) -> int:
+    total = 0
+    while (deleted := delete()) > 0:
+        total += deleted
+        if deleted < retention.BATCH:
+            break
+        time.sleep(_PAUSE_S)
+    return total
+
+
+def _guarded(system: System, name: str, work: Callable[[System], dict[str, int]]) -> Callable[[], None]:
+    """Run by one process at a time; an outage of the database is one line, and the next tick tries again."""
+
+    def run() -> None:
+        try:
+            with system.database.connection() as conn, conn.transaction():
+                if not _try_lock(conn, name):
+                    return
+                done = work(system)
+            logger.info("schedule ran", schedule=name, **done)
+        except Unavailable as error:
+            logger.warning("schedule could not run", schedule=name, error=str(error).strip())
+
+    run.__name__ = name
+    return run
+
+
+def _try_lock(conn: Connection, name: str) -> bool:
+    """Held until the transaction ends. Transaction-level, so that it works behind a transaction pooler."""
+    row = conn.execute(
+        "select pg_try_advisory_xact_lock(hashtextextended(%s, 7))", (f"agentflow.schedule:{name}",)
+    ).fetchone()
+    return bool(row and row[0])

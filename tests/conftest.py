@@ -1,0 +1,103 @@
+"""Real servers for every test: one embedded Postgres and Valkey per test process, a fresh database and a prefix per test."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from agentflow import embedded, schema, settings
+from agentflow.settings import Settings
+from agentflow.system import System
+
+_numbers = itertools.count(1)
+TEMPLATE = "agentflow_template"
+ADMIN_KEY = "test-operator-key-0123456789"
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[embedded.Embedded]:
+    """Postgres and Valkey of this test process, with a migrated template database."""
+    home = Path(tempfile.mkdtemp(prefix="agentflow-tests-"))
+    home.chmod(0o755)
+    with embedded.join(home) as joined:
+        with psycopg.connect(joined.database_url, autocommit=True) as conn:
+            conn.execute(sql.SQL("create database {}").format(sql.Identifier(TEMPLATE)))
+        with psycopg.connect(with_database(joined.database_url, TEMPLATE), autocommit=True) as conn:
+            schema.migrate(conn)
+        yield joined
+    joined.wait_stopped(20)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def with_database(url: str, name: str) -> str:
+    """The same server, another database."""
+    head, _, query = url.partition("?")
+    return f"{head.rsplit('/', 1)[0]}/{name}" + (f"?{query}" if query else "")
+
+
+@pytest.fixture
+def database_url(stack: embedded.Embedded) -> Iterator[str]:
+    """A database of its own for one test, with the schema and nothing in it."""
+    name = f"t{os.getpid()}_{next(_numbers)}"
+    with psycopg.connect(stack.database_url, autocommit=True) as conn:
+        conn.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(TEMPLATE)))
+    yield with_database(stack.database_url, name)
+    with psycopg.connect(stack.database_url, autocommit=True) as conn:
+        conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def environment(stack: embedded.Embedded, database_url: str, tmp_path: Path) -> dict[str, str]:
+    """The environment of a system on the tests' servers, for this process and for those that a test starts."""
+    return {
+        "AGENTFLOW_ENV": "test",
+        "AGENTFLOW_HOME": str(tmp_path / "home"),
+        "DATABASE_URL": database_url,
+        "REDIS_URL": stack.redis_url,
+        "STORAGE_URL": (tmp_path / "storage").as_uri(),
+        "ADMIN_API_KEY": ADMIN_KEY,
+        "JOB_QUEUE_NAME": f"t{os.getpid()}-{next(_numbers)}",
+        "JOB_CONCURRENCY": "8",
+        "WORKER_POLLING_INTERVAL": "0.2",
+    }
+
+
+@pytest.fixture
+def test_settings(environment: dict[str, str]) -> Settings:
+    return settings.load(environment)
+
+
+@pytest.fixture
+def system(test_settings: Settings) -> Iterator[System]:
+    """A system that submits and looks, without a worker."""
+    system = System.start(test_settings, "test")
+    yield system
+    system.close()
+
+
+@pytest.fixture
+def conn(database_url: str) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def connect(database_url: str) -> Iterator[Callable[[], psycopg.Connection]]:
+    """More connections to the test's database."""
+    opened: list[psycopg.Connection] = []
+
+    def one() -> psycopg.Connection:
+        opened.append(psycopg.connect(database_url, autocommit=True))
+        return opened[-1]
+
+    yield one
+    for connection in opened:
+        connection.close()
