@@ -366,12 +366,7 @@ class _Stream(httpcore2.NetworkStream):
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.NetworkStream:
         try:
-            left = self._deadline.cut(timeout)
-        except BaseException:
-            self.close()  # nobody else holds it yet
-            raise
-        try:
-            secure = self._stream.start_tls(ssl_context, server_hostname, left)
+            secure = self._stream.start_tls(ssl_context, server_hostname, self._deadline.cut(timeout))
         except httpcore2.ConnectError as err:
             cause = err.__cause__  # looked at here, because the pool takes it away
             if isinstance(cause, ssl.SSLCertVerificationError):

@@ -60,6 +60,7 @@ def configure(settings: Settings, process: str) -> None:
     root.setLevel(settings.worker_log_level)
     for name, level in _NOISY.items():
         logging.getLogger(name).setLevel(level)
+    handler.addFilter(_said_elsewhere)
     # Dramatiq logs "Message … was skipped" and each message's arguments; what became of a job is logged by us, once.
     logging.getLogger("dramatiq.worker.WorkerThread").setLevel(logging.ERROR)
 
@@ -70,6 +71,13 @@ def _add_process(process: str) -> Any:
         return event
 
     return add
+
+
+def _said_elsewhere(record: logging.LogRecord) -> bool:
+    """Drop what each of Dramatiq's consumers says every 3 s while its broker is away: the broker says it once."""
+    if record.name.startswith("dramatiq.worker.ConsumerThread"):
+        return not str(record.msg).startswith(("Consumer encountered a connection error", "Restarting consumer"))
+    return True
 
 
 def get(name: str) -> structlog.stdlib.BoundLogger:

@@ -35,7 +35,7 @@ CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 CACHE_S: Final = 5.0
 _CACHE_SHARE: Final = 20
 
-prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+prometheus_client.disable_created_metrics()
 
 REGISTRY: Final = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)

@@ -155,6 +155,14 @@ def damage(path: Path, share: float, length: int = 400) -> Path:
     return path
 
 
+def state_duration_in_matroska(path: Path, seconds: float) -> Path:
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\x44\x89\x88") + 3
+    data[at : at + 8] = struct.pack(">d", seconds * 1000)
+    path.write_bytes(data)
+    return path
+
+
 # Files whose headers claim a picture that nobody can hold. What FFmpeg makes of each differs: it overrides the claim by
 # the first picture, forgets it, or refuses the file.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -31,10 +32,8 @@ def stubborn(context: JobContext, payload: Stubborn) -> dict[str, Any]:
     """Swallows whatever should end it."""
     end = time.monotonic() + payload.seconds
     while time.monotonic() < end:
-        try:
+        with contextlib.suppress(BaseException):
             time.sleep(0.05)
-        except BaseException:  # noqa: BLE001, S110
-            pass
     return {"ended": True}
 
 

@@ -479,10 +479,17 @@ def test_a_server_that_trickles_is_left_at_the_deadline(server: Server, reply: R
 
 
 def test_a_server_that_never_ends_is_left_at_the_deadline(server: Server) -> None:
-    server.on("/", Reply(body=(b"x" * 500 for _ in itertools.count())))
+    server.on("/", Reply(body=(b"x" * 65_536 for _ in itertools.count())))
 
     with pytest.raises(Transient, match="longer"):
-        get(server.url(), allow=(server.netloc,), timeout_s=0.5, max_bytes=10**12)
+        download(
+            server.url(),
+            lambda piece: time.sleep(0.005),  # so that there is always something to read at once
+            guard=Guard(allow=[server.netloc]),
+            max_bytes=10**9,
+            timeout_s=0.5,
+            user_agent="t",
+        )
 
 
 def test_the_deadline_holds_over_all_redirects(server: Server) -> None:

@@ -384,6 +384,7 @@ def test_a_folder_that_cannot_be_written_is_told(disk: Storage, tmp_path: Path) 
         for _ in range(100):
             writer.write(bytes(MB))
 
+    assert writer.size < 50 * MB, "told at a write, not at the end"
     assert files_in(tmp_path / "files") == ["taken"]
 
 

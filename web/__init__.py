@@ -1,0 +1,50 @@
+"""The HTTP API: jobs and videos in, their state out; health and metrics.
+
+web.api         operations with typed bodies, and the checks before each of them
+web.access      who is asking
+web.jobs …      the operations, a module for each kind of thing
+web.server      gunicorn's side: its worker, start and stop of a process
+"""
+
+from __future__ import annotations
+
+import time
+
+from flask import Flask, Response, g, request
+
+from agentflow import metrics
+from agentflow.system import System
+from web import artefacts, docs, jobs, problems, status, videos
+from web.access import Access
+from web.api import Services, mount
+from web.waiting import Seats
+
+__all__ = ["create_app"]
+
+
+def create_app(system: System) -> Flask:
+    """A WSGI application over `system`. Connects to nothing before the first request that needs it."""
+    app = Flask("web", static_folder=None)
+    app.url_map.merge_slashes = False  # a key with `//` is another key, not a redirect
+    app.url_map.strict_slashes = False
+    app.extensions["agentflow"] = services = Services(system, Access(system), Seats(system))
+    app.before_request(_begin)
+    app.after_request(_end)
+    problems.install(app)
+    groups = (jobs.routes, videos.routes, artefacts.routes, status.system_routes, status.open_routes)
+    for routes in groups:
+        mount(app, services, routes)
+    docs.install(app, groups)
+    return app
+
+
+def _begin() -> None:
+    g.began = time.monotonic()
+
+
+def _end(response: Response) -> Response:
+    route = request.url_rule.rule if request.url_rule else "none"
+    metrics.http_answered(request.method, route, response.status_code, time.monotonic() - g.began)
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response

@@ -203,7 +203,9 @@ def read_json(model: type[Model], max_bytes: int = MAX_JSON_BYTES) -> Model:
     if not data:
         raise Refused(400, "the body is missing: JSON is expected")
     if not (request.mimetype == "application/json" or request.mimetype.endswith("+json")):
-        raise Refused(415, "the body must be JSON: Content-Type: application/json", headers={"Accept": "application/json"})
+        raise Refused(
+            415, "the body must be JSON: Content-Type: application/json", headers={"Accept": "application/json"}
+        )
     try:
         # pydantic alone would take NaN and Infinity, which are no JSON and no jsonb.
         parsed = from_json(data, allow_inf_nan=False, cache_strings="none")
@@ -248,7 +250,9 @@ def _validated(validate: Callable[[], Model], where: str) -> Model:
     try:
         return validate()
     except ValidationError as error:
-        found: list[Fault] = faults(list(error.errors(include_url=False, include_input=False, include_context=False)), where)
+        found: list[Fault] = faults(
+            list(error.errors(include_url=False, include_input=False, include_context=False)), where
+        )
         raise Refused(422, f"{found[0].field}: {found[0].problem}", errors=found) from None
 
 

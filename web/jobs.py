@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from agentflow.errors import Permanent
 from agentflow.jobs import batches, intake, records, registry
 from agentflow.jobs.intake import InvalidJob, NewJob
 from agentflow.jobs.model import Job, Priority, State
+from agentflow.jobs.text import is_storable
 from agentflow.settings import Settings
 from web import events
 from web.api import Answer, Body, Call, Media, Query, Routes, View
@@ -36,7 +38,7 @@ _FIRST, _LAST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9998, 1, 1, tzinfo=UT
 
 
 def _storable(text: str) -> str:
-    if not intake.is_storable(text):
+    if not is_storable(text):
         raise ValueError("holds a NUL character or half of a surrogate pair, which cannot be stored")
     return text
 
@@ -394,7 +396,8 @@ def _unknown(job_id: UUID) -> Refused:
 
 
 def _new_job(body: JobRequest, settings: Settings, *, idempotency_key: str | None = None) -> NewJob:
-    if len(json.dumps(body.payload, ensure_ascii=False)) > settings.job_payload_bytes:
+    text = json.dumps(body.payload, ensure_ascii=False, separators=(",", ":"))
+    if len(text.encode(errors="surrogatepass")) > settings.job_payload_bytes:
         raise Refused(
             413,
             f"a payload is larger than {settings.job_payload_bytes} bytes; put large things in storage and send their key",
@@ -430,14 +433,16 @@ def _check_callbacks(jobs: Iterable[JobRequest], settings: Settings, prefix: str
         waiting.extend((f"{path}then.{index}.", child) for index, child in enumerate(job.then))
         if job.callback_url is None:
             continue
-        check_url(job.callback_url, f"{path}callback_url", guard := guard or fetch.Guard(allow=settings.fetch_allow), seen)
+        check_url(
+            job.callback_url, f"{path}callback_url", guard := guard or fetch.Guard(allow=settings.fetch_allow), seen
+        )
 
 
 def check_url(url: str, field: str, guard: Any, seen: set[tuple[str, str]] | None = None) -> None:
     """422 where a job would refuse to go to `url`. `seen` holds the origins that passed in this request."""
     from agentflow import fetch
 
-    if not intake.is_storable(url):
+    if not is_storable(url):
         raise invalid(field, "holds a NUL character or half of a surrogate pair")
     try:
         origin = urlsplit(url).scheme, urlsplit(url).netloc
@@ -501,8 +506,6 @@ def with_links(call: Call, value: Any, organization_id: int) -> Any:
     copy = {name: with_links(call, each, organization_id) for name, each in value.items()}
     key = value.get("key")
     if isinstance(key, str) and key.startswith(f"o/{organization_id}/"):
-        try:
+        with suppress(ValueError):  # not a key after all
             copy["url"] = call.system.links.sign(key)
-        except ValueError:
-            pass  # not a key after all
     return copy

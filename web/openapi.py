@@ -50,13 +50,17 @@ def document(routes: Iterable[Routes]) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": schemas.definitions,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "The key of an organization"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer", "description": "The key of an organization"}
+            },
         },
     }
 
 
 class _Schemas:
-    def __init__(self, references: dict[tuple[type[BaseModel], str], dict[str, Any]], definitions: dict[str, Any]) -> None:
+    def __init__(
+        self, references: dict[tuple[type[BaseModel], str], dict[str, Any]], definitions: dict[str, Any]
+    ) -> None:
         self.references = references
         self.definitions = definitions
 
@@ -73,7 +77,9 @@ def _schemas(operations: list[Operation]) -> _Schemas:
     return _Schemas(dict(references), definitions.get("$defs", {}))  # type: ignore[arg-type]
 
 
-def _operation(operation: Operation, references: Mapping[tuple[type[BaseModel], str], dict[str, Any]]) -> dict[str, Any]:
+def _operation(
+    operation: Operation, references: Mapping[tuple[type[BaseModel], str], dict[str, Any]]
+) -> dict[str, Any]:
     said: dict[str, Any] = {
         "operationId": f"{operation.tag}_{operation.name}",
         "tags": [operation.tag],

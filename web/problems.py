@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from flask import Flask, Response
 from pydantic import BaseModel, ConfigDict, Field
-from werkzeug.exceptions import HTTPException, InternalServerError
+from werkzeug.exceptions import HTTPException, InternalServerError, NotFound
 
 from agentflow import log
 from agentflow.database import Unavailable
@@ -62,7 +62,9 @@ def invalid(field: str, problem: str, where: str = "body") -> Refused:
 
 
 def document(status: int, detail: str | None, errors: list[Fault] | None = None) -> str:
-    problem = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors or [])
+    problem = Problem(
+        type="about:blank", title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors or []
+    )
     return problem.model_dump_json(exclude_none=True, exclude=None if errors else {"errors"})
 
 
@@ -87,7 +89,12 @@ def install(app: Flask) -> None:
         if status < 400:  # a redirect
             return Response(error.get_body(), status, error.get_headers())
         kept = {name: value for name, value in error.get_headers() if name.lower() not in ("content-type",)}
-        return response(status, None if isinstance(error, InternalServerError) else error.description, headers=kept)
+        detail = error.description
+        if isinstance(error, InternalServerError):
+            detail = None
+        elif detail == NotFound.description:
+            detail = "nothing is served at this address"  # werkzeug's text gives advice on typing
+        return response(status, detail, headers=kept)
 
     @app.errorhandler(InvalidJob)
     def invalid_job(error: InvalidJob) -> Response:

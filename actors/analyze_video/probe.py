@@ -43,7 +43,7 @@ def open_media(source: str, *, max_pixels: int) -> InputContainer:
 
     Raises `Permanent`: `not_a_video`, `no_frames` (a video file of which nothing can be read), `too_many_pixels`.
     """
-    path = Path(source).absolute()
+    path = Path(source).absolute()  # which keeps a name such as `http:…` or `concat:…` a name
     path.stat()  # a missing file is the caller's mistake, and no fact about a video
     options = {
         "protocol_whitelist": "file",
@@ -59,8 +59,7 @@ def open_media(source: str, *, max_pixels: int) -> InputContainer:
     container = None
     try:
         with av.logging.Capture(local=False) as log:
-            # The prefix keeps a name such as `http:…` or `concat:…` a name.
-            container = av.open(f"file:{path}", metadata_errors="replace", options=options)
+            container = av.open(str(path), metadata_errors="replace", options=options)
     except av.error.MemoryError:
         raise
     except av.error.FFmpegError as err:

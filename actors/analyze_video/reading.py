@@ -205,6 +205,6 @@ class Reading:
         """The one sign of a GIF that was cut short: FFmpeg counts the pictures that are there, and says nothing."""
         if self.container.format.name != "gif":
             return False
-        with Path(self.container.name.removeprefix("file:")).open("rb") as file:
+        with Path(self.container.name).open("rb") as file:
             file.seek(-1, 2)
             return file.read() != b";"

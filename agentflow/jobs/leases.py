@@ -31,7 +31,8 @@ def renew(conn: Connection, worker: UUID, held: Sequence[Held], lease_s: float) 
     with conn.transaction():
         conn.execute("set local statement_timeout = '5s'")
         rows = conn.execute(
-            "select * from agentflow.heartbeat_1(%s, %s::uuid[], %s::integer[], %s::real[], %s::text[], make_interval(secs => %s))",
+            "select * from agentflow.heartbeat_1(%s, %s::uuid[], %s::integer[], %s::real[], %s::text[],"
+            " make_interval(secs => %s))",
             (
                 worker,
                 [h.job_id for h in held],

@@ -42,7 +42,7 @@ _STDERR_TAIL: Final = 4000
 def run(running: Running, target: str, arguments: dict[str, Any]) -> Any:
     """Run `target` for this job and return its result. Raises what it raised, Transient when it died, Stopped when killed."""
     read_fd, write_fd = os.pipe()
-    with tempfile.TemporaryFile() as stderr, open(read_fd, encoding="utf-8") as messages:
+    with tempfile.TemporaryFile() as stderr, os.fdopen(read_fd, encoding="utf-8") as messages:
         process = _spawn(target, write_fd, stderr)
         try:
             with running.killer(lambda: _kill(process)):

@@ -28,7 +28,7 @@ class _Request:
 
 
 class ClaimAbandoned(Exception):
-    """The process is stopping, or the database did not answer until it did: the message is not to be acknowledged."""
+    """The process is stopping, or the database did not answer until it did: the message is to be given back."""
 
 
 class Claimer(Loop):
@@ -114,7 +114,7 @@ class Claimer(Loop):
         return batch
 
     def _answer(self, jobs: Sequence[Job], started: float, *, rest: bool) -> None:
-        """Give the jobs to those who asked for them, heads of lines to anybody; with `rest` tell the others that there is none."""
+        """Give the jobs to those who asked for them, heads of lines to anybody; `rest`: tell the others that there is none."""
         by_id = {job.id: job for job in jobs}
         for request in list(self._batch):
             job = by_id.pop(request.job_id, None)

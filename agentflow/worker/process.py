@@ -59,6 +59,8 @@ class WorkerProcess:
     def declare_actors(self) -> None:
         """One Dramatiq actor per job type; all of them are the same wrapper around the registry's function."""
         for job_type in registry.every():
+            if job_type.name in self.broker.actors:
+                continue
             dramatiq.Actor(
                 self._handle,
                 actor_name=job_type.name,

@@ -34,6 +34,7 @@ logger = log.get(__name__)
 #: At the end of the grace the rest is killed and handed back; that takes a moment, too.
 _HAND_BACK_S: Final = 4.0
 _REPLACED_AT_MOST_EVERY_S: Final = 60.0
+_UNKNOWN_TYPE_S: Final = 30.0
 
 
 class Runtime:
@@ -180,7 +181,9 @@ class Runtime:
         try:
             running = self.claimer.claim(job_id)
         except ClaimAbandoned:
-            return  # not acknowledged: whoever gets it next may claim
+            message.given_back = True
+            self.give_back([message], 0.0)
+            return
         message.acknowledge()
         if running is None:
             metrics.message_dropped("not_claimable")
@@ -192,6 +195,10 @@ class Runtime:
     def run(self, running: Running) -> None:
         """Perform a claimed job and hand over its verdict."""
         job = running.job
+        if not registry.known(job.type):  # the head of a line, of a type that only newer workers know
+            verdict = Verdict(*running.key, "handback", delay_s=_UNKNOWN_TYPE_S, reason="unknown_type")
+            self.settler.put(Ended(verdict, running))
+            return
         with structlog.contextvars.bound_contextvars(job_id=str(job.id), job_type=job.type, attempt=job.attempt):
             metrics.job_started(job.type, job.queue, _pickup_s(running))
             try:

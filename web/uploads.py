@@ -1,0 +1,141 @@
+"""Uploads that go straight into storage, piece by piece: no temporary copy, a few pieces in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from flask import request
+from werkzeug.http import parse_options_header
+from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData, Preamble
+
+from agentflow.storage import Storage
+from web.problems import Refused, invalid
+
+PIECE_BYTES: Final = 256 << 10
+FIELD: Final = "file"
+#: Boundaries and headers of a form around the file itself.
+FORM_BYTES: Final = 64 << 10
+_MAX_PARTS: Final = 10
+#: RFC 2046, 5.1.1
+_BOUNDARY: Final = re.compile(r"[ -~]{1,70}")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A file that is whole in storage under `key`."""
+
+    key: str
+    filename: str | None
+    content_type: str | None
+    size_bytes: int
+
+
+def store_raw(
+    storage: Storage, filename: str | None, content_type: str, max_bytes: int, key_of: Callable[[str | None], str]
+) -> Stored:
+    """The whole body as the file. Whatever goes wrong, a caller who hangs up included, nothing is left."""
+    name, key = _clean(filename), key_of(_clean(filename))
+    with storage.writer(key, content_type=content_type) as writer:
+        for piece in pieces(max_bytes):
+            writer.write(piece)
+        if not writer.size:
+            raise Refused(400, "the body is missing: the video is expected")
+    return Stored(key, name, content_type, writer.size)
+
+
+def store_form(storage: Storage, max_bytes: int, key_of: Callable[[str | None], str]) -> Stored:
+    """The part `file` of a multipart/form-data body (RFC 7578); the form has no other part."""
+    boundary = parse_options_header(request.content_type)[1].get("boundary", "")
+    if not _BOUNDARY.fullmatch(boundary):
+        raise Refused(400, "multipart/form-data without a boundary")
+    parts = _Parts(boundary.encode(), max_bytes)
+    first = parts.next_part()
+    if first is None:
+        raise invalid(FIELD, "is missing")
+    name = _clean(first.filename)
+    content_type = first.headers.get("Content-Type", "application/octet-stream").partition(";")[0].strip()[:100]
+    key = key_of(name)
+    with storage.writer(key, content_type=content_type) as writer:
+        for piece in parts.data():
+            writer.write(piece)
+        if not writer.size:
+            raise invalid(FIELD, "is empty")
+        if parts.next_part() is not None:  # also reads to the end: a form that was cut off is none
+            raise invalid(FIELD, "is given more than once")
+    return Stored(key, name, content_type, writer.size)
+
+
+class _Parts:
+    """A form's parts, read as they come. werkzeug's own parser would write the file to a temporary one first."""
+
+    def __init__(self, boundary: bytes, max_bytes: int) -> None:
+        self._decoder = MultipartDecoder(boundary, max_parts=_MAX_PARTS)
+        self._pieces = pieces(max_bytes + FORM_BYTES)
+
+    def next_part(self) -> File | None:
+        """The next file; None at the end of the form."""
+        while True:
+            event = self._event()
+            if isinstance(event, Epilogue):
+                return None
+            if isinstance(event, Field) or (isinstance(event, File) and event.name != FIELD):
+                raise invalid(str(event.name)[:100], f"is not known here: the form has one part, the file {FIELD!r}")
+            if isinstance(event, File):
+                return event
+
+    def data(self) -> Iterator[bytes]:
+        more = True
+        while more:
+            event = self._event()
+            if not isinstance(event, Data):
+                raise Refused(400, "the form cannot be read")
+            yield event.data
+            more = event.more_data
+
+    def _event(self) -> Preamble | Field | File | Data | Epilogue:
+        try:
+            while isinstance(event := self._decoder.next_event(), NeedData):
+                self._decoder.receive_data(next(self._pieces, None))
+                # Data is handed on at once; what gathers is a header without an end.
+                if len(self._decoder.buffer) > PIECE_BYTES + FORM_BYTES:
+                    raise Refused(400, "the form cannot be read: a part's header has no end")
+        except (ValueError, AttributeError, LookupError) as error:
+            # Too few lines, no name, no UTF-8: the decoder trusts its input a little.
+            raise Refused(400, f"the form cannot be read: {error}") from None
+        return event  # type: ignore[return-value]  # the other events
+
+
+def pieces(max_bytes: int) -> Iterator[bytes]:
+    """The body. Raises Refused: 413 past the limit, 400 where it ended before its length, 408 where nothing came."""
+    expected = request.content_length
+    if expected is not None and expected > max_bytes:
+        raise _too_large(max_bytes)
+    size = 0
+    while True:
+        try:
+            piece = request.stream.read(PIECE_BYTES)
+        except (TimeoutError, BlockingIOError):
+            raise Refused(408, "nothing came for too long; nothing was kept", headers={"Connection": "close"}) from None
+        if not piece:
+            break
+        size += len(piece)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        yield piece
+    # gunicorn ends a body that was cut off like one that is whole.
+    if expected is not None and size < expected:
+        raise Refused(400, "the body ended before its Content-Length; nothing was kept")
+
+
+def _too_large(max_bytes: int) -> Refused:
+    return Refused(413, f"the body is larger than {max_bytes} bytes; nothing was kept")
+
+
+def _clean(filename: str | None) -> str | None:
+    """The last part of a name, as a browser or a person may show it."""
+    last = re.split(r"[/\\]", filename or "")[-1]
+    kept = "".join(c for c in last if c.isprintable()).strip()
+    return kept.encode(errors="ignore")[-200:].decode(errors="ignore") or None
