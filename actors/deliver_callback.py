@@ -6,9 +6,9 @@ import json
 from typing import Any
 from uuid import UUID
 
-from agentflow import fetch
+from agentflow import USER_AGENT
 from agentflow.errors import Permanent, Transient
-from agentflow.fetch import Guard
+from agentflow.fetch import Guard, post
 from agentflow.jobs import records
 from agentflow.jobs.registry import CRITICAL, Payload, job
 from agentflow.worker.running import JobContext
@@ -35,12 +35,13 @@ def deliver_callback(context: JobContext, payload: DeliverCallback) -> dict[str,
         "finished_at": job.finished_at.isoformat() if job.finished_at else None,
         "correlation_id": job.correlation_id,
     }
-    status = fetch.post(  # type: ignore
+    status = post(
         payload.url,
         json.dumps(body).encode(),
         headers={"Content-Type": "application/json", "Idempotency-Key": str(context.job.id)},
         guard=Guard(allow=context.system.settings.fetch_allow),
         timeout_s=30.0,
+        user_agent=USER_AGENT,
     )
     if status >= 500 or status in (408, 425, 429):
         raise Transient(f"the callback URL answered {status}", code="callback_refused")

@@ -16,7 +16,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
@@ -157,6 +157,35 @@ def download(
                 return Fetched(place.url, size, _content_type(answer), _filename(answer, place.url))
             place = _redirected(place, answer, guard)
     raise Permanent(f"{place.netloc} redirects more than {MAX_REDIRECTS} times", code="url_rejected")
+
+
+def post(
+    url: str,
+    body: bytes,
+    *,
+    guard: Guard,
+    timeout_s: float,
+    user_agent: str,
+    headers: Mapping[str, str],
+    connect_timeout_s: float = 10,
+) -> int:
+    """POST `body` to a user's `url` and return the answer's status; its text is not read, redirects are not followed.
+
+    Raises `FetchRefused`; `Permanent` with code url_tls; `Transient` with code url_timeout, url_unreachable or url_cut.
+    """
+    deadline = _Deadline(timeout_s, lambda: None)
+    timeouts = {"connect": connect_timeout_s, "read": timeout_s, "write": timeout_s, "pool": None}
+    place = _parse(url, guard)
+    backend = _GuardedBackend(guard, deadline, place.netloc)
+    question = [*_question(place, user_agent), ("Content-Length", str(len(body))), *headers.items()]
+    with (
+        _errors(place, deadline),
+        httpcore2.ConnectionPool(network_backend=backend, max_keepalive_connections=0) as pool,
+        pool.stream(
+            "POST", place.address, headers=question, content=body, extensions={"timeout": timeouts}
+        ) as response,
+    ):
+        return int(response.status)
 
 
 def _question(place: _Place, user_agent: str) -> list[tuple[str, str]]:

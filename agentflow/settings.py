@@ -146,6 +146,10 @@ class Settings(BaseModel):
             text = value.get_secret_value() if isinstance(value, SecretStr) else value
             if text is not None and urlsplit(text).scheme not in schemes:
                 raise SettingsError(name.upper(), f"must begin with {' or '.join(s + '://' for s in schemes)}")
+        for entry in self.fetch_allow:
+            host, _, port = entry.rpartition(":")
+            if not host or not port.isdigit():
+                raise SettingsError("FETCH_ALLOW", f"{entry!r} is not host:port")
         if self.admin_api_key is not None and len(self.admin_api_key.get_secret_value()) < 16:
             raise SettingsError("ADMIN_API_KEY", "must have at least 16 characters")
         return self

@@ -7,6 +7,7 @@ doubled parameters, no number where a text should be.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -22,7 +23,8 @@ from web.waiting import Seats
 
 #: A body of JSON. One job with its `then` jobs fits many times over; a batch names its own limit.
 MAX_JSON_BYTES: Final = 4 << 20
-#: Numbers longer than this are no numbers that any program meant (and Python refuses to print them from 4301 digits).
+#: Whole numbers longer than this are none that any program meant, and Python refuses to print them from 4301 digits on.
+#: Others that are too large (1e999) would become infinite, and null in the row.
 _MAX_DIGITS: Final = 1000
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -242,8 +244,8 @@ def _refuse_huge_numbers(value: Any) -> None:
             stack.extend(each.values())
         elif isinstance(each, list):
             stack.extend(each)
-        elif type(each) is int and abs(each) >> (_MAX_DIGITS * 4):
-            raise Refused(422, f"a number in the body has more than {_MAX_DIGITS} digits")
+        elif (type(each) is int and abs(each) >> (_MAX_DIGITS * 3)) or (type(each) is float and math.isinf(each)):
+            raise Refused(422, "a number in the body is too large to be kept")
 
 
 def _validated(validate: Callable[[], Model], where: str) -> Model:

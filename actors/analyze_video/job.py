@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from agentflow import fetch, videos
+from agentflow import USER_AGENT, fetch, videos
 from agentflow.errors import Permanent
 from agentflow.jobs.registry import Payload, job
 from agentflow.videos import Video
@@ -88,7 +88,7 @@ def _download(context: JobContext, video: Video, path: Path) -> Path:
             guard=fetch.Guard(allow=settings.fetch_allow),
             max_bytes=settings.upload_max_bytes,
             timeout_s=_DOWNLOAD_LIMIT_S,
-            user_agent="AgentFlow",
+            user_agent=USER_AGENT,
             report=report,
             should_stop=context.check,
         )

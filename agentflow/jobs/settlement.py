@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any
 from uuid import UUID
 
 from agentflow.database import Connection
-from agentflow.jobs.model import TERMINAL, Ring, Settled, State, Verdict
+from agentflow.jobs.model import TERMINAL, Ring, Settled, Verdict
 
 
 def settle(
@@ -33,16 +33,15 @@ def settle(
     return settled_from_rows(rows)
 
 
-def settled_from_rows(rows: Sequence[tuple[object, ...]]) -> Settled:
+def settled_from_rows(rows: Sequence[tuple[Any, ...]]) -> Settled:
     settled = Settled(states={})
     for kind, job_id, fence, state, queue, type_, priority in rows:
-        assert isinstance(job_id, UUID) and isinstance(fence, int)  # noqa: S101 - the function's columns
         if kind == "ring":
-            settled.rings.append(Ring(job_id, str(queue), str(type_), int(str(priority))))
+            settled.rings.append(Ring(job_id, queue, type_, priority))
             continue
-        settled.states[job_id, fence] = cast(State, state)
+        settled.states[job_id, fence] = state
         if state in TERMINAL:
-            settled.finished.append((job_id, str(queue), str(type_), cast(State, state)))
+            settled.finished.append((job_id, queue, type_, state))
     return settled
 
 
