@@ -136,6 +136,7 @@ create table agentflow.workers (
     busy smallint not null default 0,
     started_at timestamptz not null default clock_timestamp(),
     seen_at timestamptz not null default clock_timestamp(),
+    well_since timestamptz not null default clock_timestamp(),   -- its heartbeats have come without a gap since then
     stopped_at timestamptz
 ) with (fillfactor = 50);
 

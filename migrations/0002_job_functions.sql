@@ -267,8 +267,10 @@ begin
     where j.worker = p_worker and j.state = 'running' and j.id <> all (p_ids);
 end $$;
 
--- Takes jobs from workers whose leases ran out. One process at a time does it; see agentflow/worker/chores.py for who may.
-create function agentflow.rescue_1(p_limit integer, p_lease interval, p_max_crashes integer)
+-- Takes jobs from workers whose leases ran out. One process at a time does it, and only one whose own heartbeats came through
+-- for half a lease up to now, by the database's clock: after an outage of the database everybody's leases are over, and a
+-- rescue that was under way when it froze would take jobs from workers that live.
+create function agentflow.rescue_1(p_worker uuid, p_limit integer, p_lease interval, p_max_crashes integer)
 returns table (kind text, job_id uuid, job_fence integer, job_state text, job_queue text, job_type text, job_priority smallint)
 language plpgsql as $$
 declare
@@ -276,7 +278,10 @@ declare
     fences integer[];
     delays double precision[];
 begin
-    if not pg_try_advisory_xact_lock(hashtextextended('agentflow.rescue', 7)) then
+    if not pg_try_advisory_xact_lock(hashtextextended('agentflow.rescue', 7)) or not exists (
+        select from agentflow.workers where id = p_worker and stopped_at is null
+            and seen_at > clock_timestamp() - p_lease / 2 and well_since <= clock_timestamp() - p_lease / 2
+    ) then
         return;
     end if;
     select array_agg(x.id), array_agg(x.fence), array_agg(x.delay) into ids, fences, delays from (

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -21,7 +22,7 @@ import pytest
 from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector
 
-from actors.analyze_video import analysis, probe, shots
+from actors.analyze_video import analysis, shots
 from actors.analyze_video.pictures import SHEET_WIDTH, ContactSheet, sheet_tiles, time_code
 from actors.analyze_video.reading import Reading
 from agentflow.errors import Permanent
@@ -186,6 +187,16 @@ def test_a_stream_without_time_stamps_gets_those_of_its_rate(tmp_path: Path) -> 
 
     assert [(s["start_s"], s["end_s"]) for s in result["shots"]] == [(0, 1.2), (1.2, 2)]
     assert result["container"]["duration_s"] is None
+
+
+def test_time_goes_on_where_time_stamps_start_again(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "film.ts", film([30, 20]))
+    path.write_bytes(path.read_bytes() * 2)
+
+    result = analyze(path)
+
+    assert starts(result) == [0, 30, 50, 80]
+    assert [s["start_s"] for s in result["shots"]] == pytest.approx([0, 1.2, 2, 3.2])
 
 
 # Keyframes
@@ -520,10 +531,20 @@ def test_a_list_that_names_another_file_opens_nothing(tmp_path: Path, kind: str,
     assert refused(path).code == "not_a_video"
 
 
-@pytest.mark.parametrize("lists_let_in", [False, True])
-def test_a_list_that_names_an_address_calls_nobody(tmp_path: Path, monkeypatch: Any, lists_let_in: bool) -> None:
-    if lists_let_in:  # the second fence holds alone
-        monkeypatch.setattr(probe, "VIDEO_FORMATS", probe.VIDEO_FORMATS + ",hls,concat,sdp")
+def test_ffmpeg_may_use_no_protocol_but_that_of_files(tmp_path: Path, monkeypatch: Any) -> None:
+    # The second fence: no format that is let in opens other files or addresses, so that nothing of it can be seen.
+    options: dict[str, str] = {}
+    av_open = av.open
+    monkeypatch.setattr(av, "open", lambda *a, **k: (options.update(k["options"]), av_open(*a, **k))[1])
+    path = tmp_path / "film.mp4"
+    path.write_text("text")
+
+    refused(path)
+
+    assert options["protocol_whitelist"] == "file"
+
+
+def test_a_list_that_names_an_address_calls_nobody(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/a.ts"
@@ -717,15 +738,15 @@ def test_sound_that_outlasts_the_pictures_is_no_missing_end(tmp_path: Path, name
     assert analyze(path)["partial"] is False
 
 
-def test_sound_that_is_whole_does_not_hide_pictures_that_are_missing(tmp_path: Path) -> None:
-    # All sound first, then the pictures.
-    options = {"movflags": "faststart", "max_interleave_delta": "1"}
-    path = write_film(tmp_path / "film.mp4", film([100]), sound_s=5, options=options)
+def test_sound_that_is_whole_does_not_hide_pictures_that_are_missing() -> None:
+    container: Any = SimpleNamespace(start_time=0, format=SimpleNamespace(name="mov"))
+    stream: Any = SimpleNamespace(index=0, duration=100, time_base=Fraction(1, RATE))
+    reading = Reading(container, stream, max_pixels=1, frames=50, end_s=2.0)
+    reading._packets_end = {0: (50, Fraction(1, RATE)), 1: (4, Fraction(1))}
 
-    result = analyze(clips.cut_short(path, 0.7))
-
-    assert result["video"]["duration_s"] < 3.5
-    assert "of 4.00 s" in result["warnings"][0]
+    assert reading.warnings(4.0) == ["the file ends early: read up to 2.00 s of 4.00 s"]
+    stream.duration = None  # then the container's own is all there is, and the sound reaches it
+    assert reading.warnings(4.0) == []
 
 
 def test_an_error_of_the_container_ends_the_film_there(tmp_path: Path, monkeypatch: Any) -> None:

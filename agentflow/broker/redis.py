@@ -58,7 +58,7 @@ class BellBroker(RedisBroker):
         self.known: Callable[[str], bool] = lambda _: True
         self.give_back: Callable[[Sequence[DeliveredMessage], float], None] = lambda _messages, _delay_s: None
         self.on_cancel: Callable[[], None] = lambda: None
-        self.on_reconnect: Callable[[], None] = lambda: None
+        self.on_emptied: Callable[[], None] = lambda: None
         self._bells: dict[str, threading.Event] = {queue_name(prefix, q): threading.Event() for q in QUEUES}
         self._listening = threading.Event()
         self._closed = threading.Event()
@@ -150,12 +150,7 @@ class BellBroker(RedisBroker):
             try:
                 with self.client.pubsub(ignore_subscribe_messages=True) as pubsub:
                     pubsub.subscribe(self._channel)
-                    if not self.connected:
-                        self.connected = True
-                        if self.last_error is not None:
-                            self.reconnects += 1
-                            logger.info("Redis connection ready")
-                            self.on_reconnect()
+                    self._connected_again()
                     self._ring_all_bells()
                     while not self._closed.is_set():
                         message = pubsub.get_message(timeout=5.0)
@@ -168,6 +163,15 @@ class BellBroker(RedisBroker):
                     logger.warning("Redis connection lost", error=str(error))
                 self.connected, self.last_error = False, str(error)
                 self._closed.wait(_RECONNECT_S)
+
+    def _connected_again(self) -> None:
+        if self.last_error is not None and not self.connected:
+            self.reconnects += 1
+            logger.info("Redis connection ready")
+        self.connected = True
+        # Whoever sets the mark is the first to see a server that is new, or was emptied: its messages are gone.
+        if self.client.set(f"{self.namespace}:mark", self.broker_id, nx=True):
+            self.on_emptied()
 
     def _heard(self, what: str) -> None:
         if what == CANCEL:

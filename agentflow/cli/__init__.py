@@ -1,10 +1,10 @@
 """The command line, `agentflow`: the one place that knows web, actors and scheduler together; nothing imports it.
 
-agentflow.cli.commands   the commands and their options; each imports what it needs when it runs
-agentflow.cli.serve      `up`: web, worker and schedule in one process
-agentflow.cli.analyze    `analyze`: a video, over the HTTP API
-agentflow.cli.jobs       `jobs`, `queues`, `ping`
-agentflow.cli.doctor     `doctor`
+agentflow.cli.commands       the commands and their options; each imports what it needs when it runs
+agentflow.cli.serve          `up`: web, worker and schedule in one process
+agentflow.cli.video          `analyze`: a video, over the HTTP API (agentflow.cli.client)
+agentflow.cli.job_commands   `jobs`, `queues`, `ping`
+agentflow.cli.checkup        `doctor`
 """
 
 from agentflow.cli.commands import main

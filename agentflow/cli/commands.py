@@ -82,7 +82,9 @@ def up(host: str | None, port: int | None, announce: int | None) -> None:
 @click.argument("video", metavar="FILE|URL")
 @click.option("--url", "base", envvar="AGENTFLOW_URL", help="A running AgentFlow (its key: ADMIN_API_KEY).")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the pictures.  [default: ./agentflow-NAME]"
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the pictures.  [default: ./agentflow-NAME]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; pictures are fetched only with --out.")
 def analyze(video: str, base: str | None, out: Path | None, as_json: bool) -> None:
@@ -90,9 +92,9 @@ def analyze(video: str, base: str | None, out: Path | None, as_json: bool) -> No
 
     Uses the AgentFlow at --url, or the one that runs on this machine's home, or starts one for as long as it takes.
     """
-    from agentflow.cli import analyze
+    from agentflow.cli import video as videos
 
-    analyze.analyze(video, base, out, as_json)
+    videos.analyze(video, base, out, as_json)
 
 
 @cli.group(cls=_Group)
@@ -110,9 +112,9 @@ _STATES = ["queued", "running", "succeeded", "failed", "cancelled"]
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_jobs(state: str | None, type_: str | None, limit: int, as_json: bool) -> None:
     """The newest jobs."""
-    from agentflow.cli import jobs
+    from agentflow.cli import job_commands
 
-    jobs.list_jobs(state, type_, limit, as_json)
+    job_commands.list_jobs(state, type_, limit, as_json)
 
 
 @jobs.command("show")
@@ -120,27 +122,27 @@ def list_jobs(state: str | None, type_: str | None, limit: int, as_json: bool) -
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show_job(job: object, as_json: bool) -> None:
     """One job: its state, attempts, progress, result, and the jobs before and after it."""
-    from agentflow.cli import jobs
+    from agentflow.cli import job_commands
 
-    jobs.show(str(job), as_json)
+    job_commands.show(str(job), as_json)
 
 
 @jobs.command("cancel")
 @click.argument("job", metavar="ID", type=click.UUID)
 def cancel_job(job: object) -> None:
     """Cancel a queued job; stop a running one."""
-    from agentflow.cli import jobs
+    from agentflow.cli import job_commands
 
-    jobs.cancel(str(job))
+    job_commands.cancel(str(job))
 
 
 @jobs.command("retry")
 @click.argument("job", metavar="ID", type=click.UUID)
 def retry_job(job: object) -> None:
     """Try a failed or cancelled job again, as a new job."""
-    from agentflow.cli import jobs
+    from agentflow.cli import job_commands
 
-    jobs.retry(str(job))
+    job_commands.retry(str(job))
 
 
 @jobs.command("submit")
@@ -149,33 +151,35 @@ def retry_job(job: object) -> None:
 @click.option("--wait", is_flag=True, help="Wait for its end; exit 1 if it fails.")
 def submit_job(type_: str, payload: str, wait: bool) -> None:
     """Hand in a job, such as: agentflow jobs submit ping '{"sleep_ms": 100}'"""
-    from agentflow.cli import jobs
+    from agentflow.cli import job_commands
 
-    jobs.submit(type_, payload, wait)
+    job_commands.submit(type_, payload, wait)
 
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def queues(as_json: bool) -> None:
     """What waits and runs, by queue, and the workers that live."""
-    from agentflow.cli import jobs
+    from agentflow.cli import job_commands
 
-    jobs.queues(as_json)
+    job_commands.queues(as_json)
 
 
 @cli.command()
-@click.option("--count", type=click.IntRange(1, 10_000), default=5, show_default=True, help="How many, one after the other.")
+@click.option(
+    "--count", type=click.IntRange(1, 10_000), default=5, show_default=True, help="How many, one after the other."
+)
 @click.option("--timeout", type=click.FloatRange(0.1, 3600), default=10.0, show_default=True, help="Seconds for each.")
 def ping(count: int, timeout: float) -> None:
     """Send ping jobs through the whole system and say how long each took."""
-    from agentflow.cli import jobs
+    from agentflow.cli import job_commands
 
-    jobs.ping(count, timeout)
+    job_commands.ping(count, timeout)
 
 
 @cli.command()
 def doctor() -> None:
     """Check settings, servers, schema, storage, disk and clock, and say what to do about what is wrong."""
-    from agentflow.cli import doctor
+    from agentflow.cli import checkup
 
-    doctor.doctor()
+    checkup.doctor()

@@ -36,7 +36,9 @@ def explained(error: Exception) -> Failure | None:
     from agentflow.database import Unavailable
 
     if isinstance(error, Unavailable):
-        return Failure(f"the database cannot be reached ({one_line(error)}); `agentflow doctor` says more", CANNOT_START)
+        return Failure(
+            f"the database cannot be reached ({one_line(error)}); `agentflow doctor` says more", CANNOT_START
+        )
     from agentflow.storage import StorageError
 
     if isinstance(error, StorageError):

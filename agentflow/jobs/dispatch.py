@@ -31,8 +31,15 @@ def take_back(conn: Connection, ids: Sequence[UUID], delay_s: float) -> None:
     )
 
 
-def ring_everything_again(conn: Connection, limit: int = 10_000) -> int:
+def ring_everything_again(conn: Connection, batch: int = 5_000) -> int:
     """Bring forward the next ring of every job that was sent: the broker is a new or an emptied one. Returns how many."""
+    rung = 0
+    while done := _ring_some_again(conn, batch):
+        rung += done
+    return rung
+
+
+def _ring_some_again(conn: Connection, limit: int) -> int:
     return conn.execute(
         "with picked as materialized (select id from agentflow.jobs where state = 'queued' and sent_at is not null"
         " order by id limit %s for update skip locked)"

@@ -45,22 +45,30 @@ def renew(conn: Connection, worker: UUID, held: Sequence[Held], lease_s: float) 
     return {(row[0], row[1]): row[2] for row in rows}
 
 
-def rescue(conn: Connection, *, limit: int, lease_s: float, max_crashes: int) -> Settled:
-    """Take jobs whose leases ran out, unless another process is at it: back to queued, or failed after too many crashes."""
+def rescue(conn: Connection, worker: UUID, *, limit: int, lease_s: float, max_crashes: int) -> Settled:
+    """Take jobs whose leases ran out: back to queued, or failed after too many crashes.
+
+    Nothing is taken while another process is at it, or unless this worker's own heartbeats came through for half a lease.
+    """
     rows = conn.execute(
-        "select * from agentflow.rescue_1(%s, make_interval(secs => %s), %s)", (limit, lease_s, max_crashes)
+        "select * from agentflow.rescue_1(%s, %s, make_interval(secs => %s), %s)", (worker, limit, lease_s, max_crashes)
     ).fetchall()
     return settled_from_rows(rows)
 
 
-def announce_worker(conn: Connection, worker: UUID, facts: dict[str, Any]) -> None:
-    """Write or refresh the worker's row: kind, host, pid, version, queues, threads, demand, memory_bytes, busy."""
+def announce_worker(conn: Connection, worker: UUID, facts: dict[str, Any], *, lease_s: float) -> None:
+    """Write or refresh the worker's row: kind, host, pid, version, queues, threads, demand, memory_bytes, busy.
+
+    A gap of more than half a lease since the last time starts `well_since` anew.
+    """
     conn.execute(
         "insert into agentflow.workers as w (id, kind, host, pid, version, queues, threads, demand, memory_bytes, busy)"
         " values (%(id)s, %(kind)s, %(host)s, %(pid)s, %(version)s, %(queues)s, %(threads)s, %(demand)s, %(memory_bytes)s,"
         " %(busy)s) on conflict (id) do update set demand = excluded.demand, memory_bytes = excluded.memory_bytes,"
-        " busy = excluded.busy, seen_at = clock_timestamp()",
-        {**facts, "id": worker, "demand": Jsonb(facts["demand"])},
+        " busy = excluded.busy, seen_at = clock_timestamp(), well_since = case"
+        " when w.seen_at < clock_timestamp() - make_interval(secs => %(lease)s / 2) then clock_timestamp()"
+        " else w.well_since end",
+        {**facts, "id": worker, "lease": lease_s, "demand": Jsonb(facts["demand"])},
     )
 
 

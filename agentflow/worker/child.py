@@ -67,7 +67,7 @@ def _spawn(target: str, write_fd: int, stderr: IO[bytes]) -> subprocess.Popen[by
     environment["AGENTFLOW_CHILD"] = str(os.getpid())  # the parent: see actors/__init__.py and _die_with_parent
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "agentflow.worker.child", target, str(write_fd)],
+            [sys.executable, "-P", "-m", "agentflow.worker.child", target, str(write_fd)],
             stdin=subprocess.PIPE,
             stdout=stderr,
             stderr=stderr,

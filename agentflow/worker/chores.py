@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from typing import Final
+from uuid import UUID
 
 from agentflow import log
 from agentflow.database import BoundedConnection, Database
@@ -42,28 +43,28 @@ class Relay(Loop):
 
 
 class Rescue(Loop):
-    """Takes jobs whose leases ran out. Only while `allowed()`: see Heart.stable."""
+    """Takes jobs whose leases ran out. agentflow.rescue_1 says who may."""
 
     def __init__(
         self,
         database: Database,
+        worker: UUID,
         *,
         lease_s: float,
         max_crashes: int,
-        allowed: Callable[[], bool],
         after: Callable[[Settled], None],
     ) -> None:
         super().__init__("rescue", database)
         self._lease_s = lease_s
         self._max_crashes = max_crashes
-        self._allowed = allowed
+        self._worker = worker
         self._after = after
 
     def step(self, conn: BoundedConnection) -> float:
         pause_s = min(5.0, self._lease_s / 6) * random.uniform(0.8, 1.2)
-        if not self._allowed():
-            return pause_s
-        settled = leases.rescue(conn, limit=_RESCUE_BATCH, lease_s=self._lease_s, max_crashes=self._max_crashes)
+        settled = leases.rescue(
+            conn, self._worker, limit=_RESCUE_BATCH, lease_s=self._lease_s, max_crashes=self._max_crashes
+        )
         if settled.states:
             logger.warning(
                 "rescued jobs of a worker that fell silent",

@@ -20,8 +20,7 @@ _SKIPPED_AGAIN_S = 0.5
 
 
 class Heart(Loop):
-    """`stable` says whether this process may take other workers' jobs: its own heartbeats went through for half a lease, so
-    the database was not away for everybody."""
+    """One step renews all leases, tells the jobs what the database answered, and refreshes the worker's row."""
 
     def __init__(
         self,
@@ -45,23 +44,13 @@ class Heart(Loop):
         self._unsure_of = unsure_of
         self._hand_back = hand_back
         self._beat = beat
-        self._well_since: float | None = None
         self._orphans: set[tuple[UUID, int]] = set()
-
-    @property
-    def stable(self) -> bool:
-        return self._well_since is not None and time.monotonic() - self._well_since >= self._lease_s / 2
-
-    def failed(self, error: Exception) -> None:
-        self._well_since = None
 
     def step(self, conn: BoundedConnection) -> float:
         started = time.monotonic()
         running = {r.key: r for r in self._held()}
         answers = leases.renew(conn, self._worker, [self._as_held(r) for r in running.values()], self._lease_s)
-        leases.announce_worker(conn, self._worker, self._facts())
-        if self._well_since is None:
-            self._well_since = time.monotonic()
+        leases.announce_worker(conn, self._worker, self._facts(), lease_s=self._lease_s)
         skipped = False
         orphans = set()
         for key, answer in answers.items():

@@ -123,10 +123,19 @@ class WorkerProcess:
         self.runtime.handle(cast(DeliveredMessage, message))
 
 
+_lent: WorkerProcess | None = None
+
+
+def lend(worker: WorkerProcess) -> None:
+    """Before the package of actors is imported: make it take this worker, whose process and system it shares with others."""
+    global _lent
+    _lent = worker
+
+
 def make_global() -> WorkerProcess:
     """The worker that `dramatiq` finds when it imports the package of actors. Exits with 2 and one line on wrong settings."""
     try:
-        made = WorkerProcess(System(settings.current(), "worker"))
+        made = _lent or WorkerProcess(System(settings.current(), "worker"))
     except settings.SettingsError as error:
         print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - before there is a log
         raise SystemExit(2) from None

@@ -90,9 +90,9 @@ class Runtime:
         )
         self.rescue = Rescue(
             system.database,
+            self.id,
             lease_s=lease_s,
             max_crashes=crashes,
-            allowed=lambda: self.heart.stable and not self.draining,
             after=self._after_rescue,
         )
         self.watchdog = Watchdog(
@@ -111,7 +111,7 @@ class Runtime:
         broker.known = registry.known
         broker.give_back = self.give_back
         broker.on_cancel = self.heart.wake
-        broker.on_reconnect = self.relay.wake
+        broker.on_emptied = self._ring_everything_again
         for part in (self.heart, self.claimer, self.settler, self.relay, self.rescue, self.watchdog):
             part.start()
         logger.info("worker ready", worker=str(self.id), threads=self.threads, queues=",".join(self.queues))
@@ -292,6 +292,16 @@ class Runtime:
                 dispatch.take_back(conn, ids, delay_s)
         except Unavailable:
             logger.debug("rings not taken back: the relay finds them when they are due", rings=len(ids))
+
+    def _ring_everything_again(self) -> None:
+        """The broker is a new or an emptied one: whatever was sent to its predecessor is due now."""
+        try:
+            with self.system.database.connection() as conn:
+                if rung := dispatch.ring_everything_again(conn):
+                    logger.warning("the broker has lost its messages: ringing again", jobs=rung)
+        except Unavailable:
+            logger.debug("not rung again: the relay finds the jobs when they are due")
+        self.relay.wake()
 
     def _enter(self, message: DeliveredMessage) -> bool:
         """Whether there is room for one more of its type and class. One thread in four is kept for critical jobs."""

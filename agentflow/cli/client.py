@@ -1,0 +1,105 @@
+"""The HTTP API as the command line needs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote, urlencode, urljoin, urlsplit
+
+import httpx2 as httpx
+
+from agentflow.cli.errors import Failure
+
+_PIECE_BYTES: Final = 1 << 20
+_TIMEOUT: Final = httpx.Timeout(connect=10.0, read=60.0, write=60.0, pool=10.0)
+
+
+class Client:
+    """Every method raises Failure with a sentence for people."""
+
+    def __init__(self, base: str, key: str) -> None:
+        if urlsplit(base).scheme not in ("http", "https") or not urlsplit(base).hostname:
+            raise Failure(f"{base!r} is not the URL of an AgentFlow, such as http://127.0.0.1:8000")
+        self.base = base.rstrip("/")
+        # A proxy of the environment is none of this machine's own addresses' business.
+        local = urlsplit(base).hostname in ("127.0.0.1", "::1", "localhost")
+        self._http = httpx.Client(
+            headers={"Authorization": f"Bearer {key}"}, timeout=_TIMEOUT, trust_env=not local, follow_redirects=False
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def upload(self, path: Path, sent: Callable[[int], None]) -> str:
+        """Send a file as the body; returns the video's id. `sent` is called with the bytes sent so far."""
+        total = path.stat().st_size
+
+        def pieces() -> Iterator[bytes]:
+            done = 0
+            with path.open("rb") as file:
+                while piece := file.read(_PIECE_BYTES):
+                    yield piece
+                    done += len(piece)
+                    sent(done)
+
+        query = urlencode({"filename": path.name[-255:]})
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(total)}
+        answer = self._ask("POST", f"/api/videos?{query}", content=pieces(), headers=headers)
+        return str(answer["video_id"])
+
+    def analyze(self, request: dict[str, str]) -> str:
+        """Returns the task's id, which is the job's."""
+        return str(self._ask("POST", "/api/videos/analyze", json=request)["task_id"])
+
+    def status(self, task: str) -> dict[str, Any]:
+        return self._ask("GET", f"/api/videos/task/{quote(task)}/status")
+
+    def cancel(self, job: str) -> None:
+        self._ask("POST", f"/api/jobs/{quote(job)}/cancel")
+
+    def download(self, link: str, path: Path) -> None:
+        """A link of a result, into a file that is whole or not there."""
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with self._http.stream("GET", urljoin(self.base + "/", link)) as answer:
+                if answer.status_code != 200:
+                    answer.read()
+                    raise _refused(answer, link)
+                with new.open("wb") as file:
+                    for piece in answer.iter_bytes(_PIECE_BYTES):
+                        file.write(piece)
+            new.replace(path)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        finally:
+            new.unlink(missing_ok=True)
+
+    def _ask(self, method: str, path: str, **more: Any) -> dict[str, Any]:
+        try:
+            answer = self._http.request(method, self.base + path, **more)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if answer.status_code >= 300:
+            raise _refused(answer, path)
+        try:
+            found = answer.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise Failure(f"{self.base} answers, but not as an AgentFlow does: is the URL right?")
+        return found
+
+    def _unreachable(self, error: Exception) -> Failure:
+        return Failure(f"{self.base} does not answer ({error or type(error).__name__})")
+
+
+def _refused(answer: httpx.Response, path: str) -> Failure:
+    if answer.status_code == 401:
+        return Failure("the key was refused: set ADMIN_API_KEY to the operator's key of that AgentFlow")
+    try:
+        said = answer.json()["detail"]
+    except (ValueError, KeyError, TypeError):
+        said = f"{path.partition('?')[0]} answered {answer.status_code} {answer.reason_phrase}"
+    return Failure(str(said))

@@ -1,0 +1,334 @@
+"""What the tests of the job core share: jobs made without types, time that passes by command, checks of the invariants in SQL,
+statements that wait in the background, and mutations of the core's code."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.rows import namedtuple_row
+from uuid6 import uuid7
+
+from agentflow.jobs import claims, intake, records, settlement
+from agentflow.jobs.intake import NewJob, Prepared
+from agentflow.jobs.model import Job, Outcome, Settled, State, Verdict
+
+T = TypeVar("T")
+ORGANIZATION = 1
+LEASE_S = 30.0
+MAX_CRASHES = 3
+
+
+# ---- jobs ----
+
+
+def prepared(
+    *,
+    key: str | None = None,
+    slots: int = 1,
+    queue: str = "default",
+    priority: int = 1,
+    run_at: datetime | None = None,
+    max_attempts: int = 5,
+    callback_url: str | None = None,
+    then: Sequence[dict[str, Any]] = (),
+    idempotency_key: str | None = None,
+    payload: str = "{}",
+) -> Prepared:
+    """A checked request as intake makes it, of a type that exists nowhere."""
+    new = NewJob("test", {}, run_at=run_at, callback_url=callback_url, idempotency_key=idempotency_key)
+    return Prepared(
+        id=UUID(int=uuid7().int),
+        new=new,
+        queue=queue,
+        priority=priority,
+        payload=payload,
+        max_attempts=max_attempts,
+        time_limit_s=60.0,
+        concurrency=(key, slots) if key else None,
+        then_jobs=json.dumps(list(then)) if then else None,
+        request_hash=payload.encode(),
+    )
+
+
+def child(*, callback_url: str | None = None, then: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """A `then` job as it stands in its parent's row."""
+    return {
+        "id": str(uuid7()),
+        "type": "test",
+        "queue": "default",
+        "priority": 1,
+        "payload": {},
+        "max_attempts": 5,
+        "time_limit_s": 60.0,
+        "callback_url": callback_url,
+        "then": list(then) or None,
+    }
+
+
+def submit(conn: psycopg.Connection, organization_id: int = ORGANIZATION, **request: Any) -> Job:
+    return intake.submit(conn, organization_id, prepared(**request)).job
+
+
+def claim(conn: psycopg.Connection, worker: UUID, *wanted: Job | UUID, lease_s: float = LEASE_S) -> list[Job]:
+    """Claim as a worker does: what has a key in a statement of its own."""
+    found, keyed = claims.claim(conn, [w.id if isinstance(w, Job) else w for w in wanted], worker, lease_s)
+    return found + (claims.claim_keyed(conn, keyed, worker, lease_s) if keyed else [])
+
+
+def claimed(conn: psycopg.Connection, worker: UUID | None = None, **request: Any) -> Job:
+    """A new job that runs."""
+    (job,) = claim(conn, worker or uuid4(), submit(conn, **request))
+    return job
+
+
+def verdict(job: Job, outcome: Outcome = "succeeded", delay_s: float = 0.0, **more: Any) -> Verdict:
+    return Verdict(job.id, job.fence, outcome, delay_s=delay_s, **more)
+
+
+def settle(conn: psycopg.Connection, worker: UUID | None, *verdicts: Verdict) -> Settled:
+    assert worker is not None
+    return settlement.settle(conn, verdicts, worker, lease_s=LEASE_S, max_crashes=MAX_CRASHES)
+
+
+def finish(conn: psycopg.Connection, job: Job, outcome: Outcome = "succeeded", delay_s: float = 0.0) -> State | None:
+    """Write a job's end as its worker. None: it came too late."""
+    return settle(conn, job.worker, verdict(job, outcome, delay_s)).states.get((job.id, job.fence))
+
+
+def read(conn: psycopg.Connection, job: Job | UUID) -> Job:
+    found = records.get(conn, None, job.id if isinstance(job, Job) else job)
+    assert found is not None
+    return found
+
+
+def column(conn: psycopg.Connection, job: Job | UUID, name: str) -> Any:
+    query = sql.SQL("select {} from agentflow.jobs where id = %s").format(sql.Identifier(name))
+    return value(conn, query, job.id if isinstance(job, Job) else job)
+
+
+def whole_row(conn: psycopg.Connection, job: Job | UUID) -> dict[str, Any] | None:
+    id_ = job.id if isinstance(job, Job) else job
+    found = conn.execute("select to_jsonb(j) from agentflow.jobs j where id = %s", (id_,)).fetchone()
+    return found[0] if found else None
+
+
+def value(conn: psycopg.Connection, query: Any, *parameters: Any) -> Any:
+    row = conn.execute(query, parameters or None).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def rows(conn: psycopg.Connection, query: str, *parameters: Any) -> list[Any]:
+    with conn.cursor(row_factory=namedtuple_row) as cursor:
+        return cursor.execute(query, parameters or None).fetchall()
+
+
+PASS_TIME = """
+update agentflow.jobs set lease_until = lease_until - d, run_at = run_at - d, wake_at = wake_at - d, sent_at = sent_at - d,
+    started_at = started_at - d, finished_at = finished_at - d, created_at = created_at - d
+from (select make_interval(secs => %s) as d) t
+"""
+
+
+def pass_time(conn: psycopg.Connection, seconds: float) -> None:
+    """Let so much time pass for all jobs, without waiting for it: every time in them is moved into the past."""
+    conn.execute(PASS_TIME, (seconds,))
+
+
+# ---- the invariants, as far as they can be read from the rows ----
+
+AUDIT = """
+create schema if not exists audit;
+create table audit.changes (n bigserial primary key, id uuid, old_state text, new_state text, old_fence integer,
+    new_fence integer);
+create function audit.note() returns trigger language plpgsql as $$ begin
+    insert into audit.changes (id, old_state, new_state, old_fence, new_fence)
+    values (new.id, old.state, new.state, old.fence, new.fence);
+    return null;
+end $$;
+create trigger note after update on agentflow.jobs for each row
+    when (old.state is distinct from new.state or old.fence is distinct from new.fence
+        or old.finished_at is null and new.finished_at is not null or old.worker is distinct from new.worker)
+    execute function audit.note();
+create index on audit.changes (id);
+"""
+
+
+def audit(conn: psycopg.Connection) -> None:
+    """From now on each change of a job's state, fence or holder is written down."""
+    conn.execute(AUDIT)
+
+
+_BROKEN = {
+    "1 a state left by an edge that does not exist": """
+        select id from audit.changes where (old_state, new_state) not in (('queued', 'running'), ('queued', 'cancelled'),
+            ('running', 'queued'), ('running', 'succeeded'), ('running', 'failed'), ('running', 'cancelled'))""",
+    "2 more than one end": """
+        select id from audit.changes where new_state in ('succeeded', 'failed', 'cancelled') group by id having count(*) > 1""",
+    "3 a fence that moved otherwise than by one at a claim": """
+        select id from audit.changes where new_fence - old_fence <> (old_state = 'queued' and new_state = 'running')::integer""",
+    "4 columns that contradict the state": """
+        select id from agentflow.jobs where (state = 'running') <> (worker is not null)
+            or (state = 'running') <> (lease_until is not null) or (state = 'queued') <> (wake_at is not null)
+            or (state in ('succeeded', 'failed', 'cancelled')) <> (finished_at is not null)
+            or (state = 'running' and concurrency_key is not null) <> (slot is not null)
+            or state <> 'queued' and (sent_at is not null or wait_reason is not null)""",
+    "5 a waiting row that is not rung within five minutes of being due": """
+        select id from agentflow.jobs where state = 'queued'
+            and (not isfinite(wake_at) or wake_at > greatest(run_at, clock_timestamp()) + interval '300.1 s')""",
+    "6 more running jobs of a key than it has slots": """
+        select min(j.id::text)::uuid as id from agentflow.jobs j join agentflow.concurrency_keys k on k.key = j.concurrency_key
+        where j.state = 'running' group by k.key, k.slots
+        having count(*) > k.slots or count(distinct j.slot) <> count(*) or max(j.slot) >= k.slots""",
+    "7 attempts that do not count the claims": """
+        select j.id from agentflow.jobs j where j.fence - (j.state = 'running')::integer <>
+            (select count(*) from agentflow.job_attempts a where a.job_id = j.id)""",
+    "8 an attempt or a crash beyond the budget": """
+        select id from agentflow.jobs where attempt not between 0 and max_attempts
+            or state = 'queued' and (attempt >= max_attempts or crashes >= 3) or attempt > fence""",
+    "9 a callback missing or too much": """
+        select j.id from agentflow.jobs j where (j.finished_at is not null and j.callback_url is not null)::integer <>
+            (select count(*) from agentflow.jobs c where c.parent_id = j.id and c.type = 'deliver_callback')""",
+    "9 a next job missing or too much": """
+        select j.id from agentflow.jobs j where j.then_jobs is not null
+            and (j.state = 'succeeded')::integer * jsonb_array_length(j.then_jobs) <>
+            (select count(*) from agentflow.jobs c where c.parent_id = j.id and c.type <> 'deliver_callback')""",
+    "9 a batch that miscounts": """
+        select b.id from agentflow.batches b left join agentflow.jobs j on j.batch_id = b.id group by b.id
+        having b.succeeded <> count(*) filter (where j.state = 'succeeded')
+            or b.failed <> count(*) filter (where j.state = 'failed')
+            or b.cancelled <> count(*) filter (where j.state = 'cancelled')""",
+    "14 a cancelled job that waits": """
+        select id from agentflow.jobs where state = 'queued' and cancel_requested""",
+}
+BROKEN = " union all ".join(f"select '{name}', id from ({query}) x" for name, query in _BROKEN.items())  # noqa: S608
+
+
+def broken(conn: psycopg.Connection) -> list[tuple[str, UUID]]:
+    """Which invariants do not hold now, and for which job. Needs `audit`."""
+    return conn.execute(BROKEN).fetchall()
+
+
+# ---- two at once ----
+
+
+class Background(Generic[T]):
+    """A call on a connection of its own that may have to wait for a lock, in a thread."""
+
+    def __init__(self, conn: psycopg.Connection, call: Callable[[psycopg.Connection], T]) -> None:
+        self._pid = conn.info.backend_pid
+        self._outcome: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(conn, call), daemon=True)
+        self._thread.start()
+
+    def _run(self, conn: psycopg.Connection, call: Callable[[psycopg.Connection], T]) -> None:
+        try:
+            self._outcome.append(call(conn))
+        except BaseException as error:  # noqa: BLE001 - raised again by result()
+            self._error = error
+
+    def waits(self, watcher: psycopg.Connection) -> bool:
+        """Whether it waits for a lock of somebody else; waits itself until that is known."""
+        while self._thread.is_alive():
+            if value(watcher, "select cardinality(pg_blocking_pids(%s)) > 0", self._pid):
+                return True
+            time.sleep(0.002)
+        return False
+
+    def result(self, timeout_s: float = 10.0) -> T:
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), "it still waits"
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """Run the calls in threads that start at the same moment; their results in order. Raises the first error."""
+    barrier = threading.Barrier(len(calls))
+    outcomes: list[Any] = [None] * len(calls)
+    errors: list[BaseException] = []
+
+    def run(index: int, call: Callable[[], Any]) -> None:
+        barrier.wait()
+        try:
+            outcomes[index] = call()
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i, call), daemon=True) for i, call in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    if errors:
+        raise errors[0]
+    return outcomes
+
+
+@contextmanager
+def row_locked(conn: psycopg.Connection, *jobs: Job) -> Iterator[None]:
+    """Somebody else looks at these rows with a lock, for as long as the block runs."""
+    with conn.transaction():
+        conn.execute("select from agentflow.jobs where id = any (%s) order by id for update", ([j.id for j in jobs],))
+        yield
+
+
+def lockable(conn: psycopg.Connection, *jobs: Job) -> list[UUID]:
+    """Which of these rows nobody has locked."""
+    query = "select id from agentflow.jobs where id = any (%s) for update skip locked"
+    return [row[0] for row in conn.execute(query, ([j.id for j in jobs],)).fetchall()]
+
+
+# ---- mutations ----
+
+
+def mutate_function(conn: psycopg.Connection, name: str, *changes: tuple[str, str]) -> None:
+    """Replace text in a function of the schema; each text must be there."""
+    text = value(
+        conn,
+        "select pg_get_functiondef(p.oid) from pg_proc p join pg_namespace n on n.oid = p.pronamespace"
+        " where n.nspname = 'agentflow' and p.proname = %s",
+        name,
+    )
+    conn.execute(_changed(text, changes, name).encode())
+
+
+def mutate_text(patch: pytest.MonkeyPatch, module: ModuleType, name: str, *changes: tuple[str, str]) -> None:
+    """Replace text in a module's string, such as the statement of the claim."""
+    patch.setattr(module, name, _changed(getattr(module, name), changes, name))
+
+
+def mutate_code(patch: pytest.MonkeyPatch, owner: Any, name: str, *changes: tuple[str, str]) -> None:
+    """Replace text in the source of a function of a module, or of a method of a class."""
+    function = getattr(owner, name)
+    source = _changed(textwrap.dedent(inspect.getsource(function)), changes, name)
+    namespace: dict[str, Any] = {}
+    code = compile("from __future__ import annotations\n" + source, f"<mutated {name}>", "exec")
+    exec(code, function.__globals__, namespace)  # noqa: S102 - our own source
+    patch.setattr(owner, name, namespace[name])
+
+
+def _changed(text: str, changes: Sequence[tuple[str, str]], name: str) -> str:
+    for old, new in changes:
+        # As many blanks and line ends as there are: a mutation does not depend on the layout.
+        pattern = r"\s+".join(re.escape(word) for word in old.split())
+        text, times = re.subn(pattern, lambda _, new=new: new, text)
+        assert times, f"{name} has no {old!r}: the mutation tests nothing"
+    return text
