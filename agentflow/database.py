@@ -21,7 +21,7 @@ Connection = psycopg.Connection[Any]
 
 ANSWER_TIMEOUT_S: Final = 30.0
 CONNECT_TIMEOUT_S: Final = 5
-POOL_TIMEOUT_S: Final = 5.0
+POOL_TIMEOUT_S: Final = 4.0
 
 #: What is raised when the database is not there, as opposed to a statement that is wrong.
 Unavailable = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
@@ -79,6 +79,9 @@ class Database:
                 max_size=self._pool_size,
                 timeout=POOL_TIMEOUT_S,
                 num_workers=1,
+                # The default, 300 s of growing pauses, finds a server that was away for a minute a minute late.
+                # After giving up the pool tries anew when somebody asks.
+                reconnect_timeout=3.0,
                 check=_refuse_closed,
                 open=True,
                 name="agentflow",
@@ -109,4 +112,5 @@ def _refuse_closed(conn: BoundedConnection) -> None:
     poll = select.poll()
     poll.register(conn.pgconn.socket, select.POLLIN | select.POLLERR | select.POLLHUP)
     if poll.poll(0):
+        conn.close()  # or the pool takes it back for a good one, and offers it again and again
         raise psycopg.OperationalError("the server closed the connection while it was idle")

@@ -41,6 +41,8 @@ class Publisher:
         self._broker = broker
         self._live = live
         self._database = database
+        #: Who takes rings back later, when the database is away, too. Without one the relay finds them when they are due.
+        self.take_back_later: Callable[[Sequence[UUID]], None] = lambda _ids: None
         self._queue: queue.Queue[Ring | Finished | tuple[UUID, Progress] | Callable[[], None]] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -120,6 +122,6 @@ class Publisher:
                 with self._database.connection() as conn:
                     dispatch.take_back(conn, [ring.job_id for ring in rings], delay_s)
             except Unavailable:
-                logger.debug("rings not taken back: the relay finds them when they are due", rings=len(rings))
+                self.take_back_later([ring.job_id for ring in rings])
         if not self._closing.is_set():
             time.sleep(min(2.0, 0.05 * 2.0 ** min(self._failures, 6)))

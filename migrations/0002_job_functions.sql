@@ -61,8 +61,9 @@ begin
         ) h
     ), taken as materialized (
         select heads.id, free.slot from heads join free on free.key = heads.key and free.n = heads.n
-    ), locked as materialized (
-        select j.id from agentflow.jobs j join taken on taken.id = j.id where j.state || '' = 'queued' order by j.id for update of j
+    ), locked as materialized (                       -- with those parked below: one pass, in one order
+        select j.id from agentflow.jobs j where j.id = any (p_ids || array(select taken.id from taken))
+        and j.state || '' = 'queued' and j.concurrency_key = any (keys) order by j.id for update
     )
     update agentflow.jobs j set state = 'running', attempt = j.attempt + 1, fence = j.fence + 1, worker = p_worker,
         slot = taken.slot, lease_until = clock_timestamp() + p_lease, started_at = clock_timestamp(),
@@ -71,14 +72,20 @@ begin
     where j.id = taken.id and locked.id = taken.id and j.state || '' = 'queued' and j.run_at <= clock_timestamp()
     returning j.*;
 
-    -- Asked for and not taken: parked without a message, with a safety time in case the wake-up is lost with its process.
+    -- Asked for and not taken: parked without a message, with a safety time in case the wake-up is lost with its process. While
+    -- a slot is free the relay rings at once: a younger job's message came first and took the head of the line.
     with locked as materialized (
         select id from agentflow.jobs
         where id = any (p_ids) and state || '' = 'queued' and concurrency_key = any (keys) and run_at <= clock_timestamp()
         order by id for update
+    ), busy as materialized (
+        select k.key from agentflow.concurrency_keys k where k.key = any (keys)
+        and k.slots <= (select count(*) from agentflow.jobs r where r.concurrency_key = k.key and r.state = 'running')
     )
-    update agentflow.jobs j set wait_reason = 'busy', sent_at = null, sends = 0,
-        wake_at = clock_timestamp() + interval '60 s' * (1 + random())
+    update agentflow.jobs j set sent_at = null, sends = 0,
+        wait_reason = case when j.concurrency_key in (select key from busy) then 'busy' end,
+        wake_at = clock_timestamp()
+            + case when j.concurrency_key in (select key from busy) then interval '60 s' * (1 + random()) else interval '0' end
     from locked where j.id = locked.id and j.state || '' = 'queued';
 end $$;
 
@@ -177,8 +184,9 @@ begin
         select distinct on (v.id, v.fence) v.*
         from unnest(p_ids, p_fences, p_outcomes, p_delays, p_reasons, p_results, p_errors)
             v(id, fence, outcome, delay, reason, result, error)
-    ), locked as materialized (
-        select j.id from agentflow.jobs j join verdicts v on v.id = j.id and v.fence = j.fence
+    ), locked as materialized (                       -- the row as it is under the lock, not as the snapshot saw it
+        select j.id, j.fence, j.attempt, j.max_attempts, j.crashes, j.cancel_requested, j.worker, j.started_at
+        from agentflow.jobs j join verdicts v on v.id = j.id and v.fence = j.fence
         where j.state || '' = 'running' and case when p_worker is null
             then j.lease_until < clock_timestamp() or j.lease_until > clock_timestamp() + 2 * p_lease
             else j.worker = p_worker end
@@ -192,7 +200,7 @@ begin
                 when v.outcome = 'crashed' and j.crashes + 1 >= p_max_crashes then 'failed'
                 else 'queued'
             end as state
-        from locked join agentflow.jobs j on j.id = locked.id join verdicts v on v.id = j.id and v.fence = j.fence
+        from locked j join verdicts v on v.id = j.id and v.fence = j.fence
     ), written as (
         update agentflow.jobs j set
             state = d.state, worker = null, lease_until = null, slot = null,

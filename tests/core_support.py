@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 from uuid import UUID, uuid4
 
 import psycopg
@@ -22,14 +22,76 @@ from psycopg import sql
 from psycopg.rows import namedtuple_row
 from uuid6 import uuid7
 
+from agentflow import embedded
 from agentflow.jobs import claims, intake, records, settlement
 from agentflow.jobs.intake import NewJob, Prepared
 from agentflow.jobs.model import Job, Outcome, Settled, State, Verdict
+from tests.conftest import TEMPLATE, with_database
 
 T = TypeVar("T")
 ORGANIZATION = 1
 LEASE_S = 30.0
 MAX_CRASHES = 3
+
+
+# ---- databases ----
+
+
+@contextmanager
+def database(stack: embedded.Embedded) -> Iterator[str]:
+    """A database for many tests, which `Original` puts back in order between them: making one takes longer than a test."""
+    name = f"shared_{uuid4().hex[:12]}"
+    with psycopg.connect(stack.database_url, autocommit=True) as conn:
+        conn.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(TEMPLATE)))
+    yield with_database(stack.database_url, name)
+    with psycopg.connect(stack.database_url, autocommit=True) as conn:
+        conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+class Original:
+    """What a database looked like before a test changed it."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        with psycopg.connect(url, autocommit=True) as conn:
+            self._functions = [row[0] for row in conn.execute(_FUNCTIONS).fetchall()]
+            self._constraints = conn.execute(_CONSTRAINTS).fetchall()
+            self._indexes = conn.execute(_INDEXES).fetchall()
+            self._tables = [row[0] for row in conn.execute(_TABLES).fetchall()]
+
+    def restore(self) -> None:
+        """Nobody is connected, no rows, the schema's own functions, constraints and indexes."""
+        with psycopg.connect(self._url, autocommit=True) as conn:
+            end_others(conn)
+            conn.execute("; ".join(f"delete from {table}" for table in self._tables).encode())  # noqa: S608
+            if [row[0] for row in conn.execute(_FUNCTIONS).fetchall()] != self._functions:
+                for function in self._functions:
+                    conn.execute(function.encode())
+            for definition in set(self._constraints) - set(conn.execute(_CONSTRAINTS).fetchall()):
+                conn.execute(" ".join(["alter table agentflow.jobs add constraint", *definition]).encode())
+            for _, definition in set(self._indexes) - set(conn.execute(_INDEXES).fetchall()):
+                conn.execute(definition.encode())
+
+
+def end_others(conn: psycopg.Connection) -> None:
+    """Cut all other connections to this database."""
+    conn.execute(
+        "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+    )
+
+
+_FUNCTIONS = """
+select pg_get_functiondef(p.oid) from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+where n.nspname = 'agentflow' order by p.proname
+"""
+_CONSTRAINTS = (
+    "select conname, pg_get_constraintdef(oid) from pg_constraint where conrelid = 'agentflow.jobs'::regclass"
+)
+_INDEXES = "select indexname, indexdef from pg_indexes where schemaname = 'agentflow' and tablename = 'jobs'"
+_TABLES = """
+select format('%I.%I', schemaname, tablename) from pg_tables where schemaname in ('agentflow', 'audit')
+and tablename not in ('migrations', 'organizations') order by tablename <> 'jobs'
+"""
 
 
 # ---- jobs ----
@@ -93,6 +155,17 @@ def claimed(conn: psycopg.Connection, worker: UUID | None = None, **request: Any
     """A new job that runs."""
     (job,) = claim(conn, worker or uuid4(), submit(conn, **request))
     return job
+
+
+def rescuer(conn: psycopg.Connection) -> UUID:
+    """A worker whose heartbeats have come through for so long that it may rescue."""
+    worker = uuid4()
+    conn.execute(
+        "insert into agentflow.workers (id, kind, host, pid, version, queues, threads, seen_at, well_since)"
+        " values (%s, 'worker', 'h', 1, '0', '{}', 1, clock_timestamp() + interval '1 h', '-infinity')",
+        (worker,),
+    )
+    return worker
 
 
 def verdict(job: Job, outcome: Outcome = "succeeded", delay_s: float = 0.0, **more: Any) -> Verdict:
@@ -229,12 +302,24 @@ def broken(conn: psycopg.Connection) -> list[tuple[str, UUID]]:
 class Background(Generic[T]):
     """A call on a connection of its own that may have to wait for a lock, in a thread."""
 
+    started: ClassVar[list[threading.Thread]] = []
+
     def __init__(self, conn: psycopg.Connection, call: Callable[[psycopg.Connection], T]) -> None:
         self._pid = conn.info.backend_pid
         self._outcome: list[T] = []
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(conn, call), daemon=True)
         self._thread.start()
+        self.started.append(self._thread)
+
+    @classmethod
+    def end_all(cls, conn: psycopg.Connection) -> None:
+        """After a test that failed half-way: a connection must not be closed while a thread is in it."""
+        if any(thread.is_alive() for thread in cls.started):
+            end_others(conn)
+        for thread in cls.started:
+            thread.join(10)
+        cls.started.clear()
 
     def _run(self, conn: psycopg.Connection, call: Callable[[psycopg.Connection], T]) -> None:
         try:

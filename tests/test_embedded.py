@@ -186,7 +186,7 @@ def home(new_home: Home, data_folder: Path) -> Home:
 # --- together
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(7, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_five_processes_that_start_on_an_empty_home_together_share_one_pair_of_servers(
     new_home: Home, rounds: int
 ) -> None:
@@ -230,7 +230,7 @@ def test_leaving_stops_the_servers_and_can_be_waited_for(home: Home) -> None:
 
 
 def test_a_user_that_comes_while_the_servers_stop_gets_new_ones(home: Home) -> None:
-    for _ in range(5):
+    for _ in range(3):
         stack = home.join()
         stack.leave()
         time.sleep(0.45)  # the keeper looks every half second
@@ -305,6 +305,31 @@ def test_a_heartbeat_starts_a_keeper_if_it_was_killed(home: Home) -> None:
     assert len(home.keepers()) == 1
     kill(home.postmasters())
     eventually(lambda: bool(home.postmasters()))
+
+
+def test_who_waits_for_the_servers_replaces_a_keeper_that_was_killed(home: Home) -> None:
+    home.join()
+    [postmaster] = home.postmasters()
+    postmaster.suspend()
+    waiting = home.user()
+    time.sleep(2.0)
+
+    kill(home.keepers())
+    eventually(lambda: len(home.keepers()) == 1)
+
+    postmaster.resume()
+    assert "error" not in str(waiting.answer())
+
+
+@pytest.mark.long
+def test_a_server_that_hangs_does_not_outlive_its_users(home: Home) -> None:
+    stack = home.join()
+    [valkey] = home.valkeys()
+    valkey.suspend()
+
+    stack.leave()
+
+    assert stack.wait_stopped(40.0)  # 10 s until it is killed
 
 
 def test_leaving_stops_the_servers_even_if_the_keeper_was_killed(home: Home) -> None:

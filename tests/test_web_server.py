@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from agentflow.system import System
 from tests.conftest import ADMIN_KEY
 from tests.processes import BIN, Process, eventually, free_port
 from tests.web_support import Web, count, gunicorn, run
+from web import server
 
 MB = 1 << 20
 
@@ -37,6 +39,7 @@ def raw(web: Web, data: bytes, *, timeout_s: float = 10) -> bytes:
     """Send bytes as they are; what is answered until the other side closes."""
     with socket.create_connection(("127.0.0.1", web.port), timeout=timeout_s) as connection:
         connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
         got = b""
         while piece := connection.recv(65536):
             got += piece
@@ -154,10 +157,9 @@ def test_streams_and_waits_hold_their_share_of_the_threads_and_no_more(
     for holder in holders:
         holder.start()
 
-    def full() -> bool:
-        return web.http.get(f"/api/jobs/{job}/events", headers={"Last-Event-ID": "x"}).status_code == 503
-
-    eventually(full, within_s=5, every_s=0.2)
+    time.sleep(1.0)  # both have their seats
+    with web.http.stream("GET", f"/api/jobs/{job}/events") as refused:
+        assert refused.status_code == 503
     began = time.monotonic()
     assert web.http.get(f"/api/jobs/{job}?wait=20").json()["state"] == "queued"
     assert web.http.get("/health/live").status_code == 200
@@ -168,6 +170,35 @@ def test_streams_and_waits_hold_their_share_of_the_threads_and_no_more(
         holder.join(10)
     assert [line for line in first if line.startswith("event:")] == ["event: state", "event: state"]
     assert any('"state":"succeeded"' in line for line in first)
+
+
+def test_a_follower_who_hangs_up_frees_the_seat_soon(web: Web) -> None:
+    job = web.http.post("/api/jobs", json={"type": "ping"}).json()["id"]
+    for _ in range(2):
+        with web.http.stream("GET", f"/api/jobs/{job}/events") as stream:
+            assert stream.status_code == 200
+            assert next(stream.iter_lines()).startswith("retry:")
+    began = time.monotonic()
+
+    def has_room() -> bool:
+        with web.http.stream("GET", f"/api/jobs/{job}/events") as stream:
+            return stream.status_code == 200
+
+    eventually(has_room, within_s=5, every_s=0.2)
+    assert time.monotonic() - began < 5
+
+
+def test_callers_who_do_not_close_hold_nobody_up(web: Web) -> None:
+    lingering = [socket.create_connection(("127.0.0.1", web.port)) for _ in range(3)]
+    for connection in lingering:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+
+    began = time.monotonic()
+    assert web.http.get("/health/live").status_code == 200
+    assert time.monotonic() - began < 1
+    for connection in lingering:
+        connection.close()
 
 
 def test_sigterm_answers_whoever_waits_and_ends_the_process(web: Web) -> None:
@@ -199,23 +230,22 @@ def test_sigterm_answers_whoever_waits_and_ends_the_process(web: Web) -> None:
     assert time.monotonic() - began < 10
 
 
-def test_an_endless_wait_for_a_caller_ends(web: Web) -> None:
-    """The sockets' own limits stand: gunicorn has none for a head or a body that stops coming."""
-    for each in web.process.family():
-        for connection in each.net_connections():
-            assert connection.laddr
-    listener = socket.create_connection(("127.0.0.1", web.port))
-    listener.close()
-    from web import server
+def test_accepted_sockets_do_not_wait_for_ever() -> None:
+    """gunicorn has no limit of its own for a head or a body that stops coming."""
+
+    class Listener:
+        def __init__(self, sock: socket.socket) -> None:
+            self.sock = sock
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        listening_wrapper = type("Listener", (), {"sock": listening})
-        server.limit_waits([listening_wrapper])
+        server.limit_waits([Listener(listening)])
         with socket.create_connection(listening.getsockname()):
             accepted, _ = listening.accept()
-            seconds = int.from_bytes(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)[:8], "little")
+            limits = [accepted.getsockopt(socket.SOL_SOCKET, each, 16) for each in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)]
             accepted.close()
-    assert seconds == server.SOCKET_TIMEOUT_S
+
+    assert [struct.unpack("ll", limit)[0] for limit in limits] == [server.SOCKET_TIMEOUT_S] * 2
+    assert "server.limit_waits(arbiter.LISTENERS)" in Path("web/gunicorn_config.py").read_text()
 
 
 def test_wrong_settings_and_an_old_schema_stop_gunicorn_with_one_line(

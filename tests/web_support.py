@@ -104,7 +104,7 @@ class Web:
         self.process = process
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx2.Client(base_url=self.url, headers=AUTH, timeout=60)
+        self.http = httpx2.Client(base_url=self.url, headers=AUTH, timeout=30)
 
     def worker_pid(self) -> int:
         """The one child, which serves."""

@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
-from flask import Response
+from flask import Response, stream_with_context
 
 from agentflow.database import Unavailable
 from agentflow.jobs.model import Job
 from web.api import Call
 from web.problems import away
-from web.waiting import STEP_S
+from web.waiting import STEP_S, hung_up
 
 #: Routers of the platforms cut connections that are silent for 55 to 60 s; a comment also finds callers who hung up.
 HEARTBEAT_S: Final = 10.0
@@ -28,7 +28,7 @@ def stream(call: Call, job: Job, last_event_id: str | None) -> Response:
         return Response(status=204)
     if not call.services.seats.take():
         return away("too many are following or waiting now", retry_after_s=2)
-    answer = Response(_events(call, job, last_event_id), content_type="text/event-stream; charset=utf-8")
+    answer = Response(stream_with_context(_events(call, job, last_event_id)), content_type="text/event-stream; charset=utf-8")
     # nginx would hold events back until its buffer is full.
     answer.headers.update({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
     answer.call_on_close(call.services.seats.leave)
@@ -52,7 +52,7 @@ def _events(call: Call, job: Job, seen: str | None) -> Iterator[str]:
             yield ": still here\n\n"
             said_at = time.monotonic()
         seen, before = mark, now
-        if job.terminal or seats.draining or time.monotonic() > ends:
+        if job.terminal or seats.draining or hung_up() or time.monotonic() > ends:
             return
         try:
             current = system.wait_finished(job, STEP_S)

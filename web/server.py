@@ -9,12 +9,13 @@ import socket
 import struct
 import sys
 import threading
+from functools import partial
 from typing import Any, Final
 
 from flask import Flask
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
-from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
+from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
 
 from agentflow import health, log, metrics
 from agentflow.database import Unavailable
@@ -46,6 +47,18 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn is untyped
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         super().handle_error(req, _ProblemSocket(client), addr, exc)
+
+    def enqueue_req(self, conn: Any) -> None:
+        # gunicorn closes in its one main loop, and waits there up to 2 s for a caller who does not close, too: nobody else
+        # would be accepted meanwhile.
+        conn.close = partial(self._close, conn)
+        super().enqueue_req(conn)
+
+    def _close(self, conn: Any, graceful: bool = False) -> None:
+        if graceful and self.alive:
+            self.tpool.submit(TConn.close, conn, True)
+        else:
+            TConn.close(conn, graceful)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM: whoever waits or follows is answered now, with what is known."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from typing import Final
 
 import redis
+from flask import request
 
 from agentflow import health
 from agentflow.jobs.model import Job
@@ -18,6 +20,19 @@ from agentflow.system import WAIT_MOST_S, System
 STEP_S: Final = 1.0
 #: Redis is left alone for so long after it failed: each try may cost seconds.
 REDIS_PAUSE_S: Final = 10.0
+
+
+def hung_up() -> bool:
+    """Whether the caller of this request has closed the connection: nobody is there to wait for."""
+    connection: socket.socket | None = request.environ.get("gunicorn.socket")
+    if connection is None:
+        return False
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 class Seats:
@@ -49,7 +64,7 @@ class Seats:
         try:
             end = time.monotonic() + min(seconds, WAIT_MOST_S)
             current: Job | None = job
-            while current is not None and not current.terminal and not self.draining:
+            while current is not None and not current.terminal and not self.draining and not hung_up():
                 left = end - time.monotonic()
                 if left <= 0:
                     break

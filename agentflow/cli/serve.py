@@ -145,7 +145,8 @@ class _Arbiter(Arbiter):  # type: ignore[misc]  # gunicorn is untyped
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise Failure(
-                f"cannot listen at {address[0]} port {address[1]} ({reason.lower()}); take another one with --port"
+                f"cannot listen at {address[0]} port {address[1]} ({reason.lower()}); take another one with --port",
+                CANNOT_START,
             ) from None
 
     @property

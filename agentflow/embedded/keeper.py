@@ -183,7 +183,6 @@ class Server:
             os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            os.setsid()
             # Ignoring is inherited (Python itself ignores SIGPIPE), and so would be passed on to all they start.
             for signum in (*IGNORED_SIGNALS, signal.SIGPIPE):
                 signal.signal(signum, signal.SIG_DFL)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Sequence
 from typing import Final
 from uuid import UUID
 
 from agentflow import log
-from agentflow.database import BoundedConnection, Database
+from agentflow.database import BoundedConnection, Database, Unavailable
 from agentflow.jobs import dispatch, leases
 from agentflow.jobs.model import Ring, Settled
 from agentflow.worker.loops import Loop
@@ -17,6 +18,7 @@ logger = log.get(__name__)
 
 _RESCUE_BATCH: Final = 200
 _SOONEST_S: Final = 0.005
+_MOST_OWED: Final = 10_000
 
 
 class Relay(Loop):
@@ -29,8 +31,16 @@ class Relay(Loop):
         self._queues = queues
         self._poll_s = poll_s
         self._publish = publish
+        self._owed: list[UUID] = []
+        self._lock = threading.Lock()
+
+    def owe(self, ids: Sequence[UUID]) -> None:
+        """Rings that were to be taken back while the database was away: done first when it is there again."""
+        with self._lock:
+            self._owed = (self._owed + list(ids))[-_MOST_OWED:]
 
     def step(self, conn: BoundedConnection) -> float:
+        self._take_back_owed(conn)
         pause_s = self._poll_s * random.uniform(0.8, 1.2)  # so that the processes do not ask in step
         for queue in self._queues:
             rings, due_in_s = dispatch.pick_due(conn, queue)  # committed: no lock is held while publishing
@@ -40,6 +50,16 @@ class Relay(Loop):
             elif due_in_s is not None and due_in_s > 0:
                 pause_s = min(pause_s, due_in_s + 0.001)
         return pause_s
+
+    def _take_back_owed(self, conn: BoundedConnection) -> None:
+        with self._lock:
+            owed, self._owed = self._owed, []
+        if owed:
+            try:
+                dispatch.take_back(conn, owed, 0.0)
+            except Unavailable:
+                self.owe(owed)
+                raise
 
 
 class Rescue(Loop):

@@ -110,6 +110,7 @@ class Runtime:
         broker.allowance = self.allowance
         broker.known = registry.known
         broker.give_back = self.give_back
+        self.system.publisher.take_back_later = self.relay.owe
         broker.on_cancel = self.heart.wake
         broker.on_emptied = self._ring_everything_again
         for part in (self.heart, self.claimer, self.settler, self.relay, self.rescue, self.watchdog):
@@ -291,7 +292,7 @@ class Runtime:
             with self.system.database.connection() as conn:
                 dispatch.take_back(conn, ids, delay_s)
         except Unavailable:
-            logger.debug("rings not taken back: the relay finds them when they are due", rings=len(ids))
+            self.relay.owe(ids)
 
     def _ring_everything_again(self) -> None:
         """The broker is a new or an emptied one: whatever was sent to its predecessor is due now."""

@@ -1,0 +1,410 @@
+"""`agentflow doctor`: looks at everything AgentFlow stands on, and says what to do about what is wrong. Shows no secret.
+
+A server is looked at in steps (name, connection, TLS, password, answer), so that each kind of failure has its own advice.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+from uuid import uuid4
+
+import psycopg
+import redis
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import SecretStr
+from rich.console import Console
+from rich.markup import escape
+
+from agentflow import embedded, schema, settings
+from agentflow.cli import output, running
+from agentflow.cli.errors import WRONG, Failure, one_line
+from agentflow.jobs import statistics
+from agentflow.settings import Settings
+from agentflow.storage import StorageError
+from agentflow.system import System
+
+_CONNECT_S: Final = 5.0
+_LITTLE_DISK: Final = 1_000_000_000
+_NO_DISK: Final = 100_000_000
+_CLOCK_S: Final = 5.0
+
+
+class Wrong(Exception):
+    """A check failed. `advice` is what to do."""
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(problem)
+        self.advice = advice
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """A check that passed with something to think of."""
+
+    found: str
+    advice: str
+
+
+def doctor() -> None:
+    """Raises Failure when something is wrong; SettingsError is one line of its own, as everywhere."""
+    read = settings.current()
+    report = Report(output.console(), read)
+    system = System(read, "doctor")
+    with report.check("settings"):
+        report.good(_settings(read))
+    report.run("home", lambda: _home(read))
+    stack = None
+    reachable = True
+    if read.embedded_database or read.embedded_redis:
+        with report.check("servers"):
+            stack = embedded.join(read.agentflow_home)
+            report.good(f"Postgres and Valkey of its own run in {read.agentflow_home}")
+        reachable = stack is not None
+    try:
+        if reachable and report.run("database", lambda: _database(system)):
+            report.run("clock", lambda: _clock(system))
+            if report.run("schema", lambda: _schema(system)):
+                report.run("workers", lambda: _workers(system))
+        if read.direct_database_url is not None:
+            url = read.direct_database_url.get_secret_value()
+            report.run("migrations", lambda: _postgres(url, "DIRECT_DATABASE_URL"))
+        if reachable and (read.redis_url is not None or read.embedded_redis):
+            report.run("redis", lambda: _redis(system))
+        report.run("storage", lambda: _storage(system))
+        report.run("web", lambda: _web(read))
+    finally:
+        system.close()
+        if stack is not None:
+            stack.leave()
+    if report.wrong:
+        raise Failure(f"{report.wrong} of {report.checks} checks failed", WRONG)
+
+
+class Report:
+    """Prints each check as it is done."""
+
+    def __init__(self, console: Console, read: Settings) -> None:
+        self.checks = self.wrong = 0
+        self._console = console
+        self._name = ""
+        self._secrets = sorted(_secrets(read), key=len, reverse=True)
+
+    def run(self, name: str, look: Callable[[], str | Remark]) -> bool:
+        before = self.wrong
+        with self.check(name):
+            self.good(look())
+        return self.wrong == before
+
+    @contextmanager
+    def check(self, name: str) -> Iterator[None]:
+        self.checks += 1
+        self._name = name
+        try:
+            yield
+        except Wrong as error:
+            self._bad(str(error), error.advice)
+        except embedded.EmbeddedError as error:
+            self._bad(str(error), "see the logs in the home's folder `logs`")
+        except (*_UNAVAILABLE, redis.RedisError, StorageError, OSError) as error:
+            self._bad(one_line(error) or type(error).__name__, "")
+
+    def good(self, found: str | Remark) -> None:
+        if isinstance(found, Remark):
+            self._line("!", "yellow", found.found, found.advice)
+        else:
+            self._line("✓", "green", found, "")
+
+    def _bad(self, problem: str, advice: str) -> None:
+        self.wrong += 1
+        self._line("✗", "red", problem, advice)
+
+    def _line(self, mark: str, colour: str, text: str, advice: str) -> None:
+        if not self._console.encoding.lower().startswith("utf"):
+            mark = {"✓": "ok", "!": "note", "✗": "WRONG"}[mark]
+        self._console.print(
+            f"[{colour}]{mark}[/{colour}] {self._name:<11} {escape(self._scrubbed(text))}", soft_wrap=True
+        )
+        if advice:
+            self._console.print(f"  {'':<11} → {escape(self._scrubbed(advice))}", soft_wrap=True)
+
+    def _scrubbed(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+_UNAVAILABLE: Final = (psycopg.Error,)
+
+
+def _secrets(read: Settings) -> set[str]:
+    """Whatever must not be printed, should a library quote it in an error: secrets, and passwords inside of URLs."""
+    found = set()
+    for name in type(read).model_fields:
+        value = getattr(read, name)
+        if not isinstance(value, SecretStr):
+            continue
+        text = value.get_secret_value()
+        if "://" in text:
+            with suppress(ValueError):
+                password = urlsplit(text).password
+                if password:
+                    found |= {password, unquote(password)}
+        found.add(text)
+    return {secret for secret in found if len(secret) >= 3}
+
+
+# ---- this machine ----
+
+
+def _settings(read: Settings) -> str | Remark:
+    given = [name.upper() for name in sorted(read.model_fields_set)]
+    warnings = read.warnings()
+    if warnings:
+        return Remark("; ".join(warnings), "change it unless it is meant")
+    return f"read; set are {', '.join(given)}" if given else "none set: everything runs on this machine"
+
+
+def _home(read: Settings) -> str | Remark:
+    home = read.agentflow_home
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = home / f".doctor-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise Wrong(
+            f"{home} cannot be written ({(error.strerror or str(error)).lower()})",
+            "set AGENTFLOW_HOME to a folder of your own",
+        ) from None
+    free = shutil.disk_usage(home).free
+    if free < _NO_DISK:
+        raise Wrong(f"only {output.size(free)} are free in {home}", "make room: Postgres stops when the disk is full")
+    if free < _LITTLE_DISK:
+        return Remark(f"only {output.size(free)} are free in {home}", "make room before the next large video")
+    return f"{home}, {output.size(free)} free"
+
+
+def _clock(system: System) -> str | Remark:
+    with system.database.connect() as conn:
+        began = time.monotonic()
+        row = conn.execute("select clock_timestamp()").fetchone()
+        trip_s = time.monotonic() - began
+    assert row is not None  # noqa: S101 - a select of one row
+    ahead_s = (datetime.now(UTC) - row[0]).total_seconds() - trip_s / 2
+    if abs(ahead_s) > _CLOCK_S:
+        where = "ahead of" if ahead_s > 0 else "behind"
+        return Remark(
+            f"this machine's clock is {abs(ahead_s):.0f} s {where} the database's",
+            "let a time service (chrony, systemd-timesyncd) set it: signed links and TLS go by it",
+        )
+    return f"agrees with the database's to {abs(ahead_s) * 1000:.0f} ms"
+
+
+# ---- servers ----
+
+
+def _reach(host: str, port: int, variable: str) -> None:
+    """Raises Wrong: the name is not known, nobody listens, nothing answers."""
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise Wrong(
+            f"DNS: the name {host} is not known ({why})",
+            f"check the host in {variable}; inside a private network the internal name may be needed",
+        ) from None
+    last: OSError = OSError("no address")
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.settimeout(_CONNECT_S)
+                probe.connect(address)
+                return
+        except OSError as error:
+            last = error
+    where = f"{host} port {port}"
+    if isinstance(last, TimeoutError):
+        raise Wrong(
+            f"timeout: {where} did not answer within {_CONNECT_S:g} s",
+            f"a firewall or an address list stands between, or the address in {variable} is of another network",
+        )
+    if isinstance(last, ConnectionRefusedError):
+        raise Wrong(f"refused: nobody listens at {where}", f"start the server, or correct host and port in {variable}")
+    raise Wrong(
+        f"{where} cannot be reached ({(last.strerror or str(last)).lower()})", f"check host and port in {variable}"
+    )
+
+
+def _database(system: System) -> str | Remark:
+    if system.settings.embedded_database:
+        return _postgres(system.database_url, "AGENTFLOW_HOME")
+    return _postgres(system.database_url, "DATABASE_URL")
+
+
+def _postgres(url: str, variable: str) -> str | Remark:
+    try:
+        parts = conninfo_to_dict(url)
+    except psycopg.ProgrammingError as error:
+        raise Wrong(
+            f"{variable} cannot be read: {one_line(error)}", "it looks like postgresql://user:password@host/name"
+        ) from None
+    host, port = (
+        str(parts.get("host") or parts.get("hostaddr") or ""),
+        int(str(parts.get("port") or 5432).split(",")[0]),
+    )
+    if host and not host.startswith("/"):
+        _reach(host.split(",")[0], port, variable)
+    where = f"{parts.get('dbname', '')} at {host or 'this machine'}" if not host.startswith("/") else "by its socket"
+    began = time.monotonic()
+    try:
+        with psycopg.connect(
+            url, autocommit=True, prepare_threshold=None, connect_timeout=max(2, int(_CONNECT_S))
+        ) as conn:
+            connected_ms = (time.monotonic() - began) * 1000
+            began = time.monotonic()
+            row = conn.execute(
+                "select current_setting('server_version'), current_setting('max_connections')"
+            ).fetchone()
+            answer_ms = (time.monotonic() - began) * 1000
+            version = conn.info.server_version
+            encrypted = conn.pgconn.ssl_in_use
+    except psycopg.OperationalError as error:
+        raise _postgres_refused(error, variable) from None
+    if version < 150000:
+        raise Wrong(f"Postgres {version // 10000} is too old", "15 or newer is needed")
+    assert row is not None  # noqa: S101 - a select of one row
+    found = f"Postgres {str(row[0]).split(' ')[0]} {where}, connected in {connected_ms:.0f} ms, answers in {answer_ms:.1f} ms"
+    if host and not host.startswith("/") and not encrypted and not _is_private(host):
+        return Remark(f"{found}, not encrypted", f"add sslmode=require to {variable}")
+    return found
+
+
+def _postgres_refused(error: psycopg.OperationalError, variable: str) -> Wrong:
+    """libpq says what went wrong in words alone until there is a server to send an SQLSTATE."""
+    text = one_line(error)
+    low = text.lower()
+    if "password" in low or "authentication failed" in low or "no pg_hba.conf entry" in low:
+        if "no encryption" in low or "ssl off" in low:
+            return Wrong(f"TLS: the server wants an encrypted connection: {text}", f"add sslmode=require to {variable}")
+        return Wrong(
+            f"auth: the server refuses the user or password: {text}",
+            f"check both in {variable}; quote @ : / # as %40 %3A %2F %23",
+        )
+    if "ssl" in low or "certificate" in low or "tls" in low:
+        return Wrong(f"TLS: {text}", f"check sslmode and sslrootcert in {variable}")
+    if "does not exist" in low:
+        return Wrong(text, f"create it, or correct the name in {variable}")
+    if "too many" in low or "remaining connection slots" in low or "max clients" in low:
+        return Wrong(text, "lower DATABASE_POOL_SIZE or the number of processes, or use the provider's pooler")
+    if "timeout" in low or "timed out" in low:
+        return Wrong(f"timeout: connected, but Postgres did not answer: {text}", "is it starting, or overloaded?")
+    if "starting up" in low or "shutting down" in low or "recovery" in low:
+        return Wrong(text, "wait a moment and ask again")
+    return Wrong(text, f"check {variable}")
+
+
+def _is_private(host: str) -> bool:
+    import ipaddress
+
+    with suppress(OSError, ValueError, IndexError):
+        return ipaddress.ip_address(socket.getaddrinfo(host, None)[0][4][0]).is_private
+    return False
+
+
+def _schema(system: System) -> str:
+    with system.database.connect() as conn:
+        try:
+            if system.settings.embedded_database:
+                schema.migrate(conn)
+            schema.check(conn)
+        except schema.SchemaError as error:
+            problem, _, advice = str(error).partition(": run ")
+            raise Wrong(problem, f"run {advice}" if advice else "") from None
+        return f"up to date ({schema.shipped()[-1].name})"
+
+
+def _workers(system: System) -> str | Remark:
+    with system.database.connect() as conn:
+        workers = statistics.workers(conn)
+        due = sum(q.due for q in statistics.queues(conn))
+    if workers:
+        return f"{len(workers)} alive, {sum(w.threads for w in workers)} threads"
+    waiting = f" and {due} jobs wait" if due else ""
+    return Remark(f"none is running{waiting}", "start `agentflow up`, or `dramatiq actors`")
+
+
+def _redis(system: System) -> str | Remark:
+    variable = "REDIS_URL" if system.settings.redis_url else "AGENTFLOW_HOME"
+    url = system.redis_url
+    parts = urlsplit(url)
+    if parts.scheme != "unix":
+        _reach(parts.hostname or "localhost", parts.port or 6379, variable)
+    began = time.monotonic()
+    client = redis.Redis.from_url(url, socket_connect_timeout=_CONNECT_S, socket_timeout=_CONNECT_S)
+    try:
+        client.ping()
+        connected_ms = (time.monotonic() - began) * 1000
+        info: dict[str, Any] = client.info()
+    except redis.RedisError as error:
+        raise _redis_refused(error, parts.scheme, variable) from None
+    finally:
+        client.close()
+    name = "Valkey" if "valkey_version" in info else "Redis"
+    found = f"{name} {info.get('valkey_version') or info.get('redis_version', '?')}, answers in {connected_ms:.0f} ms"
+    policy = info.get("maxmemory_policy", "noeviction")
+    if info.get("maxmemory") and policy != "noeviction":
+        return Remark(f"{found}, throws keys away when it is full ({policy})", "set its policy to noeviction")
+    if parts.scheme == "redis" and parts.hostname and not _is_private(parts.hostname):
+        return Remark(f"{found}, not encrypted", "use rediss:// in REDIS_URL")
+    return found
+
+
+def _redis_refused(error: redis.RedisError, scheme: str, variable: str) -> Wrong:
+    text = one_line(error)
+    low = text.lower()
+    if isinstance(error, redis.AuthenticationError) or "noauth" in low or "wrongpass" in low or "noperm" in low:
+        return Wrong(f"auth: the server refuses the password: {text}", f"check it in {variable}; quote @ : / # in it")
+    if isinstance(error.__cause__, ssl.SSLError) or "ssl" in low or "certificate" in low:
+        return Wrong(f"TLS: {text}", "redis:// for a server without TLS, rediss:// for one with a valid certificate")
+    if isinstance(error, redis.TimeoutError):
+        return Wrong(
+            f"timeout: connected, but it did not answer within {_CONNECT_S:g} s",
+            "if it wants TLS use rediss://, else it hangs or is overloaded",
+        )
+    if isinstance(error, redis.ConnectionError) and scheme == "redis" and ("closed" in low or "reset" in low):
+        return Wrong(f"the connection was closed at once: {text}", "the server may want TLS: rediss://")
+    return Wrong(text, f"check {variable}")
+
+
+def _storage(system: System) -> str:
+    where = "STORAGE_URL" if system.settings.storage_url else "AGENTFLOW_HOME"
+    key = f"doctor/{uuid4()}"
+    content = os.urandom(64)
+    try:
+        storage = system.storage
+        storage.put_bytes(key, content)
+        back = b"".join(storage.read(key))
+        storage.delete(key)
+    except (StorageError, OSError) as error:
+        raise Wrong(
+            one_line(error), f"check {where}, and for s3:// AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION"
+        ) from None
+    if back != content:
+        raise Wrong("what was written came back changed", f"do not use the storage of {where}")
+    kind = urlsplit(system.settings.storage_url or "file:").scheme
+    return "written, read and deleted " + ("on this machine's disk" if kind == "file" else f"in the {kind} bucket")
+
+
+def _web(read: Settings) -> str | Remark:
+    url = running.url_of(read.agentflow_home)
+    return f"`agentflow up` serves at {url}" if url else "no `agentflow up` runs in this home"

@@ -1,0 +1,191 @@
+"""What a process says of its health: in itself, over the probe, and over the API."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx2
+import psycopg
+import pytest
+
+from agentflow import health, probe, settings
+from agentflow.probe import Probe
+from agentflow.system import System
+from tests.processes import eventually
+from tests.web_support import AUTH, client
+
+__all__ = ["client"]
+
+
+def test_all_is_well_when_everything_answers(system: System) -> None:
+    document, ready = health.report(system, "worker")
+
+    assert ready
+    assert (document["status"], document["service"]) == ("ok", "worker")
+    assert document["database"] == document["redis"] == {"connected": True, "lastError": None}
+    assert document["rabbitmq"] == {"connected": False, "lastError": "not configured"}
+    assert document["timestamp"].endswith("Z") and document["uptime"] >= 0
+    assert set(document["jobs"]) == {"total", "completed", "failed", "processing"}
+
+
+def test_a_database_that_is_away_makes_it_degraded_and_not_ready_but_alive(environment: dict[str, str]) -> None:
+    system = System(settings.load({**environment, "DATABASE_URL": "postgresql://x@127.0.0.1:1/x"}), "test")
+
+    began = time.monotonic()
+    document, ready = health.report(system, "web")
+
+    assert time.monotonic() - began < 2.5
+    assert not ready
+    assert document["status"] == "degraded"
+    assert document["database"]["connected"] is False
+    assert eventually(lambda: "refused" in health.report(system, "web")[0]["database"]["lastError"], within_s=5)
+    assert health.answer(system, "web", "/health/live") == (200, {"status": "live"})
+    answer = health.answer(system, "web", "/health")
+    assert answer is not None and answer[0] == 200
+
+
+def test_without_redis_it_is_degraded_and_ready(environment: dict[str, str]) -> None:
+    system = System(settings.load({**environment, "REDIS_URL": "redis://127.0.0.1:1"}), "test")
+
+    document, ready = health.report(system, "web")
+
+    assert (document["status"], ready, document["redis"]["connected"]) == ("degraded", True, False)
+    assert document["redis"]["lastError"]
+    system.close()
+
+
+def test_a_server_that_hangs_is_not_waited_for(environment: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+        port = silent.getsockname()[1]
+        urls = {"DATABASE_URL": f"postgresql://x@127.0.0.1:{port}/x", "REDIS_URL": f"redis://127.0.0.1:{port}"}
+        system = System(settings.load({**environment, **urls}), "test")
+
+        began = time.monotonic()
+        document, ready = health.report(system, "web")
+
+    assert time.monotonic() - began < 2 * health.PATIENCE_S + 0.5
+    assert not ready
+    assert document["database"]["connected"] is document["redis"]["connected"] is False
+
+
+def test_an_older_schema_is_not_ready(environment: dict[str, str], conn: psycopg.Connection) -> None:
+    conn.execute("delete from agentflow.migrations where name like '0002%'")
+    system = System(settings.load(environment), "test")
+
+    document, ready = health.report(system, "web")
+
+    assert not ready
+    assert "python -m migrations" in document["database"]["lastError"]
+
+
+def test_many_askers_cost_one_look(system: System, conn: psycopg.Connection) -> None:
+    def looks() -> int:
+        row = conn.execute(
+            "select coalesce(sum(xact_commit), 0) from pg_stat_database where datname = current_database()"
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    checks = health.of(system)
+    ran: list[int] = []
+    inner = checks.database._look
+    checks.database._look = lambda: (ran.append(1), inner())[1]  # type: ignore[func-returns-value]
+    askers = [threading.Thread(target=health.report, args=(system, "web")) for _ in range(20)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+
+    assert len(ran) == 1
+    assert looks() >= 0
+
+
+def test_a_check_that_fails_in_an_unforeseen_way_is_an_answer_too() -> None:
+    def broken() -> None:
+        raise KeyError("x")
+
+    assert health.Check("test", broken).result() == health.Connection(False, "KeyError")
+
+
+def test_draining_is_not_ready_and_stuck_is_not_alive(system: System) -> None:
+    health.of(system).draining = True
+    assert health.report(system, "worker")[1] is False
+    assert health.report(system, "worker")[0]["status"] == "draining"
+    assert health.answer(system, "worker", "/health/live") == (200, {"status": "live"})
+
+    health.of(system).stuck = "a thread ignores its time limit"
+    assert health.answer(system, "worker", "/health/live") == (
+        503,
+        {"status": "stuck", "reason": "a thread ignores its time limit"},
+    )
+
+
+@pytest.fixture
+def served(system: System) -> Iterator[Probe]:
+    served = probe.serve(system, "worker", 0, host="127.0.0.1")
+    assert served is not None
+    yield served
+    served.close()
+
+
+def test_the_probe_serves_health_and_metrics(served: Probe, system: System) -> None:
+    with httpx2.Client(base_url=f"http://127.0.0.1:{served.port}") as http:
+        assert http.get("/health").json()["service"] == "worker"
+        assert http.get("/health/ready").json()["ready"] is True
+        assert http.get("/health/live?x=1").status_code == 200
+        assert "worker_jobs_total" in http.get("/metrics").text
+        assert set(http.get("/metrics", headers={"Accept": "application/json"}).json()) == {
+            *("redis", "rabbitmq", "database", "jobs")
+        }
+        nothing = http.get("/api/jobs")
+        assert nothing.status_code == 404
+        assert nothing.headers["Content-Type"] == "application/problem+json"
+        health.of(system).draining = True
+        assert http.get("/health/ready").status_code == 503
+
+
+def test_the_probe_keeps_metrics_behind_their_token(environment: dict[str, str]) -> None:
+    system = System(settings.load({**environment, "METRICS_TOKEN": "secret"}), "test")
+    served = probe.serve(system, "worker", 0, host="127.0.0.1")
+    assert served is not None
+    with httpx2.Client(base_url=f"http://127.0.0.1:{served.port}") as http:
+        assert http.get("/metrics").status_code == 401
+        assert http.get("/metrics", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert http.get("/health").status_code == 200
+    served.close()
+    system.close()
+
+
+def test_the_second_process_on_a_port_leaves_it_to_the_first(served: Probe, system: System) -> None:
+    assert probe.serve(system, "worker", served.port, host="127.0.0.1") is None
+
+
+def test_idle_connections_do_not_keep_the_probe_from_answering(served: Probe) -> None:
+    idle = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(probe.MOST_AT_ONCE * 2)]
+
+    def answers() -> bool:
+        try:
+            return httpx2.get(f"http://127.0.0.1:{served.port}/health/live").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    eventually(answers, within_s=probe.SOCKET_TIMEOUT_S + 3, every_s=0.3)
+    for connection in idle:
+        connection.close()
+
+
+def test_the_api_shows_the_same_without_a_key(client: object, system: System) -> None:
+    from web import create_app
+
+    stranger = create_app(system).test_client()
+    assert stranger.get("/health").json["service"] == "agentflow-web"
+    assert stranger.get("/health/ready").status_code == 200
+    assert stranger.get("/health/live").json == {"status": "live"}
+    assert json.loads(stranger.get("/health", headers=AUTH).text)["status"] == "ok"
+    health.of(system).draining = True
+    assert stranger.get("/health/ready").status_code == 503
+    assert stranger.get("/").headers["Location"] == "/docs"
