@@ -1,6 +1,6 @@
 """Connections to Postgres: a pool per process, and single ones for the threads that must not wait for the pool.
 
-No prepared statements, no session state: the same code runs behind a transaction pooler. Every wait has an end: connecting,
+No session state, and prepared statements only where no pooler can be in between: the same code runs behind one. Every wait has an end: connecting,
 waiting for a free connection, and waiting for an answer (a frozen server keeps its sockets open and acknowledges packets).
 """
 
@@ -43,17 +43,19 @@ class BoundedConnection(psycopg.Connection[Any]):
 class Database:
     """The database of a process. Opens nothing before the first use, so that it may be made before a fork."""
 
-    def __init__(self, url: str, *, application_name: str, pool_size: int) -> None:
+    def __init__(self, url: str, *, application_name: str, pool_size: int, direct: bool = False) -> None:
         self._url = url
         self._application_name = application_name
         self._pool_size = pool_size
+        # Behind a transaction pooler the next statement may meet another server connection, which knows no such statement.
+        self._prepare_threshold = 5 if direct else None
         self._pool: ConnectionPool[BoundedConnection] | None = None
 
     @property
     def _options(self) -> dict[str, Any]:
         return {
             "autocommit": True,
-            "prepare_threshold": None,
+            "prepare_threshold": self._prepare_threshold,
             "application_name": self._application_name,
             "connect_timeout": CONNECT_TIMEOUT_S,
             "keepalives_idle": 30,

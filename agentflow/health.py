@@ -57,15 +57,21 @@ class Check:
         self._looking_since: float | None = None
         self._error: str | None = None
 
-    def result(self) -> Connection:
-        """What is known, at most `CACHE_S` old, within `PATIENCE_S`."""
+    def begin(self) -> None:
+        """Look anew where what is known is too old; does not wait."""
         with self._changed:
-            if self._known_at is not None and time.monotonic() - self._known_at < CACHE_S:
-                return self._known
-            if self._looking_since is None:
+            fresh = self._known_at is not None and time.monotonic() - self._known_at < CACHE_S
+            if not fresh and self._looking_since is None:
                 self._looking_since = time.monotonic()
                 threading.Thread(target=self._run, name=f"check-{self._name}", daemon=True).start()
+
+    def result(self) -> Connection:
+        """What is known, at most `CACHE_S` old, within `PATIENCE_S`."""
+        self.begin()
+        with self._changed:
             began = self._looking_since
+            if began is None:
+                return self._known
             while self._looking_since == began and (left := began + PATIENCE_S - time.monotonic()) > 0:
                 self._changed.wait(left)
             if self._looking_since == began:
@@ -111,6 +117,7 @@ class Health:
 
     def connections(self) -> dict[str, Connection]:
         """redis, rabbitmq, database."""
+        self.database.begin()  # both look at the same time
         return {
             "redis": self.redis.result() if self.uses_redis else Connection(False, NOT_CONFIGURED),
             "rabbitmq": Connection(False, NOT_CONFIGURED),

@@ -108,7 +108,10 @@ class System:
     @cached_property
     def database(self) -> Database:
         return Database(
-            self.database_url, application_name=self.application_name, pool_size=self.settings.database_pool_size
+            self.database_url,
+            application_name=self.application_name,
+            pool_size=self.settings.database_pool_size,
+            direct=self.settings.embedded_database,
         )
 
     @cached_property

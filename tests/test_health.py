@@ -67,7 +67,7 @@ def test_a_server_that_hangs_is_not_waited_for(environment: dict[str, str]) -> N
         began = time.monotonic()
         document, ready = health.report(system, "web")
 
-    assert time.monotonic() - began < 2 * health.PATIENCE_S + 0.5
+    assert time.monotonic() - began < health.PATIENCE_S + 0.7
     assert not ready
     assert document["database"]["connected"] is document["redis"]["connected"] is False
 
@@ -82,14 +82,7 @@ def test_an_older_schema_is_not_ready(environment: dict[str, str], conn: psycopg
     assert "python -m migrations" in document["database"]["lastError"]
 
 
-def test_many_askers_cost_one_look(system: System, conn: psycopg.Connection) -> None:
-    def looks() -> int:
-        row = conn.execute(
-            "select coalesce(sum(xact_commit), 0) from pg_stat_database where datname = current_database()"
-        ).fetchone()
-        assert row is not None
-        return int(row[0])
-
+def test_many_askers_cost_one_look(system: System) -> None:
     checks = health.of(system)
     ran: list[int] = []
     inner = checks.database._look
@@ -101,7 +94,6 @@ def test_many_askers_cost_one_look(system: System, conn: psycopg.Connection) -> 
         asker.join()
 
     assert len(ran) == 1
-    assert looks() >= 0
 
 
 def test_a_check_that_fails_in_an_unforeseen_way_is_an_answer_too() -> None:

@@ -102,8 +102,8 @@ def fill(client: FlaskClient, system: System, conn: psycopg.Connection) -> None:
     retried = submit(client)["id"]
     taken = claim(conn, retried)
     conn.execute(
-        "select * from agentflow.settle_1(array[%s]::uuid[], array[%s], array['retry'], array[60.0]::float8[], array['rate_limit'],"
-        " array[null]::jsonb[], array[null]::jsonb[], %s, interval '30 s', 3)",
+        "select * from agentflow.settle_1(array[%s]::uuid[], array[%s], array['retry'], array[60.0]::float8[],"
+        " array['rate_limit'], array[null]::jsonb[], array[null]::jsonb[], %s, interval '30 s', 3)",
         (taken.id, taken.fence, taken.worker),
     )
 
@@ -173,7 +173,9 @@ def test_statistics_do_not_read_the_finished_rows(conn: psycopg.Connection) -> N
 
     assert read(statistics.queues) < 60
     assert read(statistics.lately) < 60
-    assert read(lambda c: c.execute("select count(*) from agentflow.jobs where finished_at is not null").fetchall()) > 200
+    assert (
+        read(lambda c: c.execute("select count(*) from agentflow.jobs where finished_at is not null").fetchall()) > 200
+    )
 
 
 def _blocks(conn: psycopg.Connection) -> int:
@@ -247,5 +249,3 @@ def test_prometheus_and_browsers_get_text_and_programs_that_ask_get_json() -> No
     assert not metrics.wants_json("")
     assert not metrics.wants_json("*/*")
     assert not metrics.wants_json("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1")
-
-

@@ -347,7 +347,9 @@ def test_cancel_says_what_became_of_the_job(client: FlaskClient, system: System,
     problem(client.post(f"/api/jobs/{uuid4()}/cancel"), 404)
 
 
-def test_retry_makes_a_new_job_of_a_dead_letter_only(client: FlaskClient, system: System, conn: psycopg.Connection) -> None:
+def test_retry_makes_a_new_job_of_a_dead_letter_only(
+    client: FlaskClient, system: System, conn: psycopg.Connection
+) -> None:
     failed, done = submit(client, payload={"text": "again"})["id"], submit(client)["id"]
     run(system, conn, failed, "failed", error={"message": "no"})
     run(system, conn, done)

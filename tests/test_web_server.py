@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -71,7 +72,7 @@ def test_an_upload_that_is_cut_off_leaves_no_row_and_no_file(
 
 def test_a_large_upload_does_not_raise_the_memory(web: Web, conn: psycopg.Connection, tmp_path: Path) -> None:
     web.http.post("/api/videos", content=b"x" * MB, headers={"Content-Type": "video/mp4"}).raise_for_status()
-    boundary = b"--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.mp4\"\r\n\r\n"
+    boundary = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n'
     sizes = []
     before = web.rss()
     most = [before]
@@ -107,7 +108,9 @@ def test_a_large_upload_does_not_raise_the_memory(web: Web, conn: psycopg.Connec
 
 
 def test_what_is_refused_before_its_body_is_answered_all_the_same(web: Web, conn: psycopg.Connection) -> None:
-    stranger = raw(web, head(web, "/api/jobs", "application/json", 10 << 30).replace(ADMIN_KEY.encode(), b"wrong") + b"{")
+    stranger = raw(
+        web, head(web, "/api/jobs", "application/json", 10 << 30).replace(ADMIN_KEY.encode(), b"wrong") + b"{"
+    )
     too_large = raw(web, head(web, "/api/jobs", "application/json", 10 << 30) + b"{")
 
     assert stranger.startswith(b"HTTP/1.1 401 ")
@@ -241,7 +244,9 @@ def test_accepted_sockets_do_not_wait_for_ever() -> None:
         server.limit_waits([Listener(listening)])
         with socket.create_connection(listening.getsockname()):
             accepted, _ = listening.accept()
-            limits = [accepted.getsockopt(socket.SOL_SOCKET, each, 16) for each in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)]
+            limits = [
+                accepted.getsockopt(socket.SOL_SOCKET, each, 16) for each in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
+            ]
             accepted.close()
 
     assert [struct.unpack("ll", limit)[0] for limit in limits] == [server.SOCKET_TIMEOUT_S] * 2
@@ -316,10 +321,8 @@ class Relay:
         except OSError:
             pass
         finally:
-            try:
+            with contextlib.suppress(OSError):
                 target.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 def test_a_database_that_goes_away_and_comes_back(

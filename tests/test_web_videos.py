@@ -14,7 +14,7 @@ from flask.testing import FlaskClient
 
 from agentflow import settings
 from agentflow.system import System
-from tests.web_support import client, claim, count, problem, run
+from tests.web_support import claim, client, count, problem, run
 from web import create_app
 
 __all__ = ["client"]
@@ -75,7 +75,10 @@ def test_what_is_no_upload_is_refused_and_nothing_is_left(
         "cut_in_the_boundary": ({"data": head + b"half\r\n--b", **boundary}, 400),
         "two_files": ({"data": head + b"1\r\n" + head + b"2\r\n--b--\r\n", **boundary}, 422),
         "header_without_end": ({"data": b"--b\r\nX: " + b"y" * (1 << 20), **boundary}, 400),
-        "part_without_a_name": ({"data": b"--b\r\nContent-Disposition: form-data; filename=x\r\n\r\nx\r\n--b--", **boundary}, 422),
+        "part_without_a_name": (
+            {"data": b"--b\r\nContent-Disposition: form-data; filename=x\r\n\r\nx\r\n--b--", **boundary},
+            422,
+        ),
         "part_without_headers": ({"data": b"--b\r\n\r\nx\r\n--b--\r\n", **boundary}, 400),
         "url_of_this_machine": ({"json": {"url": "http://127.0.0.1:8000/x.mp4"}}, 422),
         "url_of_metadata": ({"json": {"url": "http://169.254.169.254/latest"}}, 422),
@@ -131,7 +134,9 @@ def test_an_analysis_of_an_upload_or_a_url_is_a_task(client: FlaskClient, conn: 
         assert answer.status_code == 202
         assert answer.json["status"] == "queued" and answer.json["message"]
         assert answer.headers["Location"] == f"/api/videos/task/{answer.json['task_id']}/status"
-        row = conn.execute("select type, payload from agentflow.jobs where id = %s", (answer.json["task_id"],)).fetchone()
+        row = conn.execute(
+            "select type, payload from agentflow.jobs where id = %s", (answer.json["task_id"],)
+        ).fetchone()
         assert row == ("analyze_video", {"video_id": answer.json["video_id"]})
     assert of_upload.json["video_id"] == video
     assert count(conn, "videos") == 2
@@ -179,7 +184,11 @@ def test_the_status_speaks_the_old_words(client: FlaskClient, system: System, co
     client.post(f"/api/jobs/{cancelled}/cancel")
 
     assert status(waiting)["status"] == "queued"
-    assert (status(working)["status"], status(working)["progress"], status(working)["stage"]) == ("processing", 0.5, "shots")
+    assert (status(working)["status"], status(working)["progress"], status(working)["stage"]) == (
+        "processing",
+        0.5,
+        "shots",
+    )
     completed = status(done)
     assert completed["status"] == "completed" and completed["completed_at"] and completed["failed_at"] is None
     assert completed["result"]["contact_sheet"]["url"].startswith("/artefacts/o/1/s.png?")

@@ -65,7 +65,13 @@ def claim(conn: psycopg.Connection, job_id: str | UUID) -> Job:
 
 
 def finish(
-    system: System, conn: psycopg.Connection, taken: Job, outcome: Outcome = "succeeded", *, result: Any = None, error: Any = None
+    system: System,
+    conn: psycopg.Connection,
+    taken: Job,
+    outcome: Outcome = "succeeded",
+    *,
+    result: Any = None,
+    error: Any = None,
 ) -> None:
     """Write its end as a worker does, and tell Redis."""
     assert taken.worker is not None
@@ -78,7 +84,9 @@ def finish(
         system.publisher.finished([Finished(taken.id, taken.queue, taken.type, state, *texts)])
 
 
-def run(system: System, conn: psycopg.Connection, job_id: str | UUID, outcome: Outcome = "succeeded", **end: Any) -> None:
+def run(
+    system: System, conn: psycopg.Connection, job_id: str | UUID, outcome: Outcome = "succeeded", **end: Any
+) -> None:
     finish(system, conn, claim(conn, job_id), outcome, **end)
 
 

@@ -28,7 +28,9 @@ def stream(call: Call, job: Job, last_event_id: str | None) -> Response:
         return Response(status=204)
     if not call.services.seats.take():
         return away("too many are following or waiting now", retry_after_s=2)
-    answer = Response(stream_with_context(_events(call, job, last_event_id)), content_type="text/event-stream; charset=utf-8")
+    answer = Response(
+        stream_with_context(_events(call, job, last_event_id)), content_type="text/event-stream; charset=utf-8"
+    )
     # nginx would hold events back until its buffer is full.
     answer.headers.update({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
     answer.call_on_close(call.services.seats.leave)

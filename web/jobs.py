@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 from flask import Response
-from pydantic import AfterValidator, AwareDatetime, Field, Strict
+from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, Strict
 
 from agentflow.errors import Permanent
 from agentflow.jobs import batches, intake, records, registry
@@ -49,6 +49,10 @@ Word = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_stora
 class JobRequest(Body):
     """A request for a job. What is left out comes from its type."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"type": "ping", "payload": {"sleep_ms": 100}, "correlation_id": "mine-1"}]}
+    )
+
     type: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="One of `GET /api/job-types`")
     payload: dict[str, Any] = Field({}, description="The arguments, as the type's schema says")
     priority: Priority | None = None
@@ -71,6 +75,8 @@ class JobRequest(Body):
 
 
 class BatchRequest(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"jobs": [{"type": "ping"}, {"type": "ping"}]}]})
+
     jobs: Annotated[list[JobRequest], Field(min_length=1, max_length=MAX_BATCH)]
 
 

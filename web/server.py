@@ -128,6 +128,7 @@ def start(worker: Any) -> None:
     except (SchemaError, EmbeddedError) as error:
         logger.error(str(error))
         sys.exit(Arbiter.WORKER_BOOT_ERROR)
+    system.admin_key()  # made now, so that it stands there when the process is ready
     metrics.known_types(registry.every())
     threading.Thread(target=_keep, args=(system,), name="web-heartbeat", daemon=True).start()
     logger.info("web is ready", port=system.settings.port, threads=worker.cfg.threads)

@@ -216,6 +216,7 @@ class Worker(server.Worker):
 
     def __init__(self, age: int, *arguments: Any) -> None:
         super().__init__(age, *arguments)
+        self._told_to_stop = False
         self._stop_asked = threading.Event()
         self._drained = threading.Event()
 
@@ -278,6 +279,9 @@ class Worker(server.Worker):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """HTTP stops accepting and the worker stops taking jobs, both now."""
+        if self._told_to_stop:  # a second signal may come in the middle of the first one's locks: that would be a deadlock
+            return
+        self._told_to_stop = True
         super().handle_exit(sig, frame)
         self._stop_asked.set()
 

@@ -18,6 +18,8 @@ from agentflow.jobs.model import JOB_COLUMNS, Attempt, Job, Ring, State, job_fro
 
 #: Sees every organization's rows (the operator's key).
 EVERY_ORGANIZATION = None
+#: A page of a hundred results of 4 MB each would be the end of a small instance.
+_LISTED = JOB_COLUMNS.replace("j.payload", "'{}'::jsonb").replace("j.result", "null::jsonb")
 
 
 def get(conn: Connection, organization_id: int | None, job_id: UUID) -> Job | None:
@@ -41,7 +43,10 @@ class Filter:
 def search(
     conn: Connection, organization_id: int | None, wanted: Filter, *, before: UUID | None = None, limit: int = 50
 ) -> list[Job]:
-    """Jobs, the newest first by id; `before` is the last id of the page before. Good for browsing, not for "what is new"."""
+    """Jobs without payload and result, the newest first by id; `before` is the last id of the page before.
+
+    Good for browsing, not for "what is new".
+    """
     clauses: list[sql.Composable] = [sql.SQL("true")]
     values: dict[str, Any] = {"limit": limit, "before": before, "organization": organization_id}
     if organization_id is not None:
@@ -53,7 +58,7 @@ def search(
             clauses.append(sql.SQL("j.{} = {}").format(sql.Identifier(name), sql.Placeholder(name)))
             values[name] = value
     query = sql.SQL("select {} from agentflow.jobs j where {} order by j.id desc limit %(limit)s").format(
-        sql.SQL(JOB_COLUMNS), sql.SQL(" and ").join(clauses)
+        sql.SQL(_LISTED), sql.SQL(" and ").join(clauses)
     )
     return [job_from_row(row) for row in conn.execute(query, values).fetchall()]
 

@@ -58,7 +58,7 @@ def machine() -> str:
 
 def all_in_one(home: Path, pings: int, seconds: float) -> dict[str, Any]:
     port = free_port()
-    command = [str(BIN / "agentflow"), "up", "--port", str(port)]
+    command = [sys.executable, "-m", "agentflow.cli", "up", "--port", str(port)]
     with running(command, home, port) as process:
         key = (home / "admin.key").read_text().strip()
         for _ in range(5):

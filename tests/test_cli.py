@@ -1,0 +1,547 @@
+"""The command line as people and scripts use it: what it prints, where, and with which exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+import actors  # noqa: F401 - makes ping known
+from agentflow import settings
+from agentflow.cli import checkup, commands, running, video
+from agentflow.jobs.intake import NewJob
+from agentflow.system import System
+from tests.clips import film, real_clips, write_film  # noqa: F401 - a fixture
+from tests.processes import ROOT, free_port
+from tests.test_up import Up, running_up, says
+
+
+class Said:
+    """What a command printed, and its exit status."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def agentflow(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """Runs a command in this process, on the tests' servers."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: str, **more: str) -> Said:
+        settings.current.cache_clear()
+        capfd.readouterr()
+        with monkeypatch.context() as changed:
+            for name, value in more.items():
+                changed.setenv(name, value)
+            status = commands.run(list(arguments))
+        out, err = capfd.readouterr()
+        return Said(status, out, err)
+
+    yield run
+    settings.current.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """An `agentflow up` with a home of its own, for the tests of this module that need somebody to work."""
+    folder = tmp_path_factory.mktemp("up")
+    for each in (folder, *folder.parents[:2]):
+        each.chmod(0o755)  # root's Postgres runs as nobody
+    with running_up({"AGENTFLOW_HOME": str(folder / "home")}, folder / "up.log") as up:
+        up.home = folder / "home"  # type: ignore[attr-defined]
+        yield up
+
+
+@pytest.fixture
+def with_up(up: Up, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Runs a command in this process, on the home of `up`."""
+    monkeypatch.setenv("AGENTFLOW_HOME", str(up.home))  # type: ignore[attr-defined]
+
+    def run(*arguments: str) -> Said:
+        settings.current.cache_clear()
+        capfd.readouterr()
+        status = commands.run(list(arguments))
+        out, err = capfd.readouterr()
+        return Said(status, out, err)
+
+    yield run
+    settings.current.cache_clear()
+
+
+# ---- usage ----
+
+
+def test_help_answers_without_loading_the_system() -> None:
+    code = "import sys; from agentflow.cli import commands; commands.run(['--help']); print(len(sys.modules))"
+    heavy = ["pydantic", "psycopg", "flask", "dramatiq", "gunicorn", "rich", "redis"]
+
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print([m for m in {heavy!r} if m in sys.modules])"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    for command in ("up", "analyze", "jobs", "queues", "ping", "doctor"):
+        assert re.search(rf"^  {command} +\S", done.stdout, re.MULTILINE), done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["up", "--port", "many"],
+        ["up", "--port", "70000"],
+        ["jobs", "show", "no-uuid"],
+        ["jobs", "list", "--state", "lost"],
+        ["jobs", "submit"],
+        ["jobs", "submit", "ping", "no json"],
+        ["jobs", "submit", "ping", "[1]"],
+        ["jobs", "submit", "ping", '{"sleep_ms": -1}'],
+        ["jobs", "submit", "no_such_type"],
+        ["jobs", "submit", "deliver_callback"],
+        ["analyze", "/no/such/file.mp4"],
+        ["analyze", "/"],
+        ["ping", "--count", "0"],
+    ],
+)
+def test_wrong_usage_is_one_line_on_stderr_and_exit_2(agentflow: Command, arguments: list[str]) -> None:
+    said = agentflow(*arguments)
+
+    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1), said.err
+    assert said.err.startswith("agentflow: ")
+
+
+def test_a_wrong_setting_is_one_line_that_names_it(agentflow: Command) -> None:
+    for command in (["jobs", "list"], ["doctor"], ["queues"], ["analyze", __file__]):
+        said = agentflow(*command, DATABASE_POOL_SIZE="0")
+
+        assert (said.status, said.err.count("\n")) == (2, 1), said.err
+        assert "DATABASE_POOL_SIZE" in said.err
+
+
+def test_an_absent_database_is_one_line_and_exit_3(agentflow: Command) -> None:
+    url = f"postgresql://me:s3cret@127.0.0.1:{free_port()}/db"
+
+    said = agentflow("jobs", "list", DATABASE_URL=url)
+
+    assert (said.status, said.err.count("\n")) == (3, 1), said.err
+    assert "agentflow doctor" in said.err and "s3cret" not in said.err
+
+
+# ---- jobs ----
+
+
+def test_jobs_are_listed_the_newest_first_and_by_state_and_type(agentflow: Command, system: System) -> None:
+    assert "no jobs yet" in agentflow("jobs", "list").out
+    first = system.submit(1, NewJob("ping", {})).job
+    second = system.submit(1, NewJob("ping", {})).job
+    system.cancel(1, first.id)
+
+    said = agentflow("jobs", "list")
+    lines = [line for line in said.out.splitlines() if "ping" in line]
+    assert [line.split()[0] for line in lines] == [str(second.id), str(first.id)]
+    assert "queued" in lines[0] and "cancelled" in lines[1]
+
+    assert str(second.id) not in agentflow("jobs", "list", "--state", "cancelled").out
+    assert "no jobs like that" in agentflow("jobs", "list", "--type", "analyze_video").out
+    documents = [json.loads(line) for line in agentflow("jobs", "list", "--json").out.splitlines()]
+    assert [d["id"] for d in documents] == [str(second.id), str(first.id)]
+
+
+def test_a_job_is_cancelled_and_tried_again_as_a_new_one(agentflow: Command, system: System) -> None:
+    job_id = agentflow("jobs", "submit", "ping", '{"sleep_ms": 5}').out.strip()
+
+    said = agentflow("jobs", "cancel", job_id)
+    assert (said.status, said.out) == (0, "cancelled\n")
+    again = agentflow("jobs", "retry", job_id).out.strip()
+    assert again != job_id
+
+    shown = agentflow("jobs", "show", again)
+    assert f"retry of     {job_id}" in shown.out and "queued" in shown.out
+    assert json.loads(agentflow("jobs", "show", again, "--json").out)["payload"]["sleep_ms"] == 5
+    said = agentflow("jobs", "retry", again)
+    assert (said.status, said.err.count("\n")) == (1, 1) and "only a failed or cancelled" in said.err
+
+
+def test_an_unknown_job_is_one_line(agentflow: Command) -> None:
+    for command in ("show", "cancel", "retry"):
+        said = agentflow("jobs", command, "01970000-0000-7000-8000-000000000000")
+
+        assert (said.status, said.err) == (1, "agentflow: there is no job 01970000-0000-7000-8000-000000000000\n")
+
+
+def test_ping_and_queues_say_when_nobody_works(agentflow: Command, conn: psycopg.Connection) -> None:
+    said = agentflow("ping", "--timeout", "0.3")
+
+    assert said.status == 1 and "no worker runs" in said.err
+    assert conn.execute("select state from agentflow.jobs").fetchall() == [("cancelled",)], "it leaves nothing to do"
+    assert "no worker runs" in agentflow("queues").out
+
+
+def test_ping_measures_and_submit_waits_and_show_has_every_attempt(with_up: Command) -> None:
+    pinged = with_up("ping", "--count", "3")
+    assert pinged.status == 0
+    assert re.search(r"3 of 3 answered; median [\d.]+ ms", pinged.out)
+
+    waited = with_up("jobs", "submit", "ping", '{"fail_attempts": 1}', "--wait")
+    job_id, state, *result = waited.out.splitlines()
+    assert (waited.status, state) == (0, "succeeded")
+    assert json.loads("".join(result)) == {"pong": True, "attempt": 2}
+
+    shown = with_up("jobs", "show", job_id).out
+    assert re.search(r"1 +retry .*attempt 1 fails as asked", shown) and re.search(r"2 +succeeded", shown), shown
+    assert "attempt      2 of 5" in shown
+
+    queues = with_up("queues").out
+    assert re.search(r"^default +0 +0 +0 +– +1 +25", queues, re.MULTILINE), queues
+    assert "4 succeeded" in queues
+    assert json.loads(with_up("queues", "--json").out)["workers"][0]["kind"] == "up"
+
+
+def test_a_job_that_fails_while_it_is_waited_for_ends_the_command_with_1(with_up: Command, tmp_path: Path) -> None:
+    said = with_up("jobs", "submit", "analyze_video", '{"video_id": "01970000-0000-7000-8000-000000000000"}', "--wait")
+
+    assert (said.status, said.out.splitlines()[1]) == (1, "failed")
+    assert "There is no video" in said.err
+
+
+# ---- analyze ----
+
+
+def test_a_video_is_analysed_by_the_agentflow_of_the_home(
+    with_up: Command,
+    real_clips: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    said = with_up("analyze", str(real_clips / "bikes.mp4"))
+
+    assert said.status == 0, said.err
+    assert "640 × 272, 25 per second, h264" in said.out and "duration    0:10.00" in said.out
+    assert "6 shots" in said.out
+    assert re.search(r"^ +3 +0:03\.04 +0:05\.48 +2\.44 s +keyframes/shot-0003\.jpg", said.out, re.MULTILINE), said.out
+    assert "7 pictures are in agentflow-bikes" in said.out
+    assert "finding shots" in said.err, "the stages are told"
+    folder = tmp_path / "agentflow-bikes"
+    assert (folder / "contact-sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((folder / "keyframes").glob("shot-000[1-6].jpg"))) == 6
+    assert "Starting AgentFlow" not in said.err, "one was running"
+
+
+def test_json_is_all_that_stdout_gets_and_pictures_come_only_where_they_are_asked_for(
+    with_up: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    clip = write_film(tmp_path / "Mein Film #1.mp4", film([10, 10]))
+
+    said = with_up("analyze", str(clip), "--json")
+    assert json.loads(said.out)["video"]["frames"] == 20
+    assert [path.name for path in tmp_path.iterdir()] == [clip.name]
+
+    assert with_up("analyze", str(clip), "--json", "--out", str(tmp_path / "a" / "b")).status == 0
+    assert (tmp_path / "a" / "b" / "contact-sheet.png").exists()
+    assert video._name(str(clip), False) == "Mein-Film-1"
+    assert video._name("https://example.org/x/clip%20one.webm?a=1", True) == "clip-one"
+
+
+def test_what_is_no_video_fails_with_the_analysis_own_sentence(with_up: Command, tmp_path: Path) -> None:
+    text = tmp_path / "notes.mp4"
+    text.write_text("these are notes\n" * 100)
+
+    said = with_up("analyze", str(text), "--out", str(tmp_path / "out"))
+
+    assert (said.status, said.out) == (1, "")
+    assert said.err.splitlines()[-1] == "agentflow: the analysis failed: this is not a video: found a text file"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_url_of_a_private_address_is_refused_by_the_guard(with_up: Command) -> None:
+    said = with_up("analyze", "http://127.0.0.1/clip.mp4")
+
+    assert said.status == 1 and "127.0.0.1" in said.err and said.err.count("\n") == 1
+
+
+def test_a_named_agentflow_wants_its_key_and_a_wrong_url_is_said(
+    agentflow: Command, up: Up, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = write_film(tmp_path / "a.mp4", film([5]))
+    assert "key was refused" in agentflow("analyze", str(clip), "--url", up.url).err
+
+    monkeypatch.delenv("ADMIN_API_KEY")
+    said = agentflow("analyze", str(clip), "--url", up.url)
+    assert (said.status, said.err.count("\n")) == (2, 1) and "ADMIN_API_KEY" in said.err
+
+    key = (up.home / "admin.key").read_text().strip()  # type: ignore[attr-defined]
+    said = agentflow("analyze", str(clip), "--json", ADMIN_API_KEY=key, AGENTFLOW_URL=up.url)
+    assert json.loads(said.out)["video"]["frames"] == 5
+
+    nobody = f"http://127.0.0.1:{free_port()}"
+    said = agentflow("analyze", str(clip), "--url", nobody, ADMIN_API_KEY=key)
+    assert (said.status, said.err.count("\n")) == (1, 1) and "does not answer" in said.err
+
+
+def test_without_a_running_one_analyze_brings_its_own_and_takes_it_along(
+    environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path
+) -> None:
+    clip = write_film(tmp_path / "a.mp4", film([8, 8]))
+    # Folders by the names of ours, where the user happens to be.
+    for name in ("web", "actors", "agentflow"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')")
+
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom agentflow.cli import main\nmain()"
+
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", start, "analyze", str(clip), "--out", "pictures"],
+        env=os.environ | environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "Starting AgentFlow" in done.stderr and (tmp_path / "pictures" / "contact-sheet.png").exists()
+    rows = conn.execute("select kind, stopped_at is not null from agentflow.workers").fetchall()
+    assert rows == [("up", True)], "it was stopped in order"
+
+
+def test_why_its_own_could_not_start_is_said(environment: dict[str, str], tmp_path: Path) -> None:
+    clip = tmp_path / "a.mp4"
+    clip.write_bytes(b"x")
+
+    status, said = says(
+        ["analyze", str(clip)], environment | {"DATABASE_URL": f"postgresql://127.0.0.1:{free_port()}/x"}
+    )
+
+    assert status == 3
+    assert "database cannot be reached" in said.splitlines()[-1]
+
+
+def test_the_address_of_a_home_is_known_only_while_it_serves(tmp_path: Path) -> None:
+    with running.Advertisement(tmp_path, "http://one"):
+        with running.Advertisement(tmp_path, "http://two"):
+            assert running.url_of(tmp_path) == "http://one"
+        assert running.url_of(tmp_path) == "http://one"
+    assert running.url_of(tmp_path) is None
+
+    (tmp_path / "up.url").write_text("http://of-one-that-was-killed")
+    assert running.url_of(tmp_path) is None
+
+
+# ---- doctor ----
+
+
+def test_doctor_passes_on_a_sound_system_and_shows_no_secret(agentflow: Command, environment: dict[str, str]) -> None:
+    said = agentflow("doctor")
+
+    assert said.status == 0, said.out
+    for check in ("settings", "home", "database", "clock", "schema", "redis", "storage", "workers", "web"):
+        assert re.search(rf"^[✓!] {check} ", said.out, re.MULTILINE), said.out
+    assert environment["ADMIN_API_KEY"] not in said.out
+    assert not list(Path(environment["AGENTFLOW_HOME"]).glob(".doctor*"))
+
+
+def test_doctor_on_a_running_home(with_up: Command, up: Up) -> None:
+    said = with_up("doctor")
+
+    assert said.status == 0, said.out
+    assert "✓ servers" in said.out and "✓ workers" in said.out and up.url in said.out
+
+
+def test_doctor_goes_on_when_things_are_down_and_exits_with_1(agentflow: Command, tmp_path: Path) -> None:
+    said = agentflow(
+        "doctor",
+        DATABASE_URL=f"postgresql://me:s3cret@127.0.0.1:{free_port()}/db",
+        REDIS_URL=f"redis://:s3cret@127.0.0.1:{free_port()}/0",
+        STORAGE_URL="file:///proc/nowhere",
+    )
+
+    assert said.status == 1
+    assert re.search(
+        r"^✗ database +refused: nobody listens at 127\.0\.0\.1 port \d+\n +→ .*DATABASE_URL", said.out, re.M
+    )
+    assert re.search(r"^✗ redis +refused: .*\n +→ .*REDIS_URL", said.out, re.MULTILINE)
+    assert re.search(r"^✗ storage .*\n +→ .*STORAGE_URL", said.out, re.MULTILINE)
+    assert "✓ home" in said.out and "s3cret" not in said.out + said.err
+    assert "3 of " in said.err
+
+
+def test_doctor_says_that_migrations_are_missing(agentflow: Command, conn: psycopg.Connection) -> None:
+    conn.execute("delete from agentflow.migrations")
+
+    said = agentflow("doctor")
+
+    assert said.status == 1
+    assert re.search(r"^✗ schema .*\n +→ run `python -m migrations`$", said.out, re.MULTILINE), said.out
+
+
+@contextmanager
+def server(answer: Callable[[socket.socket], Any]) -> Iterator[int]:
+    """A port at which each connection is handled by `answer`."""
+    stop = threading.Event()
+
+    def one(connection: socket.socket) -> None:
+        with suppress(OSError), connection:
+            answer(connection)
+            stop.wait(10)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    threading.Thread(target=one, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield listener.getsockname()[1]
+        stop.set()
+
+
+def postgres_says(code: str, message: str) -> Callable[[socket.socket], None]:
+    def answer(connection: socket.socket) -> None:
+        if connection.recv(4096)[4:8] == b"\x04\xd2\x16\x2f":  # SSLRequest: not here
+            connection.sendall(b"N")
+            connection.recv(4096)
+        fields = f"SFATAL\0C{code}\0M{message}\0\0".encode()
+        connection.sendall(b"E" + (len(fields) + 4).to_bytes(4, "big") + fields)
+        connection.close()
+
+    return answer
+
+
+def redis_says(line: str) -> Callable[[socket.socket], None]:
+    def answer(connection: socket.socket) -> None:
+        while connection.recv(4096):
+            connection.sendall(line.encode() + b"\r\n")
+
+    return answer
+
+
+def silence(connection: socket.socket) -> None:
+    connection.recv(4096)
+    time.sleep(10)
+
+
+def hang_up(connection: socket.socket) -> None:
+    connection.recv(4096)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "query", "kind", "advice"),
+    [
+        (postgres_says("28P01", 'password authentication failed for user "me"'), "", "auth", "DATABASE_URL"),
+        (
+            postgres_says("28000", 'no pg_hba.conf entry for host "x", user "me", no encryption'),
+            "",
+            "TLS",
+            "sslmode=require",
+        ),
+        (postgres_says("3D000", 'database "db" does not exist'), "", 'database "db" does not exist', "create it"),
+        (postgres_says("53300", "sorry, too many clients already"), "", "too many", "DATABASE_POOL_SIZE"),
+        (postgres_says("57P03", "the database system is starting up"), "", "starting up", "wait a moment"),
+        (postgres_says("00000", "-"), "?sslmode=require", "TLS", "sslmode"),
+        (silence, "", "timeout", "overloaded"),
+    ],
+)
+def test_doctor_tells_what_ails_postgres(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[socket.socket], None], query: str, kind: str, advice: str
+) -> None:
+    monkeypatch.setattr(checkup, "_CONNECT_S", 2.0)
+    with server(answer) as port, pytest.raises(checkup.Wrong) as wrong:
+        checkup._postgres(f"postgresql://me:s3cret@127.0.0.1:{port}/db{query}", "DATABASE_URL")
+
+    assert kind in str(wrong.value) and advice in wrong.value.advice
+
+
+def tls_without_a_known_issuer(connection: socket.socket) -> None:
+    connection.recv(1)
+    connection.sendall(b"\x15\x03\x03\x00\x02\x02\x28")  # an alert, as of a server that wants something else
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "scheme", "kind", "advice"),
+    [
+        (redis_says("-WRONGPASS invalid username-password pair or user is disabled."), "redis", "auth", "REDIS_URL"),
+        (redis_says("-NOAUTH Authentication required."), "redis", "auth", "REDIS_URL"),
+        (tls_without_a_known_issuer, "rediss", "TLS", "redis://"),
+        (hang_up, "redis", "closed", "rediss://"),
+        (silence, "redis", "timeout", "rediss://"),
+    ],
+)
+def test_doctor_tells_what_ails_redis(
+    agentflow: Command,
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Callable[[socket.socket], None],
+    scheme: str,
+    kind: str,
+    advice: str,
+) -> None:
+    monkeypatch.setattr(checkup, "_CONNECT_S", 0.7)
+    with server(answer) as port, pytest.raises(checkup.Wrong) as wrong:
+        url = f"{scheme}://:s3cret@127.0.0.1:{port}/0"
+        checkup._redis(System(settings.load(environment | {"REDIS_URL": url}), "test"))
+
+    assert kind in str(wrong.value) and advice in wrong.value.advice, (str(wrong.value), wrong.value.advice)
+
+
+def test_doctor_tells_an_unknown_name_from_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(checkup.Wrong, match=r"DNS: the name no-such-host\.invalid is not known") as wrong:
+        checkup._reach("no-such-host.invalid", 5432, "DATABASE_URL")
+    assert "DATABASE_URL" in wrong.value.advice
+
+    monkeypatch.setattr(checkup, "_CONNECT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        # A listener whose queue is full does not answer: as a firewall that drops.
+        waiting = [socket.socket() for _ in range(4)]
+        for each in waiting:
+            each.setblocking(False)
+            each.connect_ex(full.getsockname())
+        with pytest.raises(checkup.Wrong, match=r"timeout: .* did not answer within 0\.3 s"):
+            checkup._reach("127.0.0.1", full.getsockname()[1], "DATABASE_URL")
+        for each in waiting:
+            each.close()
+
+
+def test_doctor_scrubs_what_a_library_might_quote(capsys: pytest.CaptureFixture[str]) -> None:
+    read = settings.load(
+        {
+            "DATABASE_URL": "postgresql://me:p%40ss-word@h/d",
+            "ADMIN_API_KEY": "an-operators-key-0",
+            "REDIS_URL": "redis://h",
+        }
+    )
+    report = checkup.Report(checkup.output.console(), read)
+
+    with report.check("database"):
+        raise checkup.Wrong("failed with p@ss-word, p%40ss-word and an-operators-key-0", "")
+
+    said = capsys.readouterr().out
+    assert "ss-word" not in said and "operators" not in said and said.count("***") == 3
