@@ -210,4 +210,5 @@ def metrics_document(system: System) -> dict[str, Any]:
 
 
 def metrics_text(system: System) -> bytes:
-    return metrics.render(system, with_queues=of(system).database.result().connected)
+    """The text form; the checks bring `worker_redis_connection_status` up to date first."""
+    return metrics.render(system, with_queues=of(system).connections()["database"].connected)

@@ -142,7 +142,7 @@ begin
         ) h where k.key = any (p_keys)
     ), locked as materialized (
         select j.id from agentflow.jobs j join heads on heads.id = j.id
-        where j.state = 'queued' and j.wait_reason = 'busy' order by j.id for update of j skip locked
+        where j.state || '' = 'queued' and j.wait_reason = 'busy' order by j.id for update of j skip locked
     ), next as (
         update agentflow.jobs j set wait_reason = null, sent_at = clock_timestamp(), sends = 1,
             wake_at = clock_timestamp() + interval '30 s'
@@ -390,7 +390,7 @@ begin
             order by (r.priority = 2 and r.place <= greatest(1, room / 10)) desc, r.priority, r.place limit room
         ), locked as materialized (
             select j.id from agentflow.jobs j join picked on picked.id = j.id
-            where j.state = 'queued' and j.wake_at <= clock_timestamp() order by j.id for update of j skip locked
+            where j.state || '' = 'queued' and j.wake_at <= clock_timestamp() order by j.id for update of j skip locked
         )
         update agentflow.jobs j set sent_at = clock_timestamp(), sends = least(j.sends + 1, 30000),
             wake_at = clock_timestamp() + least(interval '30 s' * power(2, least(j.sends, 4)), interval '5 min')

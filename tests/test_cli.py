@@ -25,7 +25,7 @@ from agentflow.jobs.intake import NewJob
 from agentflow.system import System
 from tests.clips import film, real_clips, write_film  # noqa: F401 - a fixture
 from tests.processes import ROOT, free_port
-from tests.test_up import Up, running_up, says
+from tests.test_up import Up, open_folder, running_up, says
 
 
 class Said:
@@ -61,13 +61,10 @@ def agentflow(
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def up() -> Iterator[Up]:
     """An `agentflow up` with a home of its own, for the tests of this module that need somebody to work."""
-    folder = tmp_path_factory.mktemp("up")
-    for each in (folder, *folder.parents[:2]):
-        each.chmod(0o755)  # root's Postgres runs as nobody
-    with running_up({"AGENTFLOW_HOME": str(folder / "home")}, folder / "up.log") as up:
-        up.home = folder / "home"  # type: ignore[attr-defined]
+    with open_folder() as folder, running_up({"AGENTFLOW_HOME": str(folder / "home")}, folder / "up.log") as up:
+        up.home = folder / "home"
         yield up
 
 
@@ -295,7 +292,7 @@ def test_a_named_agentflow_wants_its_key_and_a_wrong_url_is_said(
     said = agentflow("analyze", str(clip), "--url", up.url)
     assert (said.status, said.err.count("\n")) == (2, 1) and "ADMIN_API_KEY" in said.err
 
-    key = (up.home / "admin.key").read_text().strip()  # type: ignore[attr-defined]
+    key = (up.home / "admin.key").read_text().strip()
     said = agentflow("analyze", str(clip), "--json", ADMIN_API_KEY=key, AGENTFLOW_URL=up.url)
     assert json.loads(said.out)["video"]["frames"] == 5
 
@@ -420,6 +417,7 @@ def server(answer: Callable[[socket.socket], Any]) -> Iterator[int]:
         threading.Thread(target=accept, daemon=True).start()
         yield listener.getsockname()[1]
         stop.set()
+        listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake the thread
 
 
 def postgres_says(code: str, message: str) -> Callable[[socket.socket], None]:

@@ -11,7 +11,7 @@ import pytest
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from agentflow import metrics, settings
+from agentflow import health, metrics, settings
 from agentflow.jobs import registry, statistics
 from agentflow.system import System
 from tests.web_support import claim, client, run, submit
@@ -218,6 +218,17 @@ def test_a_scrape_works_and_is_quick_while_the_database_is_away(environment: dic
     assert b"worker_redis_connection_status" in answer.data
     assert b"agentflow_jobs{" not in answer.data
     assert stranger.get("/metrics", headers={"Accept": "application/json"}).json["database"]["connected"] is False
+
+
+def test_a_scrape_says_whether_redis_answers(system: System, environment: dict[str, str]) -> None:
+    metrics.redis_connected(False)
+    with_redis = samples(health.metrics_text(system))
+    lonely = System(settings.load({**environment, "REDIS_URL": "redis://127.0.0.1:1"}), "test")
+    without = samples(health.metrics_text(lonely))
+
+    assert with_redis["worker_redis_connection_status", ()] == 1
+    assert without["worker_redis_connection_status", ()] == 0
+    lonely.close()
 
 
 def test_requests_are_counted_by_route_and_not_by_path(client: FlaskClient, system: System) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +26,6 @@ import pytest
 import actors  # noqa: F401 - makes ping known
 from agentflow import embedded
 from agentflow.cli import running, serve
-from agentflow.embedded.layout import Layout
 from agentflow.jobs import records
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
@@ -40,6 +41,7 @@ class Up(Process):
     """A process of `agentflow up` that has said it is ready."""
 
     url: str
+    home: Path
 
     @property
     def inner(self) -> psutil.Process:
@@ -65,6 +67,18 @@ def running_up(environment: dict[str, str], log: Path, arguments: list[str] | No
         yield up
     finally:
         up.kill()
+
+
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """A folder for a home: root's Postgres runs as nobody, who may not enter pytest's own."""
+    folder = Path(tempfile.mkdtemp(prefix="agentflow-up-"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        eventually(lambda: not list(folder.glob("*/run/.s.PGSQL.*")), within_s=20)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -293,11 +307,8 @@ def test_the_platforms_port_is_taken_and_all_addresses_are_listened_at(
 
 
 def test_without_settings_all_is_in_the_home_and_stops_with_it(tmp_path: Path) -> None:
-    home = tmp_path / "a home with ümlaut"
-    home.mkdir(mode=0o755)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)  # root's Postgres runs as nobody
-    with running_up({"AGENTFLOW_HOME": str(home)}, tmp_path / "up.log") as up:
+    with open_folder() as folder, running_up({"AGENTFLOW_HOME": str(folder / "ein Ümlaut")}, tmp_path / "up.log") as up:
+        home = folder / "ein Ümlaut"
         key = (home / "admin.key").read_text().strip()
         listed = httpx2.get(f"{up.url}/api/jobs", headers={"Authorization": f"Bearer {key}"})
         assert listed.status_code == 200
@@ -307,23 +318,18 @@ def test_without_settings_all_is_in_the_home_and_stops_with_it(tmp_path: Path) -
 
         assert up.terminate() == 0, up.text()
         assert running.url_of(home) is None
-        layout = Layout.of(home)
-        eventually(lambda: not (layout.run / ".s.PGSQL.5432").exists(), within_s=10)
+        eventually(lambda: not (home / "run" / ".s.PGSQL.5432").exists(), within_s=10)
 
 
-def test_as_a_containers_first_process_it_waits_for_the_servers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    stack = embedded.join(tmp_path / "home")
-    url = stack.database_url
-    monkeypatch.setattr(serve.os, "getpid", lambda: 1)
+def test_as_a_containers_first_process_it_waits_for_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_folder() as folder:
+        stack = embedded.join(folder / "home")
+        monkeypatch.setattr(serve.os, "getpid", lambda: 1)
 
-    serve._leave(stack)
+        serve._leave(stack)
 
-    with pytest.raises(psycopg.OperationalError):
-        psycopg.connect(url, connect_timeout=2)
+        with pytest.raises(psycopg.OperationalError):
+            psycopg.connect(stack.database_url, connect_timeout=2)
 
 
 def test_whoever_starts_it_for_a_while_gets_the_url_and_takes_it_along(

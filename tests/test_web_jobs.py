@@ -79,6 +79,7 @@ BAD_BODIES: dict[str, tuple[Any, int, str]] = {
     "number_for_a_time": ({"type": "web_echo", "run_at": 0}, 422, "run_at"),
     "time_without_zone": ({"type": "web_echo", "run_at": "2030-01-01T00:00:00"}, 422, "run_at"),
     "too_many_attempts": ({"type": "web_echo", "max_attempts": 1001}, 422, "max_attempts"),
+    "time_limit_of_nothing": ({"type": "web_echo", "time_limit_s": 1e-300}, 422, "time_limit_s"),
     "limit_without_key": ({"type": "web_echo", "concurrency_limit": 2}, 422, "concurrency_limit"),
     "nul_in_payload": ({"type": "web_echo", "payload": {"text": "a\x00"}}, 422, "payload"),
     "nul_in_a_key_of_the_payload": ({"type": "web_echo", "payload": {"more": {"\x00": 1}}}, 422, "payload"),
@@ -118,6 +119,15 @@ def test_a_bad_body_is_refused_by_name_and_nothing_is_written(client: FlaskClien
             wrong.append((name, said["errors"], said["detail"]))
     assert wrong == []
     assert count(conn) == 0
+
+
+def test_a_time_at_the_ends_of_the_calendar_or_in_an_odd_zone_is_taken(client: FlaskClient) -> None:
+    for text, kept in (
+        ("2030-01-01T00:00:00+18:08", "2029-12-31T05:52:00Z"),
+        ("0001-01-01T00:00:00+14:00", "1970-01-02T00:00:00Z"),
+        ("9999-12-31T23:59:59-14:00", "9998-01-01T00:00:00Z"),
+    ):
+        assert submit(client, run_at=text)["run_at"] == kept
 
 
 def test_a_body_that_is_not_called_json_is_415(client: FlaskClient) -> None:

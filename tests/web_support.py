@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import httpx2
+import psutil
 import psycopg
 import pytest
 from flask.testing import FlaskClient
@@ -114,13 +116,14 @@ class Web:
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx2.Client(base_url=self.url, headers=AUTH, timeout=30)
 
-    def worker_pid(self) -> int:
-        """The one child, which serves."""
-        (child,) = self.process.family()[1:]
-        return int(child.pid)
+    @cached_property
+    def worker(self) -> psutil.Process:
+        """The one child, which serves. Looked up once: psutil's list of children is not always whole."""
+        found: psutil.Process = eventually(lambda: self.process.family()[1:], within_s=5)[0]
+        return found
 
     def rss(self) -> int:
-        return int(self.process.family()[1].memory_info().rss)
+        return int(self.worker.memory_info().rss)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class JobRequest(Body):
     priority: Priority | None = None
     run_at: Annotated[AwareDatetime, Strict()] | None = Field(None, description="Not before this moment")
     max_attempts: Annotated[int, Field(ge=1, le=1000)] | None = None
-    time_limit_s: Annotated[float, Field(gt=0, le=86_400)] | None = Field(
+    time_limit_s: Annotated[float, Field(ge=0.1, le=86_400)] | None = Field(
         None, description="Seconds for one attempt; at most what the type allows"
     )
     concurrency_key: Word | None = Field(None, description="Jobs with the same key do not run together …")
@@ -414,8 +414,8 @@ def _new_job(body: JobRequest, settings: Settings, *, idempotency_key: str | Non
         type=body.type,
         payload=body.payload,
         priority=body.priority,
-        # Postgres' and Python's calendars end at different years.
-        run_at=min(max(body.run_at, _FIRST), _LAST) if body.run_at else None,
+        # Postgres' and Python's calendars end at different years, and their zones at different hours.
+        run_at=min(max(body.run_at, _FIRST), _LAST).astimezone(UTC) if body.run_at else None,
         max_attempts=body.max_attempts,
         time_limit_s=body.time_limit_s,
         idempotency_key=idempotency_key,

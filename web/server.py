@@ -131,7 +131,7 @@ def start(worker: Any) -> None:
     system.admin_key()  # made now, so that it stands there when the process is ready
     metrics.known_types(registry.every())
     threading.Thread(target=_keep, args=(system,), name="web-heartbeat", daemon=True).start()
-    logger.info("web is ready", port=system.settings.port, threads=worker.cfg.threads)
+    logger.info("web is ready", address=", ".join(worker.cfg.bind), threads=worker.cfg.threads)
 
 
 def stop(worker: Any) -> None:

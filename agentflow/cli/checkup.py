@@ -114,7 +114,7 @@ class Report:
         except Wrong as error:
             self._bad(str(error), error.advice)
         except embedded.EmbeddedError as error:
-            self._bad(str(error), "see the logs in the home's folder `logs`")
+            self._bad(str(error), "")  # it says itself what to do
         except (*_UNAVAILABLE, redis.RedisError, StorageError, OSError) as error:
             self._bad(one_line(error) or type(error).__name__, "")
 

@@ -63,7 +63,7 @@ def up(host: str | None, port: int | None, announce: int | None) -> None:
             arbiter.run()
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else 1
-    _leave(arbiter.stack)
+    _leave(arbiter.stack, for_a_while=announce is not None)
     if status:
         raise Failure("stopped, since the process inside could not start; the lines above say why", CANNOT_START)
 
@@ -89,11 +89,13 @@ def _check_servers(read: Settings) -> Embedded | None:
     return stack
 
 
-def _leave(stack: Embedded | None) -> None:
+def _leave(stack: Embedded | None, *, for_a_while: bool = False) -> None:
     if stack is not None:
         stack.leave()
         if os.getpid() == 1:
             stack.wait_stopped()  # our end is the end of the container: Postgres would be killed half-way
+        elif for_a_while:
+            stack.wait_stopped(3.0)  # so that whoever started us leaves nothing running (others may use the home, too)
 
 
 class _Application(Application):  # type: ignore[misc]  # gunicorn is untyped
@@ -279,7 +281,8 @@ class Worker(server.Worker):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """HTTP stops accepting and the worker stops taking jobs, both now."""
-        if self._told_to_stop:  # a second signal may come in the middle of the first one's locks: that would be a deadlock
+        # A second signal may come in the middle of the first one's locks: that would be a deadlock.
+        if self._told_to_stop:
             return
         self._told_to_stop = True
         super().handle_exit(sig, frame)

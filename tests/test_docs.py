@@ -1,0 +1,321 @@
+"""What the documents say is so: settings, commands, routes, processes, and the states of a job.
+
+`python -m tests.test_docs` writes README's table of settings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import click
+import psycopg
+import yaml
+
+from agentflow import settings
+from agentflow.cli import commands
+from agentflow.jobs import leases, records
+from agentflow.jobs.model import STATES, TERMINAL, Job, Outcome, State, Verdict
+from agentflow.settings import TABLE
+from agentflow.system import System
+from tests import core_support as core
+from tests.processes import BIN, ROOT
+from web import create_app
+
+README = ROOT / "README.md"
+STATES_FILE = ROOT / "ops" / "states.md"
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "ops").glob("*.md"))]
+_BEGIN = "<!-- settings: .venv/bin/python -m tests.test_docs writes this table -->\n"
+_END = "<!-- end of settings -->"
+
+
+def settings_table() -> str:
+    rows = "".join(
+        f"| `{name}` | {f'`{default}`' if default and default != 'see text' else default} | {description} |\n"
+        for name, (default, description) in TABLE.items()
+    ).replace("`()`", "")
+    return f"\n| variable | default | meaning |\n|---|---|---|\n{rows}\n"
+
+
+def section(document: Path, title: str) -> str:
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", document.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, f"{document.name} has no section {title!r}"
+    return found.group(1)
+
+
+# ---- README ----
+
+
+def test_the_table_of_settings_is_the_programs_own() -> None:
+    written = README.read_text().split(_BEGIN)[1].split(_END)[0]
+
+    assert written == settings_table(), "run: .venv/bin/python -m tests.test_docs"
+
+
+def test_every_command_is_described_and_every_described_one_exists() -> None:
+    def paths(group: click.Group, before: str) -> set[str]:
+        found = set()
+        for name, command in group.commands.items():
+            path = f"{before} {name}"
+            found |= paths(command, path) if isinstance(command, click.Group) else {path}
+        return found
+
+    described = set(re.findall(r"^\| `(agentflow [a-z ]+)` \|", section(README, "Command line"), re.MULTILINE))
+
+    assert described == paths(commands.cli, "agentflow")
+
+
+def test_every_option_that_is_described_exists() -> None:
+    def options(path: str) -> set[str]:
+        command: Any = commands.cli
+        for name in path.split()[1:]:
+            command = command.commands[name]
+        return {option for parameter in command.params for option in parameter.opts}
+
+    for path, text in re.findall(
+        r"^\| `(agentflow [a-z ]+)` \| (.*) \|$", section(README, "Command line"), re.MULTILINE
+    ):
+        assert set(re.findall(r"`(--[a-z-]+)`", text)) <= options(path), path
+    mentioned = {
+        (path.strip(), option)
+        for document in DOCUMENTS
+        for path, option in re.findall(r"agentflow ((?:[a-z]+ ){1,2})[^`\n]*?(--[a-z-]+)", document.read_text())
+    }
+    for path, option in mentioned:
+        assert option in options(f"agentflow {path}"), (path, option)
+
+
+def test_every_route_is_described_and_every_described_one_exists() -> None:
+    app = create_app(System(settings.load({}), "test"))
+    served = {
+        method + " " + re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+        for rule in app.url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }
+    served.discard("GET /docs/{name}")  # the page's own files
+
+    described = re.findall(r"^\| `([A-Z]+ /\S*)` \|", section(README, "HTTP API"), re.MULTILINE)
+
+    assert sorted(described) == sorted(served)
+
+
+def test_paths_and_variables_that_are_named_exist() -> None:
+    known = set(TABLE) | set(re.findall(r"\b[A-Z][A-Z0-9_]{3,}\b", (ROOT / "agentflow" / "settings.py").read_text()))
+    # Ours on the command line, the platforms', other programs', and one that is announced as coming.
+    known |= {
+        "AGENTFLOW_URL",
+        "PYTHON",
+        "RABBITMQ_URL",
+        "XDG_DATA_HOME",
+        "SIGTERM",
+        "UPDATE",
+        "HTTP",
+        "JSON",
+        "FILE",
+        "TYPE",
+        "POST",
+    }
+    known |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT"}
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for variable in re.findall(r"`\$?([A-Z][A-Z0-9_]{3,})`", text):
+            assert variable in known, f"{document.name} names {variable}"
+        for path in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (document.parent / path).exists(), f"{document.name} links to {path}"
+        for path in re.findall(r"`((?:ops|tests|agentflow|actors|web|scheduler|migrations|\.ci)/[\w./-]*)`", text):
+            assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def test_metrics_that_the_runbook_names_exist() -> None:
+    text = (ROOT / "agentflow" / "metrics.py").read_text()
+    named = re.findall(r"`((?:worker|agentflow)_[a-z_]+?)(?:_total)?`", (ROOT / "ops" / "runbook.md").read_text())
+
+    assert len(named) > 4
+    for name in named:
+        if name != "worker_lost":  # an error's code
+            assert f'"{name}"' in text, name
+
+
+# ---- processes ----
+
+
+def processes() -> dict[str, str]:
+    lines = (ROOT / "Procfile").read_text().splitlines()
+    return dict(line.split(": ", 1) for line in lines)
+
+
+def test_the_procfile_names_the_processes_and_their_commands_resolve() -> None:
+    assert list(processes()) == ["release", "web", "worker", "scheduler"]
+    environment = {"PATH": f"{BIN}:{os.environ['PATH']}", "JOB_CONCURRENCY": "3"}
+    for name, command in processes().items():
+        # What the shell makes of it, as the platforms' does, up to the program itself.
+        shown = subprocess.run(
+            ["/bin/sh", "-c", f"printf '%s\\n' {command}"], env=environment, capture_output=True, text=True, check=True
+        ).stdout.split("\n")[:-1]
+        program = shutil.which(shown[0], path=environment["PATH"])
+        assert program, f"{name}: {shown[0]}"
+        if shown[0] == "python":
+            assert (ROOT / shown[2] / "__main__.py").exists()
+        elif shown[0] == "gunicorn":
+            checked = subprocess.run(
+                [program, "--check-config", *shown[1:]], cwd=ROOT, env=environment, capture_output=True, text=True
+            )
+            assert checked.returncode == 0, checked.stderr
+        else:
+            assert shown == ["dramatiq", "actors", "--processes", "1", "--threads", "3"]
+
+
+def compose() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return found
+
+
+def test_compose_runs_the_processes_of_the_procfile_on_servers_that_are_ready() -> None:
+    services = compose()["services"]
+
+    assert set(services) == {"postgres", "valkey", "migrate", "web", "worker", "scheduler"}
+    assert "pgvector" in services["postgres"]["image"] and "valkey" in services["valkey"]["image"]
+    for name, process in (("migrate", "release"), ("web", "web"), ("worker", "worker"), ("scheduler", "scheduler")):
+        words = services[name]["command"]
+        command = words[2].removeprefix("exec ").replace("$$", "$") if words[0] == "sh" else shlex.join(words)
+        assert command == processes()[process]
+    for name in ("web", "worker", "scheduler"):
+        waits = services[name]["depends_on"]
+        assert waits["migrate"]["condition"] == "service_completed_successfully"
+        assert waits["valkey"]["condition"] == "service_healthy"
+        assert "/health/live" in services[name]["healthcheck"]["test"][-1]
+    assert services["migrate"]["depends_on"]["postgres"]["condition"] == "service_healthy"
+    for name in ("postgres", "valkey"):
+        assert services[name]["healthcheck"]["test"][0] == "CMD"
+    assert {volume.split(":")[0] for s in services.values() for volume in s.get("volumes", [])} == set(
+        compose()["volumes"]
+    )
+
+
+def test_the_settings_in_compose_are_read_without_a_complaint() -> None:
+    environment = {k: str(v) for k, v in compose()["services"]["web"]["environment"].items()}
+    unknown = set(environment) - set(TABLE)
+    key = environment["ADMIN_API_KEY"]
+
+    read = settings.load(environment | {"ADMIN_API_KEY": "a-key-of-16-or-more"})
+
+    assert not unknown and not read.warnings()
+    assert key.startswith("${ADMIN_API_KEY:?"), "it must not start with a key that everybody knows"
+
+
+def test_the_image_is_made_of_what_is_there() -> None:
+    lines = (ROOT / "ops" / "Dockerfile").read_text()
+
+    for source in re.findall(r"^COPY (\S+) ", lines, re.MULTILINE):
+        assert (ROOT / source).exists()
+    version = (ROOT / ".python-version").read_text().strip()
+    assert f"FROM python:{version}-slim" in lines
+    command = re.search(r"^CMD (\[.*\])$", lines, re.MULTILINE)
+    assert command and yaml.safe_load(command.group(1))[:2] == ["agentflow", "up"]
+
+
+# ---- the states of a job ----
+
+Move = tuple[str, str, str]
+
+
+def moves_in_the_table() -> set[Move]:
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| (\w+) \|", STATES_FILE.read_text(), re.MULTILINE)
+    return {row for row in rows if row[0] != "from"}
+
+
+def moves_in_the_picture() -> set[Move]:
+    return set(re.findall(r"^ +(\w+) --> (\w+): (\w+)$", STATES_FILE.read_text(), re.MULTILINE))
+
+
+def job_in(
+    conn: psycopg.Connection, state: State, *, asked_to_cancel: bool, last_attempt: bool, crashes: int
+) -> Job | None:
+    """A job in that state; None where there is none like that."""
+    job = core.submit(conn, max_attempts=1 if last_attempt else 5)
+    if crashes:
+        conn.execute("update agentflow.jobs set crashes = %s where id = %s", (crashes, job.id))
+    if state != "queued":
+        (job,) = core.claim(conn, uuid4(), job)
+    if asked_to_cancel:
+        if state != "running":
+            return None
+        records.cancel(conn, core.ORGANIZATION, job.id)
+    if state in TERMINAL and core.finish(conn, job, state) != state:  # type: ignore[arg-type]  # outcomes have these names
+        return None
+    return core.read(conn, job)
+
+
+def walked(conn: psycopg.Connection) -> set[Move]:
+    """What every operation does to a job in every state."""
+    outcomes: tuple[Outcome, ...] = ("succeeded", "failed", "cancelled", "retry", "wait", "handback")
+
+    def finish(outcome: Outcome) -> Any:
+        def run(job: Job) -> None:
+            worker = job.worker or uuid4()
+            core.settle(conn, worker, Verdict(job.id, job.fence, outcome))
+
+        return run
+
+    def rescue(job: Job) -> None:
+        conn.execute(
+            "update agentflow.jobs set lease_until = clock_timestamp() - interval '1 h' where id = %s and state = 'running'",
+            (job.id,),
+        )
+        leases.rescue(conn, core.rescuer(conn), limit=100, lease_s=core.LEASE_S, max_crashes=core.MAX_CRASHES)
+
+    operations: list[tuple[str, Any]] = [
+        ("claim", lambda job: core.claim(conn, uuid4(), job)),
+        ("cancel", lambda job: records.cancel(conn, core.ORGANIZATION, job.id)),
+        ("rescue", rescue),
+        *[("finish", finish(outcome)) for outcome in outcomes],
+    ]
+    seen = set()
+    variants = itertools.product((False, True), (False, True), (0, core.MAX_CRASHES - 1))
+    for asked, last, crashes in variants:
+        for state, (name, operation) in itertools.product(STATES, operations):
+            job = job_in(conn, state, asked_to_cancel=asked, last_attempt=last, crashes=crashes)
+            if job is None:
+                continue
+            assert job.state == state
+            operation(job)
+            now = core.read(conn, job).state
+            if now != state:
+                seen.add((state, now, name))
+    return seen
+
+
+def test_the_diagram_of_states_is_what_the_database_allows(conn: psycopg.Connection) -> None:
+    assert walked(conn) == moves_in_the_table()
+
+
+def test_the_walk_notices_a_transition_that_is_not_in_the_diagram(conn: psycopg.Connection) -> None:
+    core.mutate_function(
+        conn,
+        "cancel_1",
+        ("in ('queued', 'running')", "in ('queued', 'running', 'failed')"),
+        ("when j.state = 'queued' then 'cancelled'", "when j.state <> 'running' then 'cancelled'"),
+        ("when j.state = 'queued' then clock_timestamp()", "when j.state <> 'running' then clock_timestamp()"),
+    )
+
+    assert walked(conn) - moves_in_the_table() == {("failed", "cancelled", "cancel")}
+
+
+def test_the_picture_of_states_is_the_table() -> None:
+    assert moves_in_the_picture() == moves_in_the_table()
+    ends = set(re.findall(r"^ +(\w+) --> \[\*\]$", STATES_FILE.read_text(), re.MULTILINE))
+    assert ends == TERMINAL
+
+
+if __name__ == "__main__":
+    before, rest = README.read_text().split(_BEGIN)
+    README.write_text(before + _BEGIN + settings_table() + _END + rest.split(_END, 1)[1])
+    sys.exit(0)

@@ -1,0 +1,275 @@
+"""The hot statements find their rows by index, on an empty, a small and a large table: the plans as the server really ran them,
+those of the statements inside the functions, too."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+
+from agentflow import embedded
+from agentflow.jobs import claims, dispatch, intake, leases, records, retention
+from agentflow.jobs.leases import Held
+from agentflow.jobs.model import Job, Verdict
+from agentflow.jobs.records import Filter
+from agentflow.jobs.retention import Keep
+from tests import core_support
+from tests.core_support import LEASE_S, MAX_CRASHES, ORGANIZATION, prepared, rescuer, settle, submit
+
+Connection = psycopg.Connection
+
+#: Finished rows, waiting rows over 20 organizations (a fifth sent, a tenth with a key, a fifth not due yet), running rows.
+SIZES = {"empty": (0, 0, 0), "small": (60, 30, 10), "large": (200_000, 20_000, 200)}
+
+# One row a millisecond up to now, with ids as they are made over such a time.
+FILL = """
+insert into agentflow.jobs (id, organization_id, type, queue, priority, state, max_attempts, attempt, fence, time_limit_s,
+    run_at, wake_at, sent_at, sends, concurrency_key, slot, worker, lease_until, finished_at, finished_by)
+select (lpad(to_hex((extract(epoch from now()) * 1000)::bigint - %(total)s + n), 12, '0') || '7'
+        || substr(md5(n::text), 1, 19))::uuid,
+    1 + n %% 20, 'test', 'default', 1 + (n / 20) %% 2, state, 5, claimed, claimed, 60, now() - interval '1 s' * n,
+    case when queued then case when n %% 5 = 1 then now() + interval '1 h' else now() - interval '1 s' end end,
+    case when queued and n %% 5 = 0 then now() end, (queued and n %% 5 = 0)::integer, key,
+    case when running and key is not null then n %% 1000 end, case when running then %(worker)s::uuid end,
+    case when running then now() + interval '30 s' end, case when not (queued or running) then now() end,
+    case when not (queued or running) then %(worker)s::uuid end
+from generate_series(1, %(total)s) n
+cross join lateral (select n > %(finished)s and n <= %(taken)s, n > %(taken)s,
+    case when n %% 10 = 3 then 'k' || n %% 4 end) a(queued, running, key)
+cross join lateral (select case when queued then 'queued' when running then 'running' else 'succeeded' end,
+    (not queued)::integer) b(state, claimed)
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    conn: Connection
+    size: str
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def table(request: pytest.FixtureRequest, stack: embedded.Embedded) -> Iterator[Table]:
+    """A connection to a table of that size, whose session plans as a worker's does: nothing is set in it."""
+    finished, waiting, running = SIZES[request.param]
+    with core_support.database(stack) as url:
+        with psycopg.connect(url, autocommit=True, options="-c synchronous_commit=off") as conn:
+            counts = {"finished": finished, "taken": finished + waiting, "total": finished + waiting + running}
+            conn.execute(FILL, {**counts, "worker": uuid4()})
+            conn.execute("insert into agentflow.concurrency_keys select 'k' || n, 1000 from generate_series(0, 3) n")
+            if request.param == "large":  # an empty table is planned as it is, before anybody looked at it
+                conn.execute("analyze agentflow.jobs")
+        with psycopg.connect(url, autocommit=True, prepare_threshold=None) as conn:
+            yield Table(conn, request.param)
+
+
+class Plans:
+    """The nodes of the plans that ran while it listened."""
+
+    def __init__(self) -> None:
+        self.nodes: list[dict[str, Any]] = []
+
+    def hear(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        found = re.match(r"duration: .*?plan:\s*(\{.*)", diagnostic.message_primary or "", re.DOTALL)
+        if found:
+            self._collect(json.loads(found[1])["Plan"])
+
+    def _collect(self, node: dict[str, Any]) -> None:
+        self.nodes.append(node)
+        for below in node.get("Plans", []):
+            self._collect(below)
+
+    @property
+    def indexes(self) -> set[str]:
+        return {node["Index Name"] for node in self.nodes if node.get("Index Name", "").startswith("jobs_")}
+
+    @property
+    def scanned(self) -> list[str]:
+        """Tables read from one end to the other, that may be large."""
+        large = ("jobs", "attempts", "idempotency_keys")
+        return [n["Relation Name"] for n in self.nodes if n["Node Type"] == "Seq Scan" and n["Relation Name"] in large]
+
+    @property
+    def read_whole(self) -> set[str]:
+        """Indexes read from one end to the other: without a condition on their columns."""
+        return {
+            n["Index Name"] for n in self.nodes if n.get("Index Name", "").startswith("jobs_") and "Index Cond" not in n
+        }
+
+
+@contextmanager
+def plans(conn: Connection) -> Iterator[Plans]:
+    heard = Plans()
+    conn.execute("load 'auto_explain'")
+    for name, setting in (("log_min_duration", "0"), ("log_nested_statements", "on"), ("log_format", "json")):
+        conn.execute(f"set auto_explain.{name} = {setting}".encode())
+    conn.execute("set client_min_messages = log")
+    conn.add_notice_handler(heard.hear)
+    try:
+        yield heard
+        conn.execute("select %s", (1,))  # the plan of the last one is told when its portal is closed
+    finally:
+        conn.remove_notice_handler(heard.hear)
+        conn.execute("reset client_min_messages; set auto_explain.log_min_duration = -1")
+
+
+def ids_of(conn: Connection, where: str, limit: int = 20) -> list[UUID]:
+    query = f"select id from agentflow.jobs where {where} order by id limit {limit}"  # noqa: S608
+    return [row[0] for row in conn.execute(query.encode()).fetchall()] or [uuid4()]
+
+
+Act = Callable[[], Any]
+
+
+def _claim(conn: Connection) -> Act:
+    ids = ids_of(conn, "state = 'queued' and concurrency_key is null")
+    return lambda: claims.claim(conn, ids, uuid4(), LEASE_S)
+
+
+def _claim_keyed(conn: Connection) -> Act:
+    ids = ids_of(conn, "state = 'queued' and concurrency_key is not null")
+    return lambda: claims.claim_keyed(conn, ids, uuid4(), LEASE_S)
+
+
+def _held(conn: Connection, **request: Any) -> tuple[UUID, list[Job]]:
+    worker = uuid4()
+    return worker, core_support.claim(conn, worker, *(submit(conn, **request) for _ in range(5)))
+
+
+def _settle(conn: Connection) -> Act:
+    worker, jobs = _held(conn, callback_url="http://x.example")
+    return lambda: settle(conn, worker, *(Verdict(job.id, job.fence, "succeeded") for job in jobs))
+
+
+def _settle_keyed(conn: Connection) -> Act:
+    worker, jobs = _held(conn, key="k1", slots=1000)
+    return lambda: settle(conn, worker, *(Verdict(job.id, job.fence, "retry", 1.0) for job in jobs))
+
+
+def _heartbeat(conn: Connection) -> Act:
+    worker, jobs = _held(conn)
+    return lambda: leases.renew(conn, worker, [Held(job.id, job.fence) for job in jobs], LEASE_S)
+
+
+def _rescue(conn: Connection) -> Act:
+    _, jobs = _held(conn)
+    conn.execute("update agentflow.jobs set lease_until = now() where id = %s", (jobs[0].id,))
+    worker = rescuer(conn)
+    return lambda: leases.rescue(conn, worker, limit=100, lease_s=LEASE_S, max_crashes=MAX_CRASHES)
+
+
+def _cancel(conn: Connection) -> Act:
+    job = submit(conn, key="k2", slots=1000, callback_url="http://x.example")
+    return lambda: records.cancel(conn, ORGANIZATION, job.id)
+
+
+def _submit(conn: Connection) -> Act:
+    new = prepared(key="k0", slots=1000, idempotency_key="i")
+    return lambda: intake.submit(conn, ORGANIZATION, new)
+
+
+def _submit_many(conn: Connection) -> Act:
+    return lambda: intake.submit_many(conn, ORGANIZATION, [prepared() for _ in range(50)])
+
+
+def _take_back(conn: Connection) -> Act:
+    ids = ids_of(conn, "state = 'queued' and sent_at is not null")
+    return lambda: dispatch.take_back(conn, ids, 1.0)
+
+
+def _relay(conn: Connection) -> Act:
+    return lambda: dispatch.pick_due(conn, "default")
+
+
+def _get(conn: Connection) -> Act:
+    (id_,) = ids_of(conn, "true", 1)
+    return lambda: records.get(conn, ORGANIZATION, id_)
+
+
+def _attempts(conn: Connection) -> Act:
+    (id_,) = ids_of(conn, "true", 1)
+    return lambda: records.attempts(conn, id_)
+
+
+def _children(conn: Connection) -> Act:
+    (id_,) = ids_of(conn, "true", 1)
+    return lambda: records.children(conn, id_)
+
+
+def _list(conn: Connection) -> Act:
+    before = ids_of(conn, "true")[-1]
+    return lambda: records.search(conn, 3, Filter(), before=before)
+
+
+def _retention(conn: Connection) -> Act:
+    return lambda: retention.delete_jobs(conn, succeeded=True, keep=Keep(0, 100))
+
+
+PKEY, LINE, SLOT, READY, SENT = "jobs_pkey", "jobs_line", "jobs_slot", "jobs_ready", "jobs_sent"
+LIST, RUNNING, PARENT = "jobs_list", "jobs_running", "jobs_parent"
+#: statement -> how it is made, whether its plans are kept (in a function) or made each time, and the indexes that they may use.
+#: Of a key the running jobs are few, and found by the index of all running ones as well as by that of the slots.
+HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
+    "claim": (_claim, False, {PKEY}),
+    "claim with a key": (_claim_keyed, True, {PKEY, LINE, SLOT, RUNNING}),
+    "finish": (_settle, True, {PKEY}),
+    "finish with a key": (_settle_keyed, True, {PKEY, LINE, SLOT, RUNNING}),
+    "heartbeat": (_heartbeat, True, {PKEY, RUNNING}),
+    "relay": (_relay, True, {PKEY, READY, SENT}),
+    "rescue": (_rescue, True, {PKEY, RUNNING}),
+    "submit": (_submit, False, {READY, SENT}),
+    "submit many": (_submit_many, False, {READY, SENT}),
+    "take back": (_take_back, False, {PKEY}),
+    "cancel": (_cancel, True, {PKEY, LIST, LINE, SLOT, RUNNING}),
+    "get": (_get, False, {PKEY, LIST}),
+    "attempts": (_attempts, False, {PKEY}),
+    "children": (_children, False, {PARENT}),
+    "list": (_list, False, {LIST, PKEY}),
+    "retention": (_retention, False, {LIST, PARENT, PKEY}),
+}
+
+
+@pytest.mark.parametrize("statement", HOT)
+def test_a_hot_statement_finds_its_rows_by_index(table: Table, statement: str) -> None:
+    arrange, kept, allowed = HOT[statement]
+    with table.conn.transaction(force_rollback=True):
+        act = arrange(table.conn)
+
+        with plans(table.conn) as heard:
+            act()
+
+    assert heard.nodes, "no plan was heard of"
+    # A plan that is made each time may well read the one page of a table that has no more.
+    if kept or table.size == "large":
+        assert heard.scanned == []
+        assert heard.indexes <= allowed
+    if kept:
+        assert heard.read_whole <= {RUNNING, SLOT}
+
+
+def test_the_plans_that_a_session_keeps_from_an_empty_table_are_good_for_a_large_one(stack: embedded.Embedded) -> None:
+    """A worker may have planned its statements when the database was new."""
+    with core_support.database(stack) as url, psycopg.connect(url, autocommit=True, prepare_threshold=None) as conn:
+        for _ in range(10):  # from the sixth time on a plan may be kept
+            for arrange, kept, _ in HOT.values():
+                with conn.transaction(force_rollback=True):
+                    if kept:
+                        arrange(conn)()
+        counts = {"finished": 20_000, "taken": 40_000, "total": 40_200}
+        with psycopg.connect(url, autocommit=True, options="-c synchronous_commit=off") as other:
+            other.execute(FILL, {**counts, "worker": uuid4()})
+
+        for statement, (arrange, kept, _) in HOT.items():
+            with conn.transaction(force_rollback=True):
+                act = arrange(conn)
+                started = time.monotonic()
+                if kept:
+                    act()
+                assert time.monotonic() - started < 0.5, statement
