@@ -1,7 +1,8 @@
 """Connections to Postgres: a pool per process, and single ones for the threads that must not wait for the pool.
 
-No session state, and prepared statements only where no pooler can be in between: the same code runs behind one. Every wait has an end: connecting,
-waiting for a free connection, and waiting for an answer (a frozen server keeps its sockets open and acknowledges packets).
+No session state, and prepared statements only where no pooler can be in between: the same code runs behind one. Every wait has
+an end: connecting, waiting for a free connection, and waiting for an answer (a frozen server keeps its sockets open and
+acknowledges packets).
 """
 
 from __future__ import annotations

@@ -26,6 +26,10 @@ MAX_RESULT_CHARS: Final = 64 << 10
 _ROW_POLL_S: Final = 0.5
 
 
+#: A job's id and the fence of one claim of it.
+Claim = tuple[UUID, int]
+
+
 class Progress(NamedTuple):
     fraction: float
     stage: str | None
@@ -51,14 +55,15 @@ class Live:
         self._results = RedisBackend(client=client)
         self._waiting = waiting_client
 
-    def write_progress(self, changed: Sequence[tuple[UUID, Progress]]) -> None:
+    def write_progress(self, changed: Sequence[tuple[Claim, Progress]]) -> None:
         with self._client.pipeline(transaction=False) as pipe:
-            for job_id, progress in changed:
-                pipe.set(self._key(job_id), json.dumps(progress), ex=PROGRESS_TTL_S)
+            for claim, progress in changed:
+                pipe.set(self._key(*claim), json.dumps(progress), ex=PROGRESS_TTL_S)
             pipe.execute()
 
-    def progress(self, job_id: UUID) -> Progress | None:
-        data: Any = self._client.get(self._key(job_id))
+    def progress(self, job: Job) -> Progress | None:
+        """How far the attempt that runs now is; what an earlier one said does not count."""
+        data: Any = self._client.get(self._key(job.id, job.fence))
         return Progress(*json.loads(data)) if data else None
 
     def write_finished(self, finished: Sequence[Finished]) -> None:
@@ -92,8 +97,8 @@ class Live:
     def _message(self, job_id: UUID, queue: str, type_: str) -> Message[Any]:
         return message_for(Ring(job_id, queue, type_), self._prefix)
 
-    def _key(self, job_id: UUID) -> str:
-        return f"{self._prefix}:progress:{job_id}"
+    def _key(self, job_id: UUID, fence: int) -> str:
+        return f"{self._prefix}:progress:{job_id}:{fence}"
 
 
 class JobFailed(Exception):

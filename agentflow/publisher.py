@@ -19,7 +19,7 @@ from agentflow import log
 from agentflow.database import Database, Unavailable
 from agentflow.jobs import dispatch
 from agentflow.jobs.model import Ring
-from agentflow.live import Finished, Live, Progress
+from agentflow.live import Claim, Finished, Live, Progress
 
 logger = log.get(__name__)
 
@@ -43,7 +43,7 @@ class Publisher:
         self._database = database
         #: Who takes rings back later, when the database is away, too. Without one the relay finds them when they are due.
         self.take_back_later: Callable[[Sequence[UUID]], None] = lambda _ids: None
-        self._queue: queue.Queue[Ring | Finished | tuple[UUID, Progress] | Callable[[], None]] = queue.Queue()
+        self._queue: queue.Queue[Ring | Finished | tuple[Claim, Progress] | Callable[[], None]] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -57,7 +57,7 @@ class Publisher:
         for end in ends:
             self._put(end)
 
-    def progress(self, changed: Sequence[tuple[UUID, Progress]]) -> None:
+    def progress(self, changed: Sequence[tuple[Claim, Progress]]) -> None:
         for item in changed:
             self._put(item)
 
@@ -71,7 +71,7 @@ class Publisher:
             self._queue.put(lambda: None)
             self._thread.join(CLOSE_S)
 
-    def _put(self, item: Ring | Finished | tuple[UUID, Progress] | Callable[[], None]) -> None:
+    def _put(self, item: Ring | Finished | tuple[Claim, Progress] | Callable[[], None]) -> None:
         if self._queue.qsize() >= _MOST_WAITING:
             return  # Redis is away for long: the rows stay as they are, and the relay rings when it is back
         self._queue.put(item)
@@ -91,7 +91,7 @@ class Publisher:
                     break
             self._publish(batch)
 
-    def _publish(self, batch: Sequence[Ring | Finished | tuple[UUID, Progress] | Callable[[], None]]) -> None:
+    def _publish(self, batch: Sequence[Ring | Finished | tuple[Claim, Progress] | Callable[[], None]]) -> None:
         rings = [item for item in batch if isinstance(item, Ring)]
         ends = [item for item in batch if isinstance(item, Finished)]
         changed = [item for item in batch if isinstance(item, tuple) and not isinstance(item, Finished)]

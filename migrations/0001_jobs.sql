@@ -72,6 +72,8 @@ create index jobs_sent on agentflow.jobs (queue, organization_id) where state = 
 create index jobs_running on agentflow.jobs (worker) where state = 'running';
 create index jobs_line on agentflow.jobs (concurrency_key, run_at, id) where state = 'queued' and concurrency_key is not null;
 create index jobs_parent on agentflow.jobs (parent_id) where parent_id is not null;
+create index jobs_batch on agentflow.jobs (batch_id, id) where batch_id is not null;
+create index jobs_correlation on agentflow.jobs (organization_id, correlation_id, id) where correlation_id is not null;
 create unique index jobs_slot on agentflow.jobs (concurrency_key, slot) where state = 'running' and concurrency_key is not null;
 create unique index jobs_callback on agentflow.jobs (parent_id) where type = 'deliver_callback';
 

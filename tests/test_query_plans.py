@@ -273,3 +273,21 @@ def test_the_plans_that_a_session_keeps_from_an_empty_table_are_good_for_a_large
                 if kept:
                     act()
                 assert time.monotonic() - started < 0.5, statement
+
+
+@pytest.mark.parametrize(
+    ("function", "rest", "statement"),
+    [
+        ("relay_1", "and j.wake_at <= clock_timestamp() order by j.id", "relay"),
+        ("wake_line_1", "and j.wait_reason = 'busy'", "finish with a key"),
+    ],
+)
+def test_a_state_that_tempts_the_planner_off_the_primary_key_is_noticed(
+    stack: embedded.Embedded, function: str, rest: str, statement: str
+) -> None:
+    with core_support.database(stack) as url, psycopg.connect(url, autocommit=True, prepare_threshold=None) as conn:
+        change = (f"j.state || '' = 'queued' {rest}", f"j.state = 'queued' {rest}")
+        core_support.mutate_function(conn, function, change)
+
+        with pytest.raises(AssertionError):
+            test_a_hot_statement_finds_its_rows_by_index(Table(conn, "empty"), statement)

@@ -328,7 +328,7 @@ def test_progress_is_live_while_redis_is_there_and_the_rows_otherwise(
     conn.execute("update agentflow.jobs set progress = 0.25, stage = 'reading' where id = %s", (taken.id,))
 
     from_row = client.get(f"/api/jobs/{job['id']}").json
-    system.live.write_progress([(taken.id, Progress(0.5, "shots"))])
+    system.live.write_progress([((taken.id, taken.fence), Progress(0.5, "shots"))])
     from_redis = client.get(f"/api/jobs/{job['id']}").json
     lonely = System(settings.load({**environment, "REDIS_URL": "redis://127.0.0.1:1"}), "test")
     without = create_app(lonely).test_client()
@@ -485,9 +485,9 @@ def test_a_stream_tells_each_change_and_ends_with_the_job(
     def live() -> None:
         time.sleep(0.5)
         taken = claim(conn, job["id"])
-        system.live.write_progress([(taken.id, Progress(0.1, "reading"))])
+        system.live.write_progress([((taken.id, taken.fence), Progress(0.1, "reading"))])
         time.sleep(1.3)
-        system.live.write_progress([(taken.id, Progress(0.9, "writing"))])
+        system.live.write_progress([((taken.id, taken.fence), Progress(0.9, "writing"))])
         time.sleep(1.3)
         finish(system, conn, taken, "failed", error={"message": "no"})
 

@@ -326,7 +326,7 @@ def test_a_type_that_this_worker_does_not_know_stays_queued_for_another(
 def test_progress_is_seen_while_a_job_runs(system: System, running_worker: Process) -> None:
     job = submit(system, "ping", {"native_ms": 4000})
 
-    progress = eventually(lambda: system.live.progress(job.id))
+    progress = eventually(lambda: system.live.progress(read(system, job.id)))
 
     assert progress.stage == "blocking"
 

@@ -79,7 +79,7 @@ class Seats:
         if job.state != "running" or time.monotonic() < self._redis_again_at:
             return row
         try:
-            live = self._system.live.progress(job.id)
+            live = self._system.live.progress(job)
         except (redis.RedisError, ValueError, TypeError):
             self._redis_again_at = time.monotonic() + REDIS_PAUSE_S
             return row

@@ -49,14 +49,14 @@ class Upright:
     sample_aspect: Fraction = Fraction(1)
 
     @classmethod
-    def of(cls, frame: VideoFrame, sample_aspect: Fraction | None) -> Upright:
+    def of(cls, frame: VideoFrame, sample_aspect: Any) -> Upright:  # a Fraction; PyAV 19: its AVRational
         """By the display matrix of a frame, to quarter turns. Its rows a b u, c d v mean x' = ax + cy, y' = bx + dy."""
         aspect = Fraction(sample_aspect or 1)
         if not Fraction(1, 8) <= aspect <= 8:  # no camera makes these: a damaged header
             aspect = Fraction(1)
         try:
             # Asked for once per file: the side data and its frame hold each other until the garbage collector comes.
-            matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32).reshape(3, 3)  # type: ignore[typeddict-item]  # the stub knows one kind
+            matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32).reshape(3, 3)  # type: ignore[typeddict-item, unused-ignore]  # the stub of PyAV 18 knows one kind
         except KeyError:
             return cls(sample_aspect=aspect)
         (a, b), (c, d) = matrix[:2, :2].tolist()

@@ -11,7 +11,7 @@ import re
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 from av.container import InputContainer
@@ -35,6 +35,8 @@ AUDIO_FORMATS = "mp3,wav,w64,flac,aac,ac3,eac3,aiff,amr,au,caf,dts,ape,tta,wv"
 
 _PICTURE_FLAGS = Disposition.attached_pic | Disposition.still_image | Disposition.timed_thumbnails
 _PICTURE_BRANDS = {"avif", "heic", "heix", "mif1"}
+# A tag that is no UTF-8 is no reason to refuse a film. PyAV 19 (Python 3.12 and newer) has no such argument, and never does.
+_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 _REFUSED_SIZE = re.compile(r"Picture size (\d+)x(\d+) ")
 
 
@@ -59,7 +61,7 @@ def open_media(source: str, *, max_pixels: int) -> InputContainer:
     container = None
     try:
         with av.logging.Capture(local=False) as log:
-            container = av.open(str(path), metadata_errors="replace", options=options)
+            container = cast(InputContainer, av.open(str(path), options=options, **_TAGS))
     except av.error.MemoryError:
         raise
     except av.error.FFmpegError as err:
@@ -176,7 +178,7 @@ def _stream_facts(stream: Stream) -> dict[str, Any]:
     return facts
 
 
-def _seconds(ticks: int | None, time_base: Fraction | None) -> float | None:
+def _seconds(ticks: int | None, time_base: Any) -> float | None:  # a Fraction; PyAV 19: its AVRational
     return None if ticks is None or time_base is None else round(float(ticks * time_base), 6)
 
 

@@ -56,7 +56,7 @@ class Reading:
         for stream in self.container.streams:
             if stream.type not in ("video", "audio", "subtitle"):
                 stream.discard = Discard.all
-        size = self.container.size
+        size = self.container.size or 0
         for packet in self._packets():
             if size > 0 and packet.pos is not None:
                 self.bytes_share = max(self.bytes_share, packet.pos / size)

@@ -59,6 +59,7 @@ class BellBroker(RedisBroker):
         self.give_back: Callable[[Sequence[DeliveredMessage], float], None] = lambda _messages, _delay_s: None
         self.on_cancel: Callable[[], None] = lambda: None
         self.on_emptied: Callable[[], None] = lambda: None
+        self.on_reconnect: Callable[[], None] = lambda: None
         self._bells: dict[str, threading.Event] = {queue_name(prefix, q): threading.Event() for q in QUEUES}
         self._listening = threading.Event()
         self._closed = threading.Event()
@@ -168,6 +169,7 @@ class BellBroker(RedisBroker):
         if self.last_error is not None and not self.connected:
             self.reconnects += 1
             logger.info("Redis connection ready")
+            self.on_reconnect()
         self.connected = True
         # Whoever sets the mark is the first to see a server that is new, or was emptied: its messages are gone.
         if self.client.set(f"{self.namespace}:mark", self.broker_id, nx=True):

@@ -6,6 +6,7 @@ the commit (`agentflow.system.System.transaction` does both). A ring that is los
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -94,19 +95,17 @@ def prepare(
     job_type = registry.get(new.type)
     if public_only and not job_type.public:
         raise registry.UnknownType(new.type)
-    payload = _payload(job_type, new.payload, max_payload_bytes)
+    checked = _checked(job_type, new.payload)
+    payload = _as_text(checked, max_payload_bytes)
     for field in ("idempotency_key", "correlation_id", "concurrency_key", "callback_url"):
         _storable(field, getattr(new, field))
-    concurrency = job_type.concurrency(job_type.payload.model_validate(new.payload))
+    concurrency = job_type.concurrency(checked)
     if new.concurrency_key is not None:
         # A caller's keys are the organization's own; those of a type (a GPU, an account) are the system's.
         concurrency = (f"{organization_id}:{new.concurrency_key}", new.concurrency_limit or 1)
     children = _children(new, organization_id, max_payload_bytes, depth)
-    request = json.dumps(
-        [new.type, payload, new.priority, new.max_attempts, new.concurrency_key, new.callback_url]
-        + ([new.run_at.isoformat()] if new.run_at else [])
-        + [[c["type"], c["payload"]] for c in children]
-    )
+    # As checked, so that leaving a default out and naming it are the same request.
+    request = json.dumps({**dataclasses.asdict(new), "payload": payload}, sort_keys=True, default=str)
     return Prepared(
         id=uuid7(),
         new=new,
@@ -121,14 +120,17 @@ def prepare(
     )
 
 
-def _payload(job_type: registry.JobType, payload: dict[str, Any], max_bytes: int) -> str:
+def _checked(job_type: registry.JobType, payload: dict[str, Any]) -> registry.Payload:
     try:
-        checked = job_type.payload.model_validate_json(json.dumps(payload))
+        return job_type.payload.model_validate_json(json.dumps(payload))
     except (TypeError, RecursionError) as error:
         raise InvalidJob("payload", f"is not JSON: {error}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise InvalidJob(".".join(["payload", *map(str, first["loc"])]), first["msg"]) from None
+
+
+def _as_text(checked: registry.Payload, max_bytes: int) -> str:
     text = checked.model_dump_json()
     _storable("payload", text)
     if len(text.encode()) > max_bytes:

@@ -43,9 +43,10 @@ class Rate:
 
 
 class Payload(BaseModel):
-    """A job's arguments: ids and small JSON. Unknown fields are refused, so that a typing error is not a silent default."""
+    """A job's arguments: ids and small JSON. Unknown fields and wrong types are refused, so that a mistake is not a silent
+    default. Checked as JSON (`model_validate_json`), where a string may be an id or a time."""
 
-    model_config = {"extra": "forbid", "frozen": True}
+    model_config = {"extra": "forbid", "frozen": True, "strict": True}
 
 
 P = TypeVar("P", bound=Payload)

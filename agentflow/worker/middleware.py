@@ -198,7 +198,7 @@ def perform(around: list[Layer], running: Running, context: JobContext) -> Verdi
     def function() -> Any:
         job_type = registry.get(running.job.type)
         try:
-            payload = job_type.payload.model_validate(running.job.payload)
+            payload = job_type.payload.model_validate_json(json.dumps(running.job.payload))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from agentflow.jobs.model import Job
-from agentflow.live import Progress
+from agentflow.live import Claim, Progress
 
 if TYPE_CHECKING:
     from agentflow.system import System
@@ -47,7 +47,7 @@ class Running:
         self._killers: list[Callable[[], None]] = []
 
     @property
-    def key(self) -> tuple[Any, int]:
+    def key(self) -> Claim:
         return self.job.id, self.job.fence
 
     def report(self, fraction: float, stage: str | None) -> None:

@@ -112,7 +112,9 @@ class Runtime:
         broker.give_back = self.give_back
         self.system.publisher.take_back_later = self.relay.owe
         broker.on_cancel = self.heart.wake
+        broker.on_reconnect = metrics.redis_reconnect
         broker.on_emptied = self._ring_everything_again
+        metrics.known_types(registry.every())
         for part in (self.heart, self.claimer, self.settler, self.relay, self.rescue, self.watchdog):
             part.start()
         logger.info("worker ready", worker=str(self.id), threads=self.threads, queues=",".join(self.queues))

@@ -6,10 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
-from uuid import UUID
 
 from agentflow import log, metrics
-from agentflow.live import Progress
+from agentflow.live import Claim, Progress
 from agentflow.worker.running import Running
 
 logger = log.get(__name__)
@@ -26,7 +25,7 @@ class Watchdog:
         *,
         held: Callable[[], Sequence[Running]],
         repeatable: Callable[[str], bool],
-        publish: Callable[[Sequence[tuple[UUID, Progress]]], None],
+        publish: Callable[[Sequence[tuple[Claim, Progress]]], None],
         stuck: Callable[[Running], None],
         grace_s: float = GRACE_S,
     ) -> None:
@@ -64,7 +63,7 @@ class Watchdog:
         for running in self._held():
             news = running.news("redis")
             if news is not None:
-                changed.append((running.job.id, news))
+                changed.append((running.key, news))
             if running.settling:
                 continue
             if running.stop_reason is None:
