@@ -115,10 +115,6 @@ class Settings(BaseModel):
     video_max_pixels: Count = Field(8192 * 4320, description="Largest frame of a video, in pixels")
     video_max_hours: Seconds = Field(6.0, description="Longest video, in hours")
     metrics_token: SecretStr | None = Field(None, description="Where set, `/metrics` wants it as a bearer token")
-    sentry_dsn: SecretStr | None = Field(None, description="Errors are sent to Sentry where set")
-    trusted_proxies: Annotated[int, Field(ge=0, le=5)] = Field(
-        0, description="How many proxies in front may be believed about the caller's address"
-    )
 
     @property
     def embedded_database(self) -> bool:

@@ -89,6 +89,13 @@ begin
     from locked where j.id = locked.id and j.state || '' = 'queued';
 end $$;
 
+-- A UUIDv7 (RFC 9562, 5.7), for the jobs that are made here: retention and lists take the order of ids for that of time.
+create function agentflow.uuid7_1() returns uuid language sql volatile as $$
+    select encode(set_bit(set_bit(overlay(uuid_send(gen_random_uuid())
+        placing substring(int8send((extract(epoch from clock_timestamp()) * 1000)::bigint) from 3) from 1 for 6), 52, 1), 53, 1),
+        'hex')::uuid
+$$;
+
 -- What follows from a job's end, in the transaction that ends it: `then` jobs, the callback, the batch's counts.
 -- The rows of p_ids are terminal and locked by the caller. Returns the new jobs, which may be rung at once.
 create function agentflow.follow_up_1(p_ids uuid[]) returns setof uuid
@@ -105,7 +112,7 @@ begin
     from agentflow.jobs j cross join lateral jsonb_array_elements(j.then_jobs) t
     where j.id = any (p_ids) and j.state || '' = 'succeeded' and j.then_jobs is not null
     union all
-    select gen_random_uuid(), j.organization_id, 'deliver_callback', 'default', 0::smallint,
+    select agentflow.uuid7_1(), j.organization_id, 'deliver_callback', 'default', 0::smallint,
         jsonb_build_object('job_id', j.id, 'url', j.callback_url), 10::smallint, 60::real, null, null,
         j.correlation_id, j.id, clock_timestamp() + interval '30 s', clock_timestamp(), 1
     from agentflow.jobs j

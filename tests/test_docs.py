@@ -254,8 +254,8 @@ def job_in(
     return core.read(conn, job)
 
 
-def walked(conn: psycopg.Connection) -> set[Move]:
-    """What every operation does to a job in every state."""
+def walked(conn: psycopg.Connection, *, only: str = "") -> set[Move]:
+    """What every operation (or one) does to a job in every state."""
     outcomes: tuple[Outcome, ...] = ("succeeded", "failed", "cancelled", "retry", "wait", "handback")
 
     def finish(outcome: Outcome) -> Any:
@@ -282,6 +282,8 @@ def walked(conn: psycopg.Connection) -> set[Move]:
     variants = itertools.product((False, True), (False, True), (0, core.MAX_CRASHES - 1))
     for asked, last, crashes in variants:
         for state, (name, operation) in itertools.product(STATES, operations):
+            if only and name != only:
+                continue
             job = job_in(conn, state, asked_to_cancel=asked, last_attempt=last, crashes=crashes)
             if job is None:
                 continue
@@ -306,7 +308,7 @@ def test_the_walk_notices_a_transition_that_is_not_in_the_diagram(conn: psycopg.
         ("when j.state = 'queued' then clock_timestamp()", "when j.state <> 'running' then clock_timestamp()"),
     )
 
-    assert walked(conn) - moves_in_the_table() == {("failed", "cancelled", "cancel")}
+    assert walked(conn, only="cancel") - moves_in_the_table() == {("failed", "cancelled", "cancel")}
 
 
 def test_the_picture_of_states_is_the_table() -> None:

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.errors import FlakyFailure
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from agentflow import embedded
 from agentflow.jobs import batches, claims, dispatch, intake, leases, records, settlement
@@ -102,21 +102,25 @@ class Worker:
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 WHICH = st.integers(0, 1)  # of the two connections, of the two workers
 MANY = st.integers(0, 60)
-OUTCOMES = ["succeeded", "succeeded", "failed", "retry", "wait", "handback", "cancelled"]
+# Hypothesis draws the first of a list more often than the others: that is what keeps the walk going.
+OUTCOMES = ["handback", "retry", "succeeded", "succeeded", "failed", "wait", "cancelled"]
 #: One rule that draws an action, not a rule for each: Hypothesis leaves out about half of the rules in each run, and little
 #: happens where nobody claims or nobody submits. What is drawn never depends on the database, so that a run can be repeated.
 ACTIONS = [
-    *["submit"] * 4,
-    "submit_batch",
-    *["claim"] * 5,
     *["settle"] * 5,
+    *["claim"] * 4,
+    *["submit"] * 3,
+    "submit_batch",
     *["begin"] * 3,
     *["end"] * 3,
-    *["time_passes"] * 2,
-    *["disturb"] * 2,
-    *["rescue"] * 2,
-    *["finish_as_a_zombie"] * 2,
-    *["relay", "heartbeat", "heartbeat", "cancel", "crash", "give_back"],
+    *["time_passes"] * 3,
+    *["rescue"] * 3,
+    *["finish_as_a_zombie"] * 3,
+    *["cancel"] * 3,
+    *["disturb"] * 3,
+    *["heartbeat"] * 2,
+    *["crash"] * 2,
+    *["relay", "give_back"],
 ]
 
 
@@ -249,7 +253,7 @@ class JobMachine(RuleBasedStateMachine):
     # ---- clients ----
 
     def submit(self, draw: Draw) -> None:
-        kinds = ["plain", "key", "key", "key", "later", "then", "callback", "all", "twice"]
+        kinds = ["plain", "key", "key", "key", "plain", "later", "then", "callback", "all", "twice"]
         number, kind, key = draw(WHICH), draw(st.sampled_from(kinds)), draw(st.sampled_from(sorted(KEYS)))
         request: dict[str, Any] = {"max_attempts": 2}
         if kind in ("key", "all"):
@@ -293,10 +297,12 @@ class JobMachine(RuleBasedStateMachine):
             self.accepted.append(job_id)
 
     def cancel(self, draw: Draw) -> None:
-        number, which = draw(WHICH), draw(MANY)
-        if not self.accepted:
+        number, which, of = draw(WHICH), draw(MANY), draw(st.sampled_from(["running", "running", "all"]))
+        running = [job_id for worker in self.workers for job_id, _ in worker.held]
+        choice = running if of == "running" else self.accepted
+        if not choice:
             return
-        job_id = self.accepted[which % len(self.accepted)]
+        job_id = choice[which % len(choice)]
 
         def op(conn: psycopg.Connection, note: Callable[..., None]) -> None:
             _, ids = records.cancel(conn, ORGANIZATION, job_id)
@@ -311,7 +317,7 @@ class JobMachine(RuleBasedStateMachine):
         self.messages.extend(ring.job_id if isinstance(ring, Ring) else ring for ring in rings)
 
     def disturb(self, draw: Draw) -> None:
-        which, what = draw(MANY), draw(st.sampled_from(["lose", "lose", "double", "double", "overtake", "wipe"]))
+        which, what = draw(MANY), draw(st.sampled_from(["double", "double", "double", "lose", "overtake", "wipe"]))
         if not self.messages:
             return
         message = self.messages.pop(which % len(self.messages))
@@ -404,7 +410,10 @@ class JobMachine(RuleBasedStateMachine):
         number, which, outcome = draw(WHICH), draw(MANY), draw(st.sampled_from(OUTCOMES))
         if not self.zombies:
             return
-        worker_id, job_id, fence = self.zombies[which % len(self.zombies)]
+        # Those whose job has a new holder are the dangerous ones.
+        now_held = {job_id for worker in self.workers for job_id, _ in worker.held}
+        choice = [zombie for zombie in self.zombies if zombie[1] in now_held] or self.zombies
+        worker_id, job_id, fence = choice[which % len(choice)]
         self._settle(number, Worker(worker_id), [_verdict(worker_id, (job_id, fence), outcome)])
 
     def give_back(self, draw: Draw) -> None:
@@ -435,11 +444,16 @@ class JobMachine(RuleBasedStateMachine):
         self.run(number, op)
 
     def time_passes(self, draw: Draw) -> None:
-        self._pass(draw(st.sampled_from([3, 31, 31, 130])))
+        self._pass(draw(st.sampled_from([31, 31, 3, 130])))
 
     def _pass(self, seconds: int) -> None:
         self._finish_transactions()
         self.world.watcher.execute(PASS_TIME, (seconds,), prepare=True)
+
+    @initialize(data=st.data())
+    def some_work(self, data: st.DataObject) -> None:
+        for _ in range(4):
+            self.submit(data.draw)
 
     @rule(data=st.data(), action=st.sampled_from(ACTIONS))
     def step(self, data: st.DataObject, action: str) -> None:
@@ -546,6 +560,11 @@ FAULTS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "nobody relays": ("relay_1", [("if not pg_try", "if true or not pg_try")], "still open"),
     "nobody rescues": ("rescue_1", [("if not pg_try", "if true or not pg_try")], "still open"),
+    "a finish decides by the row that its snapshot saw": (
+        "settle_1",
+        [("from locked j join verdicts v", "from locked join agentflow.jobs j using (id) join verdicts v")],
+        "a cancelled job that waits",
+    ),
     # The safety time stays as it is: where nothing is lost a line moves without it.
     "a freed slot wakes nobody": ("wake_line_1", [("where k.key = any (p_keys)", "where false")], "still open"),
 }
@@ -560,7 +579,7 @@ def test_the_walk_finds_a_planted_fault(world: World, monkeypatch: pytest.Monkey
         core_support.mutate_function(world.watcher, where, *changes)
 
     with pytest.raises((Violated, FlakyFailure)) as caught:
-        walk(world, settings(WALK, max_examples=150, derandomize=True, phases=[Phase.generate], print_blob=False))
+        walk(world, settings(WALK, max_examples=600, derandomize=True, phases=[Phase.generate], print_blob=False))
 
     found = [caught.value]
     if isinstance(caught.value, FlakyFailure):  # its second run took another turn: the clock is real

@@ -231,9 +231,11 @@ def stubborn(context, payload):
             pass
 
 runtime._REPLACED_AT_MOST_EVERY_S = 0.0
+runtime.random.uniform = lambda least, most: least
 runtime.Runtime.__init__.__kwdefaults__["stuck_grace_s"] = 0.5
 
-from agentflow.cli import main
+from agentflow.cli import main, serve
+serve.REPLACE_S = 0.5
 main(sys.argv[1:])
 """
 

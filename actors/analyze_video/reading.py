@@ -43,7 +43,7 @@ class Reading:
     _first_pts: int | None = None
     _last_pts: int | None = None
     _intervals: Counter[int] = field(default_factory=Counter)  # ticks between two frames
-    _packets_end: dict[int, tuple[int, Fraction]] = field(default_factory=dict)  # by stream
+    _packets_end: dict[int, tuple[int, Any]] = field(default_factory=dict)  # by stream; the end and its time base
     _damage: int = 0
     _damage_at_s: float = 0.0
     _stopped: str | None = None

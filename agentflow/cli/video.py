@@ -189,7 +189,7 @@ def _follower(said: Console) -> Iterator[Show]:
             nonlocal last
             # Uploading and analysing have bars of their own: the time left of one says nothing of the other.
             if (stage == "uploading") != (last == "uploading"):
-                progress.reset(bar, total=1.0)
+                progress.reset(bar, total=1.0, description=stage)
             last = stage
             progress.update(bar, description=stage, completed=share)
 

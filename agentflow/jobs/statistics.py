@@ -120,7 +120,7 @@ def lately(conn: Connection, seconds: int = LATELY_S) -> Lately:
             "s": seconds,
             "since": id_floor(time.time() - seconds),
             "early": id_floor(time.time() - 3 * seconds),
-            "late": id_floor(time.time() + 60),  # random ids (callbacks) lie far behind
+            "late": id_floor(time.time() + 60),  # made by clocks that may be ahead
         },
     ).fetchone()
     assert row is not None  # noqa: S101 - an aggregate is one row
