@@ -119,10 +119,12 @@ begin
     where j.id = any (p_ids) and j.finished_at is not null and j.callback_url is not null
     returning id;
 
-    with counts as (
+    with ended as materialized (                      -- by id alone: an index on batch_id would be read from end to end
+        select batch_id, state from agentflow.jobs where id = any (p_ids) and finished_at is not null
+    ), counts as (
         select batch_id, count(*) filter (where state = 'succeeded') as s, count(*) filter (where state = 'failed') as f,
             count(*) filter (where state = 'cancelled') as c
-        from agentflow.jobs where id = any (p_ids) and batch_id is not null and finished_at is not null group by 1
+        from ended where batch_id is not null group by 1
     ), locked as materialized (
         select b.id from agentflow.batches b join counts on counts.batch_id = b.id order by b.id for update of b
     )

@@ -560,11 +560,6 @@ FAULTS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "nobody relays": ("relay_1", [("if not pg_try", "if true or not pg_try")], "still open"),
     "nobody rescues": ("rescue_1", [("if not pg_try", "if true or not pg_try")], "still open"),
-    "a finish decides by the row that its snapshot saw": (
-        "settle_1",
-        [("from locked j join verdicts v", "from locked join agentflow.jobs j using (id) join verdicts v")],
-        "a cancelled job that waits",
-    ),
     # The safety time stays as it is: where nothing is lost a line moves without it.
     "a freed slot wakes nobody": ("wake_line_1", [("where k.key = any (p_keys)", "where false")], "still open"),
 }

@@ -87,8 +87,15 @@ class Plans:
             self._collect(below)
 
     @property
+    def _scans(self) -> list[dict[str, Any]]:
+        """Those of jobs' indexes that look for something: of no id at all the planner takes any index, and reads nothing."""
+        nothing = "(id = ANY (NULL::uuid[]))"
+        scans = [node for node in self.nodes if node.get("Index Name", "").startswith("jobs_")]
+        return [node for node in scans if node.get("Index Cond") != nothing]
+
+    @property
     def indexes(self) -> set[str]:
-        return {node["Index Name"] for node in self.nodes if node.get("Index Name", "").startswith("jobs_")}
+        return {node["Index Name"] for node in self._scans}
 
     @property
     def scanned(self) -> list[str]:
@@ -99,9 +106,7 @@ class Plans:
     @property
     def read_whole(self) -> set[str]:
         """Indexes read from one end to the other: without a condition on their columns."""
-        return {
-            n["Index Name"] for n in self.nodes if n.get("Index Name", "").startswith("jobs_") and "Index Cond" not in n
-        }
+        return {node["Index Name"] for node in self._scans if "Index Cond" not in node}
 
 
 @contextmanager
