@@ -7,6 +7,7 @@ import sys
 import threading
 
 from agentflow import log, probe, settings
+from agentflow.database import Unavailable
 from agentflow.embedded import EmbeddedError
 from agentflow.schema import SchemaError
 from agentflow.system import System
@@ -27,8 +28,8 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         system = System.start(read, "scheduler")
-    except (SchemaError, EmbeddedError, OSError) as error:
-        logger.critical(str(error))
+    except (SchemaError, EmbeddedError, OSError, *Unavailable) as error:
+        logger.critical(" ".join(str(error).split()))
         return 3
     served = probe.serve(system, "scheduler", read.port)
     running = schedule.start(system)

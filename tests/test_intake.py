@@ -425,3 +425,9 @@ def test_a_ring_that_failed_is_taken_back(system: System, conn: Connection) -> N
 
     assert column(conn, job, "sent_at") is None
     assert 0 < (read(conn, job).wake_at - datetime.now(UTC)).total_seconds() < 2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("field", ["idempotency_key", "correlation_id", "concurrency_key"])
+def test_a_key_too_long_for_an_index_is_refused_by_name(field: str) -> None:
+    with pytest.raises(InvalidJob, match=f"{field}: is longer than 1000 bytes"):
+        prepare(NewJob("ping", {}, **{field: "ж" * 501}))

@@ -25,6 +25,7 @@ from agentflow.jobs.text import is_storable
 
 MAX_THEN_DEPTH: Final = 8
 MAX_THEN_JOBS: Final = 50
+MAX_KEY_BYTES: Final = 1000
 
 
 class InvalidJob(ValueError):
@@ -99,6 +100,8 @@ def prepare(
     payload = _as_text(checked, max_payload_bytes)
     for field in ("idempotency_key", "correlation_id", "concurrency_key", "callback_url"):
         _storable(field, getattr(new, field))
+        if field != "callback_url":
+            _short(field, getattr(new, field))
     concurrency = job_type.concurrency(checked)
     if new.concurrency_key is not None:
         # A caller's keys are the organization's own; those of a type (a GPU, an account) are the system's.
@@ -136,6 +139,12 @@ def _as_text(checked: registry.Payload, max_bytes: int) -> str:
     if len(text.encode()) > max_bytes:
         raise InvalidJob("payload", f"is larger than {max_bytes} bytes; put large things in storage and send their key")
     return text
+
+
+def _short(field: str, text: str | None) -> None:
+    """What stands in an index: Postgres takes no entry beyond a third of a page."""
+    if text is not None and len(text.encode(errors="replace")) > MAX_KEY_BYTES:
+        raise InvalidJob(field, f"is longer than {MAX_KEY_BYTES} bytes")
 
 
 def _storable(field: str, text: str | None) -> None:
