@@ -192,7 +192,7 @@ def end(home: Home) -> None:
 # --- together
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [10])
 def test_five_processes_that_start_on_an_empty_home_together_share_one_pair_of_servers(
     new_home: Home, rounds: int
 ) -> None:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,10 @@ class Up(Process):
 
     url: str
     home: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
 
     @property
     def inner(self) -> psutil.Process:
@@ -98,6 +103,24 @@ def job(system: System, job_id: UUID) -> Job:
     return found
 
 
+@contextmanager
+def upload_in_the_middle(up: Up) -> Iterator[None]:
+    """A request that does not end meanwhile."""
+    head = f"POST /api/videos HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN_KEY}\r\nContent-Type: video/mp4\r\n"
+    with socket.create_connection(("127.0.0.1", up.port)) as connection:
+        connection.sendall(head.encode() + b"Content-Length: 1000000\r\n\r\nthe beginning")
+        time.sleep(0.3)
+        yield
+
+
+def is_refused(up: Up) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", up.port), timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -144,11 +167,13 @@ def test_a_stop_ends_requests_and_work_at_the_same_time_and_no_job_loses_an_atte
     until_running(system, short)
     until_running(system, long)
 
-    began = time.monotonic()
-    up.popen.send_signal(signal.SIGTERM)
-    eventually(lambda: not up.is_ready(), within_s=3)
-    refused_after_s = time.monotonic() - began
-    late = submit(system)
+    with upload_in_the_middle(up):
+        began = time.monotonic()
+        up.popen.send_signal(signal.SIGTERM)
+        eventually(lambda: is_refused(up), within_s=5)
+        refused_after_s = time.monotonic() - began
+        late = submit(system)
+        time.sleep(1.0)
     status = up.popen.wait(20)
 
     assert status == 0, up.text()
@@ -169,6 +194,23 @@ def test_ctrl_c_which_reaches_both_processes_is_a_stop_like_any_other(up: Up, sy
     assert up.popen.wait(20) == 0, up.text()
     assert time.monotonic() - began < 6, "it was killed in the end"
     assert (job(system, short).state, job(system, short).attempt) == ("succeeded", 1)
+
+
+def test_a_signal_in_the_middle_of_handling_another_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = serve.Worker.__new__(serve.Worker)
+    worker._told_to_stop, worker._stop_asked = False, threading.Event()
+    handled = []
+
+    def with_a_lock_held(self: serve.Worker, sig: int, frame: object) -> None:
+        handled.append(sig)
+        assert len(handled) == 1, "it would wait for its own lock"
+        self.handle_exit(signal.SIGTERM, None)
+
+    monkeypatch.setattr(serve.server.Worker, "handle_exit", with_a_lock_held)
+
+    worker.handle_exit(signal.SIGINT, None)
+
+    assert handled == [signal.SIGINT] and worker._stop_asked.is_set()
 
 
 def test_a_second_signal_ends_at_once(up: Up, system: System) -> None:
@@ -205,11 +247,17 @@ def test_a_killed_inner_process_is_replaced_and_its_job_is_done(
 def test_when_the_arbiter_is_killed_the_rest_stops_by_itself_and_the_port_is_free(up: Up, system: System) -> None:
     short = submit(system, sleep_ms=1500)
     until_running(system, short)
-    inner, port = up.inner, int(up.url.rsplit(":", 1)[1])
+    inner, port = up.inner, up.port
 
-    os.kill(up.pid, signal.SIGKILL)
+    with upload_in_the_middle(up):
+        os.kill(up.pid, signal.SIGKILL)
+        eventually(lambda: "the parent process is gone" in up.text(), within_s=3)
+        eventually(lambda: is_refused(up), within_s=1)
+        late = submit(system)
+        time.sleep(0.5)
 
     inner.wait(12)
+    assert job(system, late).fence == 0, "a job was taken by a process that nobody can stop"
     assert (job(system, short).state, job(system, short).attempt) == ("succeeded", 1)
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

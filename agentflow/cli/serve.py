@@ -41,7 +41,6 @@ STOP_MARGIN_S: Final = 4
 SAME_SIGNAL_S: Final = 0.5
 #: A worker process that ends by itself (it is replaced) gives the requests it holds so long.
 REPLACE_S: Final = 3.0
-_WATCH_S: Final = 1.0
 _RETRY_S: Final = 2.0
 
 
@@ -288,6 +287,14 @@ class Worker(server.Worker):
         super().handle_exit(sig, frame)
         self._stop_asked.set()
 
+    def is_parent_alive(self) -> bool:
+        """Asked every second. Without the parent nobody would ever stop this process."""
+        alive: bool = super().is_parent_alive()
+        if not alive:
+            logger.warning("the parent process is gone: stopping")
+            self.handle_exit(signal.SIGTERM, None)
+        return alive
+
     def set_accept_enabled(self, enabled: bool) -> None:
         super().set_accept_enabled(enabled)
         if not enabled and not self.alive:
@@ -295,10 +302,7 @@ class Worker(server.Worker):
                 listener.close()
 
     def _drain_when_asked(self) -> None:
-        while not self._stop_asked.wait(_WATCH_S):
-            if os.getppid() != self.ppid:
-                logger.warning("the parent process is gone: stopping")
-                self.handle_exit(signal.SIGTERM, None)
+        self._stop_asked.wait()
         health.of(self.system).draining = True
         self.schedule.shutdown(wait=False)
         self.jobs.stop(timeout=int(STOP_MARGIN_S * 1000 / 2))
