@@ -157,7 +157,7 @@ class Health:
 
 
 _of_systems: weakref.WeakKeyDictionary[System, Health] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal's handler may come in the middle
 
 
 def of(system: System) -> Health:

@@ -122,7 +122,7 @@ class Settings(BaseModel):
 
     @property
     def embedded_redis(self) -> bool:
-        return self.redis_url is None and self.database_url is None
+        return self.redis_url is None
 
     @property
     def link_secret(self) -> bytes | None:
@@ -196,8 +196,11 @@ def encryption_key_bytes(text: str) -> bytes:
     return raw
 
 
-def load(environ: Mapping[str, str] | None = None) -> Settings:
-    """Settings from `environ` (default: this process's). Empty variables count as unset. Raises SettingsError."""
+def load(environ: Mapping[str, str] | None = None, *, database_only: bool = False) -> Settings:
+    """Settings from `environ` (default: this process's). Empty variables count as unset. Raises SettingsError.
+
+    `database_only`: for a process that needs nothing but Postgres (migrations in a release phase).
+    """
     environ = os.environ if environ is None else environ
     values: dict[str, str] = {}
     for field in Settings.model_fields:
@@ -208,10 +211,13 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
             values[field] = text
     _derive_redis_url(environ, values)
     try:
-        return Settings.model_validate(values)
+        read = Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise SettingsError(str(first["loc"][0]).upper(), first["msg"]) from None
+    if read.database_url is not None and read.redis_url is None and not database_only:
+        raise SettingsError("REDIS_URL", "must be set, too, where DATABASE_URL is: the embedded Redis is one machine's")
+    return read
 
 
 def _derive_redis_url(environ: Mapping[str, str], values: dict[str, str]) -> None:

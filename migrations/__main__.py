@@ -11,7 +11,7 @@ from agentflow import embedded, schema, settings
 
 def main() -> int:
     try:
-        read = settings.current()
+        read = settings.load(database_only=True)
     except settings.SettingsError as error:
         return _fail(str(error), 2)
     try:
