@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-import time
 
 from agentflow import log
 from agentflow.database import BoundedConnection, Database, Unavailable
@@ -89,7 +88,3 @@ class Loop:
 
 def backoff_s(failures: int) -> float:
     return min(_BACKOFF_MOST_S, 0.1 * 2.0 ** min(failures, 8)) * random.uniform(0.5, 1.0)
-
-
-def now() -> float:
-    return time.monotonic()
