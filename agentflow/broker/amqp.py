@@ -98,7 +98,9 @@ class Link:
 
     def is_ready(self) -> None:
         if self.failures or not self._was_ready:
-            logger.info("RabbitMQ connection ready", link=self.purpose, host=self._parameters.host, failures=self.failures)
+            logger.info(
+                "RabbitMQ connection ready", link=self.purpose, host=self._parameters.host, failures=self.failures
+            )
         if self._was_ready and self.failures:
             self.reconnects += 1
         self.failures, self._was_ready = 0, True

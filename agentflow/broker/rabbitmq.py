@@ -175,7 +175,9 @@ class RabbitBroker(Doorbell):
 class RabbitMessage(DeliveredMessage):
     """Knows its delivery, which means something to its channel only."""
 
-    def __init__(self, message: Message[Any], origin: RabbitConsumer, channel: Any, method: Any, properties: Any) -> None:
+    def __init__(
+        self, message: Message[Any], origin: RabbitConsumer, channel: Any, method: Any, properties: Any
+    ) -> None:
         super().__init__(message, origin)
         self.channel = channel
         self.tag: int = method.delivery_tag
