@@ -5,6 +5,7 @@ Its consumer_timeout is 5 s (the default is 30 minutes), looked at every second:
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,8 @@ import psutil
 import pytest
 
 from tests.processes import eventually, free_port
+
+logging.getLogger("pika").setLevel(logging.CRITICAL)  # as agentflow.log does; else each look for a port is pages of log
 
 BIN = Path("/usr/lib/rabbitmq/bin")  # the scripts in /usr/sbin change to another account
 CONSUMER_TIMEOUT_S = 5.0
