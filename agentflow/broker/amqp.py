@@ -53,6 +53,7 @@ class Link:
         self.ready = threading.Event()
         self.last_error: str | None = None
         self.reconnects = 0
+        self.server = ""  # product and version
         self.failures = 0  # since it was ready the last time
         self._parameters = parameters
         self._was_ready = False
@@ -115,6 +116,9 @@ class Link:
     def channel(self, connection: Any, use: Callable[[Any], None]) -> None:
         """Open a channel whose end, for whatever reason, is the end of the connection: both are made anew."""
 
+        said = connection.server_properties or {}
+        self.server = " ".join(_text(said.get(name, "")) for name in ("product", "version"))
+
         def opened(channel: Any) -> None:
             channel.add_on_close_callback(lambda _channel, reason: self.drop(reason))
             use(channel)
@@ -174,6 +178,10 @@ class Link:
             self._connection.close()
         elif self._ioloop is not None:
             self._ioloop.stop()
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def describe(error: BaseException | None) -> str:

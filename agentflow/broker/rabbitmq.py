@@ -92,6 +92,18 @@ class RabbitBroker(Doorbell):
     # ---- state ----
 
     @property
+    def host(self) -> str:
+        return str(self._parameters.host)
+
+    @property
+    def port(self) -> int:
+        return int(self._parameters.port)
+
+    @property
+    def encrypted(self) -> bool:
+        return self._parameters.ssl_options is not None
+
+    @property
     def _links(self) -> list[Link]:
         return [link for link in (self.publishing, self.consuming) if link.started]
 
