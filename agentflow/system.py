@@ -141,7 +141,7 @@ class System:
         try:
             with self.database.connection() as conn:
                 if rung := dispatch.ring_everything_again(conn):
-                    logger.warning("the broker has none of the messages sent before: ringing again", jobs=rung)
+                    logger.info("the broker is new or was emptied: what was sent before is rung again", jobs=rung)
         except Unavailable:
             logger.debug("not rung again: the relay finds the jobs when they are due")
 

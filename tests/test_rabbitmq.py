@@ -28,7 +28,6 @@ from tests.rabbitmq import Node, rabbitmq, rabbitmq_node  # noqa: F401 - fixture
 from tests.test_kills import (  # noqa: F401 - run again here, on this broker
     assert_each_ended_once,
     open_jobs,
-    test_a_deploy_in_the_middle_of_the_work_costs_no_attempt,
     test_sigterm_hands_running_jobs_back_without_spending_an_attempt,
 )
 from tests.test_worker import (  # noqa: F401 - run again here, on this broker
@@ -510,7 +509,7 @@ def test_a_thousand_rings_are_confirmed_together(broker: RabbitBroker) -> None:
     took_s = time.monotonic() - before
 
     print(f"{1000 / took_s:.0f} confirmed messages a second")
-    assert took_s < 1.0  # one by one they take 0.5 to 1.3 ms each
+    assert took_s < 0.4  # one by one they take 0.5 to 1.3 ms each
 
 
 def test_an_acknowledgement_goes_to_the_channel_that_delivered_and_to_no_other(

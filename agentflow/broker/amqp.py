@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ CONNECT_S: Final = 5.0
 #: TCP, TLS and AMQP together: a frozen server still accepts connections.
 HANDSHAKE_S: Final = 8.0
 _BACKOFF_MOST_S: Final = 10.0
+_SHORT_LIFE_S: Final = 5.0
 
 logger = log.get(__name__)
 
@@ -126,8 +128,11 @@ class Link:
         connection.channel(on_open_callback=opened)
 
     def _run(self) -> None:
+        short_lives = 0  # one that is refused as soon as it is ready must not be made anew in a hot loop
         while not self._closing.is_set():
+            began = time.monotonic()
             error = self._live()
+            short_lives = short_lives + 1 if time.monotonic() - began < _SHORT_LIFE_S else 0
             if self._closing.is_set():
                 return
             self.last_error = why = describe(error)
@@ -136,7 +141,7 @@ class Link:
                 said = "RabbitMQ connection lost" if self._was_ready else "RabbitMQ cannot be reached"
                 logger.warning(said, link=self.purpose, host=self._parameters.host, error=why)
             self.lost(why)
-            most_s = min(_BACKOFF_MOST_S, 0.05 * 2.0 ** min(self.failures, 10))
+            most_s = min(_BACKOFF_MOST_S, 0.05 * 2.0 ** min(max(self.failures, short_lives), 10))
             self._closing.wait(most_s * random.uniform(0.5, 1.0))
 
     def _live(self) -> BaseException | None:
