@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -114,9 +113,6 @@ class Node:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def eval(self, erlang: str) -> str:
-        return self.ctl("eval", erlang)
-
     def connections(self) -> list[str]:
         """The names that the clients gave to their connections; of test clients without one: the empty string."""
         answer = self.ctl("list_connections", "client_properties", "--no-table-headers")
@@ -199,8 +195,3 @@ def rabbitmq(rabbitmq_node: Node) -> Iterator[Node]:
     rabbitmq_node.mend()
     yield rabbitmq_node
     rabbitmq_node.mend()
-
-
-def wait(seconds: float) -> None:
-    """For what must not happen within that time."""
-    time.sleep(seconds)

@@ -247,6 +247,7 @@ class RabbitConsumer(Consumer):
         assert isinstance(message, RabbitMessage)  # noqa: S101 - this consumer makes no others
         if self._let_go(message):
             self.broker.consuming.settle(message)
+            self.broker.nudge()
 
     nack = ack  # nothing is dead-lettered in the broker: the row says what became of the job
 
