@@ -444,7 +444,6 @@ def test_no_job_waits_behind_a_busy_worker_while_another_is_idle(
             done = all_done(system, jobs)
 
     assert latest_start_s(done) < 1.5
-    assert most_sends(conn, jobs) <= 2  # handed from one to the other by the broker, not by the database
 
 
 def test_a_busy_worker_holds_nothing_at_the_broker(
@@ -469,6 +468,8 @@ def test_a_busy_worker_holds_nothing_at_the_broker(
             if system.settings.job_queue_name in line
         ]
         assert sum(unacknowledged) == 0
+        # They wait at the broker, and are not rung for again and again. (A claim sets the count back: ask before.)
+        assert most_sends(conn, waiting) <= 2
         done = all_done(system, long + waiting)
         assert "connection lost" not in process.text()
 
