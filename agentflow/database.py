@@ -8,6 +8,7 @@ acknowledges packets).
 from __future__ import annotations
 
 import select
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
@@ -51,6 +52,7 @@ class Database:
         # Behind a transaction pooler the next statement may meet another server connection, which knows no such statement.
         self._prepare_threshold = 5 if direct else None
         self._pool: ConnectionPool[BoundedConnection] | None = None
+        self._opening = threading.Lock()
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -73,22 +75,23 @@ class Database:
 
     def open(self) -> None:
         """Make the pool; connecting goes on in the background."""
-        if self._pool is None:
-            self._pool = ConnectionPool(
-                self._url,
-                connection_class=BoundedConnection,
-                kwargs=self._options,
-                min_size=1,
-                max_size=self._pool_size,
-                timeout=POOL_TIMEOUT_S,
-                num_workers=1,
-                # The default, 300 s of growing pauses, finds a server that was away for a minute a minute late.
-                # After giving up the pool tries anew when somebody asks.
-                reconnect_timeout=3.0,
-                check=_refuse_closed,
-                open=True,
-                name="agentflow",
-            )
+        with self._opening:  # two threads at once would make two, and the lost one ends in a traceback
+            if self._pool is None:
+                self._pool = ConnectionPool(
+                    self._url,
+                    connection_class=BoundedConnection,
+                    kwargs=self._options,
+                    min_size=1,
+                    max_size=self._pool_size,
+                    timeout=POOL_TIMEOUT_S,
+                    num_workers=1,
+                    # The default, 300 s of growing pauses, finds a server that was away for a minute a minute late.
+                    # After giving up the pool tries anew when somebody asks.
+                    reconnect_timeout=3.0,
+                    check=_refuse_closed,
+                    open=True,
+                    name="agentflow",
+                )
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:

@@ -109,18 +109,26 @@ class Health:
         self._redis: redis.Redis | None = None
         self.database = Check("database", self._look_at_database)
         self.redis = Check("redis", self._look_at_redis)
+        self.rabbitmq = Check("rabbitmq", self._look_at_rabbitmq)
 
     @property
     def uses_redis(self) -> bool:
         system = self._system()
         return system is not None and (system.settings.redis_url is not None or system.settings.embedded_redis)
 
+    @property
+    def uses_rabbitmq(self) -> bool:
+        system = self._system()
+        return system is not None and system.settings.rabbitmq_url is not None
+
     def connections(self) -> dict[str, Connection]:
         """redis, rabbitmq, database."""
-        self.database.begin()  # both look at the same time
+        self.database.begin()  # all look at the same time
+        if self.uses_rabbitmq:
+            self.rabbitmq.begin()
         return {
             "redis": self.redis.result() if self.uses_redis else Connection(False, NOT_CONFIGURED),
-            "rabbitmq": Connection(False, NOT_CONFIGURED),
+            "rabbitmq": self.rabbitmq.result() if self.uses_rabbitmq else Connection(False, NOT_CONFIGURED),
             "database": self.database.result(),
         }
 
@@ -154,6 +162,18 @@ class Health:
             metrics.redis_connected(False)
             raise
         metrics.redis_connected(True)
+
+    def _look_at_rabbitmq(self) -> None:
+        """By the connection that this process publishes by: one for the check alone would count against the plan."""
+        system = self._system()
+        if system is None:
+            return
+        try:
+            system.broker.check(PATIENCE_S)
+        except OSError:
+            metrics.rabbitmq_connected(False, system.broker.reconnects)
+            raise
+        metrics.rabbitmq_connected(True, system.broker.reconnects)
 
 
 _of_systems: weakref.WeakKeyDictionary[System, Health] = weakref.WeakKeyDictionary()

@@ -56,6 +56,11 @@ _duration = Histogram(
 _redis_status = Gauge("worker_redis_connection_status", "1 while Redis answers", registry=REGISTRY)
 _redis_reconnects = Counter("worker_redis_reconnect_attempts", "Connections to Redis made anew", registry=REGISTRY)
 
+_rabbitmq_status = Gauge("worker_rabbitmq_connection_status", "1 while RabbitMQ answers", registry=REGISTRY)
+_rabbitmq_reconnects = Gauge(
+    "worker_rabbitmq_reconnects", "Connections to RabbitMQ made anew by this process", registry=REGISTRY
+)
+
 _pickup = Histogram(
     "agentflow_pickup_seconds",
     "From the moment a job was due to its claim",
@@ -111,6 +116,11 @@ def redis_connected(connected: bool) -> None:
 
 def redis_reconnect() -> None:
     _redis_reconnects.inc()
+
+
+def rabbitmq_connected(connected: bool, reconnects: int) -> None:
+    _rabbitmq_status.set(1 if connected else 0)
+    _rabbitmq_reconnects.set(reconnects)
 
 
 def rescued(jobs: int) -> None:

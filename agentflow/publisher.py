@@ -1,4 +1,4 @@
-"""One thread per process that talks to the broker and to Redis, so that no request and no worker waits for either.
+"""One thread per process that waits for the broker and for Redis, so that no request and no worker does.
 
 What it could not ring is taken back in Postgres (the relay rings again); what else it could not write is dropped, since
 the rows have it.
@@ -16,6 +16,7 @@ from uuid import UUID
 import redis
 
 from agentflow import log
+from agentflow.broker import BrokerAway
 from agentflow.database import Database, Unavailable
 from agentflow.jobs import dispatch
 from agentflow.jobs.model import Ring
@@ -96,32 +97,37 @@ class Publisher:
         ends = [item for item in batch if isinstance(item, Finished)]
         changed = [item for item in batch if isinstance(item, tuple) and not isinstance(item, Finished)]
         calls = [item for item in batch if callable(item)]
-        try:
-            if rings:
-                self._broker.ring(rings)
-                rings = []
-            if ends:
-                self._live.write_finished(ends)
-            if changed:
-                self._live.write_progress(changed)
-            for call in calls:
-                call()
+        work: list[tuple[str, Callable[[], None]]] = []  # each by itself: the broker may be away while Redis is there
+        if rings:
+            work.append(("rings", lambda: self._broker.ring(rings)))
+        if ends:
+            work.append(("results", lambda: self._live.write_finished(ends)))
+        if changed:
+            work.append(("progress", lambda: self._live.write_progress(changed)))
+        work += [("cancel", call) for call in calls]
+        failed = 0
+        for what, write in work:
+            try:
+                write()
+            except Exception as error:  # noqa: BLE001 - clients raise more than their documented errors; the thread must live
+                failed += 1
+                self._failed(what, rings if what == "rings" else [], error)
+        if not failed:
             self._failures = 0
-        except Exception as error:  # noqa: BLE001 - clients raise more than their documented errors; the thread must live
-            self._failed(rings, error)
+        elif not self._closing.is_set():
+            time.sleep(min(2.0, 0.05 * 2.0 ** min(self._failures, 6)))
 
-    def _failed(self, rings: Sequence[Ring], error: Exception) -> None:
+    def _failed(self, what: str, rings: Sequence[Ring], error: Exception) -> None:
         """Whether the rings arrived is unknown; ringing again does no harm."""
         self._failures += 1
         log_it = logger.warning if isinstance(error, redis.RedisError | OSError) else logger.exception
         if self._failures == 1:
-            log_it("could not publish; the relay will ring again", error=str(error), rings=len(rings))
+            log_it("could not publish; the relay will ring again", what=what, error=str(error), rings=len(rings))
         if rings:
-            delay_s = min(30.0, 0.5 * 2.0 ** min(self._failures, 6))
+            # A broker that is known to be away is waited for by the relay; else the row waits, that it is not tried in vain.
+            delay_s = 0.5 if isinstance(error, BrokerAway) else min(30.0, 0.5 * 2.0 ** min(self._failures, 6))
             try:
                 with self._database.connection() as conn:
                     dispatch.take_back(conn, [ring.job_id for ring in rings], delay_s)
             except Unavailable:
                 self.take_back_later([ring.job_id for ring in rings])
-        if not self._closing.is_set():
-            time.sleep(min(2.0, 0.05 * 2.0 ** min(self._failures, 6)))

@@ -55,6 +55,12 @@ class Settings(BaseModel):
     direct_database_url: SecretStr | None = Field(
         None, description="A connection past the pooler, for migrations (default: `DATABASE_URL`)"
     )
+    rabbitmq_url: SecretStr | None = Field(
+        None, description="RabbitMQ as the broker (also `CLOUDAMQP_URL`); unset: Redis is it"
+    )
+    rabbitmq_quorum: bool = Field(
+        False, description="Quorum queues, for a RabbitMQ cluster. May be changed at any time: no job is lost by it"
+    )
     redis_url: SecretStr | None = Field(
         None, description="Redis or Valkey for the broker, results and live progress; unset: the embedded one"
     )
@@ -142,6 +148,8 @@ class Settings(BaseModel):
             text = value.get_secret_value() if isinstance(value, SecretStr) else value
             if text is not None and urlsplit(text).scheme not in schemes:
                 raise SettingsError(name.upper(), f"must begin with {' or '.join(s + '://' for s in schemes)}")
+        if self.rabbitmq_url is not None and not urlsplit(self.rabbitmq_url.get_secret_value()).hostname:
+            raise SettingsError("RABBITMQ_URL", "names no host; it looks like amqps://user:password@host/vhost")
         for entry in self.fetch_allow:
             host, _, port = entry.rpartition(":")
             if not host or not port.isdigit():
@@ -163,6 +171,7 @@ class Settings(BaseModel):
 _SCHEMES: dict[str, tuple[str, ...]] = {
     "database_url": ("postgresql", "postgres"),
     "direct_database_url": ("postgresql", "postgres"),
+    "rabbitmq_url": ("amqp", "amqps"),
     "redis_url": ("redis", "rediss", "unix"),
     "storage_url": ("file", "s3"),
 }
@@ -210,6 +219,8 @@ def load(environ: Mapping[str, str] | None = None, *, database_only: bool = Fals
         if text:
             values[field] = text
     _derive_redis_url(environ, values)
+    if "rabbitmq_url" not in values and (cloud := environ.get("CLOUDAMQP_URL", "").strip()):
+        values["rabbitmq_url"] = cloud  # what Heroku's and Render's add-on of that name sets
     try:
         read = Settings.model_validate(values)
     except ValidationError as error:

@@ -15,16 +15,18 @@ from typing import Final
 from uuid import UUID
 
 import redis
+from dramatiq.middleware import Middleware
 
 from agentflow import embedded, log, schema
+from agentflow.broker import BellBroker, Doorbell, RabbitBroker
 from agentflow.broker import redis as redis_broker
-from agentflow.database import Connection, Database
-from agentflow.jobs import intake, records
+from agentflow.database import Connection, Database, Unavailable
+from agentflow.jobs import dispatch, intake, records
 from agentflow.jobs.intake import NewJob, Prepared, Submitted
 from agentflow.jobs.model import Job, Ring, State
 from agentflow.links import Links
 from agentflow.live import Live
-from agentflow.publisher import Publisher, Rings
+from agentflow.publisher import Publisher
 from agentflow.settings import Settings
 from agentflow.storage import Storage
 
@@ -115,9 +117,48 @@ class System:
         )
 
     @cached_property
-    def broker(self) -> redis_broker.BellBroker:
+    def broker(self) -> Doorbell:
         """A broker to publish by. A worker's, with its middleware, is made in agentflow/worker/ and put here."""
-        return redis_broker.BellBroker(self.redis_client(), prefix=self.settings.job_queue_name, middleware=[])
+        broker = self.new_broker([])
+        broker.on_emptied = self.ring_everything_again
+        return broker
+
+    def new_broker(self, middleware: list[Middleware]) -> Doorbell:
+        """The broker that the settings name, connected to nothing yet."""
+        settings, prefix = self.settings, self.settings.job_queue_name
+        if settings.rabbitmq_url is None:
+            return BellBroker(self.redis_client(), prefix=prefix, middleware=middleware)
+        return RabbitBroker(
+            settings.rabbitmq_url.get_secret_value(),
+            prefix=prefix,
+            middleware=middleware,
+            client_name=self.application_name,
+            quorum=settings.rabbitmq_quorum,
+        )
+
+    def ring_everything_again(self) -> None:
+        """The broker is another, a new or an emptied one: whatever was sent to its predecessor is due now."""
+        try:
+            with self.database.connection() as conn:
+                if rung := dispatch.ring_everything_again(conn):
+                    logger.info("the broker is new or was emptied: what was sent before is rung again", jobs=rung)
+        except Unavailable:
+            logger.debug("not rung again: the relay finds the jobs when they are due")
+
+    def is_another_broker(self, fingerprint: str) -> bool:
+        """Whether messages went to another one so far; this one is remembered. False when the database is away."""
+        try:
+            with self.database.connection() as conn:
+                return (
+                    conn.execute(
+                        "insert into agentflow.installation as i (name, value) values ('broker', %s)"
+                        " on conflict (name) do update set value = excluded.value where i.value <> excluded.value",
+                        (fingerprint,),
+                    ).rowcount
+                    > 0
+                )
+        except Unavailable:
+            return False
 
     def redis_client(self, answer_timeout_s: float = 10.0) -> redis.Redis:
         return redis_broker.connect(
@@ -137,8 +178,7 @@ class System:
 
     @cached_property
     def publisher(self) -> Publisher:
-        broker: Rings = self.broker
-        return Publisher(broker, self.live, self.database)
+        return Publisher(self.broker, self.live, self.database)
 
     @cached_property
     def storage(self) -> Storage:
@@ -205,6 +245,8 @@ class System:
     def close(self, *, wait_stopped_s: float = 0.0) -> None:
         if "publisher" in self.__dict__:
             self.publisher.close()
+        if "broker" in self.__dict__:
+            self.broker.close()
         if "database" in self.__dict__:
             self.database.close()
         if self._embedded is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 import actors
@@ -59,6 +60,18 @@ def unstorable(context: JobContext, payload: Unstorable) -> Any:
         "large": "x" * (5 << 20),
         "error": None,
     }[payload.kind]
+
+
+class Gate(Payload):
+    file: str
+
+
+@job("test_gate", payload=Gate)
+def gate(context: JobContext, payload: Gate) -> dict[str, Any]:
+    """Waits for a file."""
+    while not Path(payload.file).exists():
+        context.sleep(0.02)
+    return {}
 
 
 actors.worker.declare_actors()

@@ -6,7 +6,9 @@ and the relay rings again (agentflow/jobs/dispatch.py).
 
 from __future__ import annotations
 
+from agentflow.broker.doorbell import BrokerAway, Doorbell
 from agentflow.broker.message import DeliveredMessage, message_for, queue_name
+from agentflow.broker.rabbitmq import RabbitBroker
 from agentflow.broker.redis import BellBroker
 
-__all__ = ["BellBroker", "DeliveredMessage", "message_for", "queue_name"]
+__all__ = ["BellBroker", "BrokerAway", "DeliveredMessage", "Doorbell", "RabbitBroker", "message_for", "queue_name"]

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import dramatiq
 from dramatiq.broker import MessageProxy
+from dramatiq.errors import DecodeError
 
 from agentflow.jobs.model import Ring
 
@@ -28,10 +29,23 @@ def message_for(ring: Ring, prefix: str) -> dramatiq.Message[Any]:
     )
 
 
+def read_message(body: bytes, queue_name: str) -> dramatiq.Message[Any]:
+    """What `message_for` wrote. Raises DecodeError for anything else: Dramatiq's threads end on fields of other types."""
+    message = dramatiq.Message.decode(body)
+    options: Any = message.options
+    if message.queue_name != queue_name or not isinstance(message.actor_name, str) or not isinstance(options, dict):
+        raise DecodeError("not a message of ours", body, None)
+    return dramatiq.Message(
+        queue_name, message.actor_name, message.args, {}, {"priority": options.get("priority")}, str(message.message_id)
+    )
+
+
 class Origin(Protocol):
     """The consumer that delivered a message: acknowledgements go to it and to no other."""
 
     def ack(self, message: Any) -> None: ...
+
+    def pass_on(self, message: Any) -> bool: ...
 
 
 class DeliveredMessage(MessageProxy):
@@ -48,3 +62,7 @@ class DeliveredMessage(MessageProxy):
     def acknowledge(self) -> None:
         if not self.acknowledged:
             self.origin.ack(self)
+
+    def pass_on(self) -> bool:
+        """Let the broker offer it to another consumer. False where that is not to be had: it is to be given back."""
+        return self.origin.pass_on(self)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import redis
@@ -22,6 +22,7 @@ from dramatiq.message import Message
 from dramatiq.middleware import Middleware
 
 from agentflow import log
+from agentflow.broker.doorbell import Doorbell
 from agentflow.broker.message import DeliveredMessage, message_for, queue_name
 from agentflow.jobs.model import QUEUES, Ring
 
@@ -42,44 +43,29 @@ def connect(url: str, *, connect_timeout_s: float, client_name: str, answer_time
     )
 
 
-class BellBroker(RedisBroker):
-    """`allowance()` says how many messages a consumer may hold unclaimed now; `known(name)` whether a job type is known
-    here; `give_back(messages)` takes those that nobody claimed. A worker's runtime sets them."""
+class BellBroker(Doorbell, RedisBroker):
+    """Dramatiq's lists in Redis, with the bell."""
 
     def __init__(
         self, client: redis.Redis, *, prefix: str, middleware: list[Middleware], idle_poll_s: float = 1.0
     ) -> None:
-        super().__init__(  # type: ignore[no-untyped-call]
-            client=client, middleware=middleware, namespace=f"{prefix}-bell"
-        )
-        self.prefix = prefix
+        super().__init__(prefix=prefix, client=client, middleware=middleware, namespace=f"{prefix}-bell")
         self.idle_poll_s = idle_poll_s
-        self.allowance: Callable[[], int] = lambda: 1
-        self.known: Callable[[str], bool] = lambda _: True
-        self.give_back: Callable[[Sequence[DeliveredMessage], float], None] = lambda _messages, _delay_s: None
-        self.on_cancel: Callable[[], None] = lambda: None
-        self.on_emptied: Callable[[], None] = lambda: None
-        self.on_reconnect: Callable[[], None] = lambda: None
         self._bells: dict[str, threading.Event] = {queue_name(prefix, q): threading.Event() for q in QUEUES}
         self._listening = threading.Event()
         self._closed = threading.Event()
         self.saturated = False
-        self.connected = False
-        self.last_error: str | None = None
-        self.reconnects = 0
-        for queue in QUEUES:
-            self.declare_queue(queue_name(prefix, queue))
+        self.declare_queues()
 
     @property
     def consumer_class(self) -> type[BellConsumer]:
         return BellConsumer
 
-    def declare_queue(self, queue_name: str) -> None:
-        """As upstream, without a delay queue: nothing is ever delayed in the broker."""
-        if queue_name not in self.queues:
-            self.emit_before("declare_queue", queue_name)
-            self.queues.add(queue_name)
-            self.emit_after("declare_queue", queue_name)
+    @property
+    def fingerprint(self) -> str:
+        where = self.client.connection_pool.connection_kwargs
+        server = where.get("path") or f"{where.get('host')}:{where.get('port')}"
+        return f"redis {server}/{where.get('db') or 0} {self.namespace}"
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
         self._listen()
@@ -91,7 +77,7 @@ class BellBroker(RedisBroker):
         self.client.publish(self._channel, enqueued.queue_name)
         return enqueued
 
-    def ring(self, rings: Iterable[Ring]) -> None:
+    def ring(self, rings: Sequence[Ring]) -> None:
         """Publish a message for each, in one round trip. Raises redis.RedisError; what was sent then is unknown."""
         dispatch = self.scripts["dispatch"]
         limit = self._max_unpack_size()  # type: ignore[no-untyped-call]
@@ -115,14 +101,15 @@ class BellBroker(RedisBroker):
             pipe.execute()
 
     def tell_cancel(self) -> None:
-        """Wake the workers' heartbeats: one of their jobs is to be cancelled."""
         self.client.publish(self._channel, CANCEL)
+
+    def check(self, timeout_s: float) -> None:
+        self.client.ping()
 
     def bell(self, name: str) -> threading.Event:
         return self._bells.setdefault(name, threading.Event())
 
     def nudge(self) -> None:
-        """Room was made: consumers that held back look again."""
         if self.saturated:
             self.saturated = False
             self._ring_all_bells()
@@ -174,6 +161,7 @@ class BellBroker(RedisBroker):
         # Whoever sets the mark is the first to see a server that is new, or was emptied: its messages are gone.
         if self.client.set(f"{self.namespace}:mark", self.broker_id, nx=True):
             self.on_emptied()
+        self.on_connected(self.fingerprint)
 
     def _heard(self, what: str) -> None:
         if what == CANCEL:
@@ -211,6 +199,9 @@ class BellConsumer(Consumer):
             logger.debug("acknowledgement lost", error=str(error))
 
     nack = ack  # nothing is dead-lettered in the broker: the row says what became of the job
+
+    def pass_on(self, message: DeliveredMessage) -> bool:
+        return False
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """At shutdown: the messages that no thread took go back to the list, for the other workers."""

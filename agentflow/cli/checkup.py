@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from agentflow import embedded, schema, settings
+from agentflow.broker import RabbitBroker
 from agentflow.cli import output, running
 from agentflow.cli.errors import WRONG, Failure, one_line
 from agentflow.jobs import statistics
@@ -80,6 +81,8 @@ def doctor() -> None:
             report.run("migrations", lambda: _postgres(url, "DIRECT_DATABASE_URL"))
         if reachable and (read.redis_url is not None or read.embedded_redis):
             report.run("redis", lambda: _redis(system))
+        if read.rabbitmq_url is not None:
+            report.run("rabbitmq", lambda: _rabbitmq(system))
         report.run("storage", lambda: _storage(system))
         report.run("web", lambda: _web(read))
     finally:
@@ -384,6 +387,42 @@ def _redis_refused(error: redis.RedisError, scheme: str, variable: str) -> Wrong
     if isinstance(error, redis.ConnectionError) and scheme == "redis" and ("closed" in low or "reset" in low):
         return Wrong(f"the connection was closed at once: {text}", "the server may want TLS: rediss://")
     return Wrong(text, f"check {variable}")
+
+
+def _rabbitmq(system: System) -> str | Remark:
+    broker = system.broker
+    assert isinstance(broker, RabbitBroker)  # noqa: S101 - what RABBITMQ_URL makes it
+    _reach(broker.host, broker.port, "RABBITMQ_URL")
+    began = time.monotonic()
+    try:
+        broker.check(_CONNECT_S)
+    except OSError as error:
+        raise _rabbitmq_refused(error) from None
+    found = (
+        f"{broker.publishing.server}, connected in {(time.monotonic() - began) * 1000:.0f} ms;"
+        f" {'quorum' if broker.quorum else 'classic'} queues; a worker uses 2 connections, any other process 1"
+    )
+    if not broker.encrypted and not _is_private(broker.host):
+        return Remark(f"{found}, not encrypted", "use amqps:// in RABBITMQ_URL")
+    return found
+
+
+def _rabbitmq_refused(error: OSError) -> Wrong:
+    text = one_line(error)
+    low = text.lower()
+    if "access_refused" in low or "authentication" in low:
+        return Wrong(f"auth: the server refuses the user or password: {text}", "check both in RABBITMQ_URL")
+    if "vhost" in low or "not_allowed" in low or "accessdenied" in low:
+        return Wrong(f"the virtual host is refused: {text}", "it is the path of RABBITMQ_URL; %2F is the default one")
+    if "ssl" in low or "certificate" in low or "incompatibleprotocol" in low:
+        return Wrong(f"TLS: {text}", "amqp:// for a server without TLS, amqps:// for one with a valid certificate")
+    if "blocks publishers" in low:
+        return Wrong(text, "the server is short of memory or disk: make room there")
+    if isinstance(error, TimeoutError) or "timeout" in low or "not connected yet" in low:
+        return Wrong(
+            f"timeout: connected, but it did not answer within {_CONNECT_S:g} s", "is it starting, or overloaded?"
+        )
+    return Wrong(text, "check RABBITMQ_URL")
 
 
 def _storage(system: System) -> str:

@@ -334,4 +334,5 @@ def _tier(read: Settings) -> str:
         return f"Postgres and Valkey of its own, in {home}"
     if read.embedded_database:
         return f"Postgres of its own, in {home}; the Redis of REDIS_URL"
-    return "the Postgres of DATABASE_URL" + (" and the Redis of REDIS_URL" if read.redis_url else "")
+    broker = "; the RabbitMQ of RABBITMQ_URL" if read.rabbitmq_url else ""
+    return "the Postgres of DATABASE_URL" + (" and the Redis of REDIS_URL" if read.redis_url else "") + broker

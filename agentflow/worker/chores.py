@@ -25,9 +25,16 @@ class Relay(Loop):
     """Rings for due rows. Runs again at once while it finds some, and when the window may have room (`wake`)."""
 
     def __init__(
-        self, database: Database, queues: Sequence[str], *, poll_s: float, publish: Callable[[Sequence[Ring]], None]
+        self,
+        database: Database,
+        queues: Sequence[str],
+        *,
+        poll_s: float,
+        publish: Callable[[Sequence[Ring]], None],
+        can_publish: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__("relay", database)
+        self._can_publish = can_publish
         self._queues = queues
         self._poll_s = poll_s
         self._publish = publish
@@ -42,6 +49,8 @@ class Relay(Loop):
     def step(self, conn: BoundedConnection) -> float:
         self._take_back_owed(conn)
         pause_s = self._poll_s * random.uniform(0.8, 1.2)  # so that the processes do not ask in step
+        if not self._can_publish():
+            return pause_s  # rows that stay due are rung at once when the broker is back; stamped ones would wait
         for queue in self._queues:
             rings, due_in_s = dispatch.pick_due(conn, queue)  # committed: no lock is held while publishing
             self._publish(rings)

@@ -17,7 +17,7 @@ from typing import Any, cast
 import dramatiq
 
 from agentflow import log, probe, settings
-from agentflow.broker import BellBroker, DeliveredMessage, queue_name
+from agentflow.broker import DeliveredMessage, queue_name
 from agentflow.embedded import EmbeddedError
 from agentflow.jobs import registry
 from agentflow.jobs.model import PRIORITIES, QUEUES
@@ -40,12 +40,10 @@ class WorkerProcess:
         self._replace = replace or replace_dramatiq_child
         self._probe: probe.Probe | None = None
         self._serve_probe = serve_probe
-        self.broker = BellBroker(
-            system.redis_client(),
-            prefix=system.settings.job_queue_name,
+        self.broker = system.new_broker(
             # Lifecycle first: it must be up before any other sees a message. CurrentMessage hands the wrapper its message.
             # The four of the product wrap the job's function themselves (middleware.layers), in the order given there.
-            middleware=[
+            [
                 middleware.Lifecycle(
                     process_boot=self.start_system, boot=self._boot, ready=self._ready, shutdown=self.shutdown
                 ),

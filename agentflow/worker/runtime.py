@@ -86,7 +86,11 @@ class Runtime:
             beat=system.heartbeat,
         )
         self.relay = Relay(
-            system.database, self.queues, poll_s=settings.worker_polling_interval, publish=system.publisher.ring
+            system.database,
+            self.queues,
+            poll_s=settings.worker_polling_interval,
+            publish=system.publisher.ring,
+            can_publish=system.broker.can_publish,
         )
         self.rescue = Rescue(
             system.database,
@@ -108,12 +112,15 @@ class Runtime:
     def start(self) -> None:
         broker = self.system.broker
         broker.allowance = self.allowance
+        broker.reserved = self.reserved
         broker.known = registry.known
         broker.give_back = self.give_back
         self.system.publisher.take_back_later = self.relay.owe
         broker.on_cancel = self.heart.wake
         broker.on_reconnect = metrics.redis_reconnect
+        broker.on_connected = self._connected_to
         broker.on_emptied = self._ring_everything_again
+        broker.on_ready = self.relay.wake
         metrics.known_types(registry.every())
         for part in (self.heart, self.claimer, self.settler, self.relay, self.rescue, self.watchdog):
             part.start()
@@ -129,6 +136,7 @@ class Runtime:
             if self.claimer.stopping:
                 return True
             logger.info("stopping", jobs=len(self._held), grace_s=grace_s)
+            self.system.broker.stop_consuming()
             self.claimer.stop(timeout_s=1.0)
             self._wait_empty(max(0.0, grace_s - _HAND_BACK_S))
             for running in self.held():
@@ -166,7 +174,8 @@ class Runtime:
             return
         if self.draining or not self._enter(message):
             message.given_back = True
-            self.give_back([message], 0.0 if self.draining else 1.0)
+            if not message.pass_on():
+                self.give_back([message], 0.0 if self.draining else 1.0)
             return
         try:
             self._handle(message)
@@ -281,6 +290,10 @@ class Runtime:
         busy = sum(self._busy.values())
         return max(0, self.threads - busy) + int(self._claims_per_s() * 0.05)
 
+    def reserved(self) -> int:
+        """Of those, how many only critical jobs may have."""
+        return max(0, self.threads // 4 - (sum(self._busy.values()) - self._busy_regular))
+
     def give_back(self, messages: Sequence[DeliveredMessage], delay_s: float) -> None:
         """Acknowledge messages that nobody here can claim; the relay rings another for each after `delay_s`."""
         ids = []
@@ -296,14 +309,12 @@ class Runtime:
         except Unavailable:
             self.relay.owe(ids)
 
+    def _connected_to(self, fingerprint: str) -> None:
+        if self.system.is_another_broker(fingerprint):
+            self._ring_everything_again()
+
     def _ring_everything_again(self) -> None:
-        """The broker is a new or an emptied one: whatever was sent to its predecessor is due now."""
-        try:
-            with self.system.database.connection() as conn:
-                if rung := dispatch.ring_everything_again(conn):
-                    logger.warning("the broker has lost its messages: ringing again", jobs=rung)
-        except Unavailable:
-            logger.debug("not rung again: the relay finds the jobs when they are due")
+        self.system.ring_everything_again()
         self.relay.wake()
 
     def _enter(self, message: DeliveredMessage) -> bool:

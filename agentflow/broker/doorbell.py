@@ -1,0 +1,80 @@
+"""What a worker's runtime, the publisher and health ask of a broker, whichever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dramatiq.broker import Broker
+
+from agentflow.broker.message import DeliveredMessage, queue_name
+from agentflow.jobs.model import QUEUES, Ring
+
+
+class BrokerAway(ConnectionError):
+    """The broker is known to be away, or refuses messages for now: nothing was sent, and `on_ready` is called when it is back."""
+
+
+class Doorbell(Broker):
+    """A Dramatiq broker that carries rings.
+
+    A worker's runtime sets the callables. `allowance()` is how many messages may be held unclaimed now, of which `reserved()`
+    are for critical jobs only; `known(name)` whether a job type is known here; `give_back(messages, delay_s)` takes those that
+    nobody here can claim. `on_connected(fingerprint)` and `on_emptied()` may ask the database; the others return at once.
+    """
+
+    connected = False
+    last_error: str | None = None
+    reconnects = 0
+
+    def __init__(self, *, prefix: str, **others: Any) -> None:
+        super().__init__(**others)
+        self.prefix = prefix
+        self.allowance: Callable[[], int] = lambda: 1
+        self.reserved: Callable[[], int] = lambda: 0
+        self.known: Callable[[str], bool] = lambda _: True
+        self.give_back: Callable[[Sequence[DeliveredMessage], float], None] = lambda _messages, _delay_s: None
+        self.on_cancel: Callable[[], None] = lambda: None
+        self.on_connected: Callable[[str], None] = lambda _fingerprint: None
+        self.on_emptied: Callable[[], None] = lambda: None
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_reconnect: Callable[[], None] = lambda: None
+
+    def declare_queues(self) -> None:
+        for queue in QUEUES:
+            self.declare_queue(queue_name(self.prefix, queue))
+
+    def declare_queue(self, queue_name: str) -> None:
+        """As upstream, without a delay queue: nothing is ever delayed in the broker."""
+        if queue_name not in self.queues:
+            self.emit_before("declare_queue", queue_name)
+            self.queues.add(queue_name)
+            self.emit_after("declare_queue", queue_name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the server and the queues on it, without secrets: where it differs, messages sent before are elsewhere."""
+        raise NotImplementedError
+
+    def ring(self, rings: Sequence[Ring]) -> None:
+        """Publish a message for each. Raises an error of the client or an OSError: what was sent then is unknown."""
+        raise NotImplementedError
+
+    def tell_cancel(self) -> None:
+        """Wake the workers' heartbeats: one of their jobs is to be cancelled. Raises as `ring`."""
+        raise NotImplementedError
+
+    def can_publish(self) -> bool:
+        """False while the broker is known to take nothing."""
+        return True
+
+    def nudge(self) -> None:
+        """Room was made: consumers that held back look again."""
+        raise NotImplementedError
+
+    def stop_consuming(self) -> None:
+        """The process is draining: what nobody has claimed goes to other workers, and no more comes."""
+
+    def check(self, timeout_s: float) -> None:
+        """One round trip. Raises an error of the client or an OSError."""
+        raise NotImplementedError
