@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -64,7 +65,8 @@ def test_what_web_accepted_before_its_death_is_kept_and_sending_it_again_makes_n
                         seen = len(accepted)
                         eventually(lambda seen=seen: len(accepted) > seen + 30)
                         for process in web.process.family():
-                            process.kill()
+                            with suppress(psutil.NoSuchProcess):
+                                process.kill()
                     else:
                         for thread in threads:
                             thread.join(60)
@@ -112,7 +114,8 @@ def test_everything_killed_at_once_in_the_middle_of_the_work_and_started_again(
         everything = [*up.family(), *servers(home)]
         assert len(everything) >= 5, everything
         for process in everything:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # the death of its parent was quicker
+                process.kill()
     assert eventually(lambda: not servers(home))
 
     with running_up(environment, tmp_path / "second.log"):
