@@ -9,10 +9,15 @@ import os
 
 # A job's child process wants one module of this package, not the worker around it.
 if "AGENTFLOW_CHILD" not in os.environ:
-    from actors import deliver_callback  # noqa: F401
-    from actors.analyze_video import job as analyze_video  # noqa: F401
-    from actors.ping import job as ping  # noqa: F401
-    from agentflow.worker.process import make_global
+    from agentflow.worker import surplus
 
-    #: The worker of this process, started by Dramatiq.
-    worker = make_global()
+    if surplus.is_surplus():
+        surplus.take_nothing()
+    else:
+        from actors import deliver_callback  # noqa: F401
+        from actors.analyze_video import job as analyze_video  # noqa: F401
+        from actors.ping import job as ping  # noqa: F401
+        from agentflow.worker.process import make_global
+
+        #: The worker of this process, started by Dramatiq.
+        worker = make_global()
