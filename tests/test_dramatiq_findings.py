@@ -233,7 +233,7 @@ def test_3_a_time_limit_does_not_reach_the_recording_of_the_end(
 def test_4_a_long_job_runs_again_and_again_on_bare_dramatiq_and_once_here(
     environment: dict[str, str], system: System, bare: Bare, tmp_path: Path
 ) -> None:
-    """The same time for both. The job of three times the timeout among others is in tests/test_rabbitmq.py."""
+    """The same time for both. One such among eight others is in tests/test_rabbitmq.py."""
     takes_s = CONSUMER_TIMEOUT_S + 5
     with bare.worker(threads=2, dramatiq_restart_delay="200"), worker(environment, tmp_path / "worker.log") as process:
         bare.send("takes", "T", 60)

@@ -191,10 +191,16 @@ def _text(value: Any) -> str:
 
 def describe(error: BaseException | None) -> str:
     """What went wrong, from inside of pika's wrappers, in one line and without the URL."""
-    while isinstance(error, AMQPConnectionWorkflowFailed) and error.exceptions:
-        error = error.exceptions[-1]
     if error is None:
         return "the connection ended"
-    inner = error.args[0] if error.args and isinstance(error.args[0], BaseException) else error
-    text = " ".join(str(inner).split())
-    return f"{type(inner).__name__}: {text}" if text else type(inner).__name__
+    while inner := _inside(error):
+        error = inner
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _inside(error: BaseException) -> BaseException | None:
+    if isinstance(error, AMQPConnectionWorkflowFailed):
+        return error.exceptions[-1] if error.exceptions else None
+    inner = getattr(error, "exception", None) or (error.args[0] if error.args else None)
+    return inner if isinstance(inner, BaseException) else None
