@@ -17,6 +17,9 @@ from agentflow import embedded, schema, settings
 from agentflow.settings import Settings
 from agentflow.system import System
 
+# Here and not in the modules that use them: imported there, each module would get a node of its own.
+from tests.rabbitmq import rabbitmq, rabbitmq_node  # noqa: F401
+
 _numbers = itertools.count(1)
 TEMPLATE = "agentflow_template"
 ADMIN_KEY = "test-operator-key-0123456789"

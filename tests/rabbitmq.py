@@ -162,9 +162,11 @@ class Node:
 
     def close(self) -> None:
         self.kill()
-        subprocess.run(
-            ["epmd", "-port", str(self._epmd_port), "-kill"], env=self.environment, capture_output=True, check=False
-        )
+        # Its epmd is a daemon that outlives it, and refuses `epmd -kill` while it remembers a node that was killed.
+        for process in psutil.process_iter(["name"]):
+            with suppress(psutil.Error):
+                if process.info["name"] == "epmd" and process.environ().get("HOME") == str(self.folder):
+                    process.kill()
 
     def _family(self) -> list[psutil.Process]:
         if self._popen is None:

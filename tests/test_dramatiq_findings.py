@@ -21,14 +21,14 @@ import pytest
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.processes import BIN, ROOT, Process, eventually, started, worker
-from tests.rabbitmq import CONSUMER_TIMEOUT_S, Node, rabbitmq, rabbitmq_node  # noqa: F401 - fixtures
+from tests.rabbitmq import CONSUMER_TIMEOUT_S, Node
 from tests.test_worker import ended, outcomes, read, submit
 
 pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
-def environment(environment: dict[str, str], rabbitmq: Node) -> dict[str, str]:  # noqa: F811
+def environment(environment: dict[str, str], rabbitmq: Node) -> dict[str, str]:
     return {**environment, "RABBITMQ_URL": rabbitmq.url, "JOB_LEASE": "4", "JOB_LEASE_RENEW": "1"}
 
 
@@ -89,7 +89,7 @@ NOWHERE = {"ready": 0, "delayed": 0, "dead": 0}
 
 
 @pytest.fixture
-def bare(rabbitmq: Node, tmp_path: Path) -> Bare:  # noqa: F811
+def bare(rabbitmq: Node, tmp_path: Path) -> Bare:
     return Bare(rabbitmq, tmp_path / "bare")
 
 
@@ -119,7 +119,7 @@ def test_1_bare_a_late_acknowledgement_deletes_another_job(bare: Bare) -> None:
 def test_1_a_late_acknowledgement_changes_nothing(
     environment: dict[str, str],
     system: System,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
     def gate(name: str) -> Any:
@@ -175,7 +175,7 @@ def test_2_bare_a_job_whose_retry_cannot_be_published_is_gone(bare: Bare) -> Non
 def test_2_a_retry_is_a_row_and_is_published_when_the_broker_takes_it(
     environment: dict[str, str],
     system: System,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
     with worker(environment, tmp_path / "worker.log") as process:

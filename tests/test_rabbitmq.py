@@ -24,7 +24,7 @@ from agentflow.jobs.model import QUEUES, Job, Ring
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.processes import Process, eventually, worker
-from tests.rabbitmq import Node, rabbitmq, rabbitmq_node  # noqa: F401 - fixtures
+from tests.rabbitmq import Node
 from tests.test_kills import (  # noqa: F401 - run again here, on this broker
     assert_each_ended_once,
     open_jobs,
@@ -50,7 +50,7 @@ MEMORY = "512MiB"
 
 
 @pytest.fixture
-def environment(environment: dict[str, str], rabbitmq: Node) -> dict[str, str]:  # noqa: F811
+def environment(environment: dict[str, str], rabbitmq: Node) -> dict[str, str]:
     """Quick leases: several tests kill workers, and no ring is to be mended by a lease of half a minute."""
     return {
         **environment,
@@ -117,7 +117,7 @@ def test_the_url_is_taken_from_either_variable_and_checked() -> None:
 def test_a_worker_has_two_connections_and_any_other_process_one_whatever_it_does(
     environment: dict[str, str],
     system: System,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
     """At most 3 for a process: two are meant."""
@@ -135,7 +135,7 @@ def test_losing_all_connections_again_and_again_loses_no_job_and_leaks_nothing(
     environment: dict[str, str],
     system: System,
     conn: psycopg.Connection,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
     with worker(environment, tmp_path / "worker.log") as process:
@@ -163,7 +163,7 @@ def test_losing_all_connections_again_and_again_loses_no_job_and_leaks_nothing(
 def test_a_message_that_is_not_ours_is_dropped_and_the_worker_lives(
     system: System,
     running_worker: Process,  # noqa: F811
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
 ) -> None:
     name = queue_name(system.settings.job_queue_name, "default")
     ours = b'{"queue_name": "%s", "actor_name": "ping", "args": [], "kwargs": {}, "options": null, "message_id": "x"}'
@@ -223,7 +223,7 @@ def test_a_broker_killed_in_a_burst_loses_nothing_and_holds_up_nothing_while_it_
     environment: dict[str, str],
     system: System,
     conn: psycopg.Connection,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
     def view() -> dict[str, Any]:
@@ -276,7 +276,7 @@ def test_a_broker_killed_in_a_burst_loses_nothing_and_holds_up_nothing_while_it_
 def test_submitting_does_not_wait_for_a_frozen_broker(
     environment: dict[str, str],
     system: System,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
     with worker(environment, tmp_path / "worker.log"):
@@ -303,7 +303,7 @@ def test_submitting_does_not_wait_for_a_frozen_broker(
 def test_a_memory_alarm_does_not_delay_submits_and_is_over_when_it_is_over(
     environment: dict[str, str],
     system: System,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
     with worker(environment, tmp_path / "worker.log") as process:
@@ -330,7 +330,7 @@ def test_a_memory_alarm_does_not_delay_submits_and_is_over_when_it_is_over(
 def test_a_wiped_broker_is_noticed_and_all_is_rung_again(
     environment: dict[str, str],
     system: System,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
     with worker(environment, tmp_path / "before.log"):
@@ -356,7 +356,7 @@ def test_a_wiped_broker_is_noticed_and_all_is_rung_again(
 def test_a_deleted_queue_is_declared_again(
     environment: dict[str, str],
     system: System,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
     lane = queue_name(system.settings.job_queue_name, "default")
@@ -374,7 +374,7 @@ def test_switching_to_quorum_queues_and_back_loses_no_row(
     environment: dict[str, str],
     system: System,
     conn: psycopg.Connection,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
     """Each time with messages left in the queues that nobody will read any more."""
@@ -433,7 +433,7 @@ def test_a_busy_worker_holds_nothing_at_the_broker(
     environment: dict[str, str],
     system: System,
     conn: psycopg.Connection,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
     """What it cannot run is not kept unacknowledged: with a consumer_timeout of 5 s that would cost it its channel."""
@@ -489,7 +489,7 @@ def test_a_job_six_times_as_long_as_the_consumer_timeout_runs_once_and_disturbs_
 
 
 @pytest.fixture
-def broker(rabbitmq: Node) -> Iterator[RabbitBroker]:  # noqa: F811
+def broker(rabbitmq: Node) -> Iterator[RabbitBroker]:
     made = RabbitBroker(rabbitmq.url, prefix=f"b{uuid4().hex[:8]}", middleware=[], client_name="broker test")
     made.allowance = lambda: 100
     yield made
@@ -512,7 +512,7 @@ def test_a_thousand_rings_are_confirmed_together(broker: RabbitBroker) -> None:
 
 def test_an_acknowledgement_goes_to_the_channel_that_delivered_and_to_no_other(
     broker: RabbitBroker,
-    rabbitmq: Node,  # noqa: F811
+    rabbitmq: Node,
 ) -> None:
     consumer = broker.consume(queue_name(broker.prefix, "default"), prefetch=10)
     broker.ring(rings(1))
@@ -539,7 +539,7 @@ def test_a_message_passed_on_once_is_given_back_the_second_time(broker: RabbitBr
     assert second.message_id == first.message_id and not second.pass_on()
 
 
-def test_closing_leaves_no_thread_and_no_socket(rabbitmq: Node) -> None:  # noqa: F811
+def test_closing_leaves_no_thread_and_no_socket(rabbitmq: Node) -> None:
     process = psutil.Process()
     before = (process.num_fds(), process.num_threads())
     for _ in range(5):
