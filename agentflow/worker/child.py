@@ -41,6 +41,12 @@ _STDERR_TAIL: Final = 4000
 
 def run(running: Running, target: str, arguments: dict[str, Any]) -> Any:
     """Run `target` for this job and return its result. Raises what it raised, Transient when it died, Stopped when killed."""
+    # An interruption between two of these lines would leave a child running, or a zombie.
+    with running.shielded():
+        return _run(running, target, arguments)
+
+
+def _run(running: Running, target: str, arguments: dict[str, Any]) -> Any:
     read_fd, write_fd = os.pipe()
     with tempfile.TemporaryFile() as stderr, os.fdopen(read_fd, encoding="utf-8") as messages:
         process = _spawn(target, write_fd, stderr)

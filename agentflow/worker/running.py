@@ -96,6 +96,19 @@ class Running:
             with self._lock:
                 self._killers.remove(kill)
 
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """While the block runs, `stop` calls the killers and raises nothing: what must be cleaned up is. Raises Stopped at its end."""
+        with self._lock:
+            self.check()
+            thread, self._thread = self._thread, None
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._thread = thread
+        self.check()
+
     def call(self, function: Callable[[], Any]) -> Any:
         """Run `function` in this thread, open to interruption. Raises Stopped, or what it raises.
 
