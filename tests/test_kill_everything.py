@@ -25,6 +25,8 @@ from tests.test_kills import QUICK_LEASES, assert_each_ended_once, open_jobs
 from tests.test_up import running_up
 from tests.web_support import gunicorn
 
+pytestmark = pytest.mark.flaky(reruns=0)  # a job lost once is lost
+
 AUTH = {"Authorization": f"Bearer {ADMIN_KEY}"}
 
 

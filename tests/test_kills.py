@@ -19,6 +19,8 @@ from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.clips import real_clips  # noqa: F401 - a fixture
 from tests.processes import eventually, worker
 
+pytestmark = pytest.mark.flaky(reruns=0)  # a job lost once is lost
+
 PINGS = 500
 QUICK_LEASES = {"JOB_LEASE": "4", "JOB_LEASE_RENEW": "1", "JOB_MAX_CRASHES": "50"}
 
