@@ -1,0 +1,83 @@
+"""How a worker process is told to end: by signals, or by the death of the process that started it.
+
+The first SIGTERM (or SIGHUP) begins the drain at once. A second one ends the grace: what runs is handed back now. Its copies are
+not a second one: a platform, a terminal or `docker stop` may signal the whole group, and the parent passes its own on as well,
+for which Dramatiq alone ends the process in the middle of its work.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+from agentflow import log
+
+logger = log.get(__name__)
+
+#: Two signals closer together than this are one.
+SAME_SIGNAL_S: Final = 1.0
+_PARENT_LOOK_S: Final = 0.5
+
+
+class Signals:
+    """Takes over the handlers that are there for SIGTERM and SIGHUP, and calls them once, at the first signal.
+
+    `stop()` and `hurry()` are called in a thread of their own. `parent` is the process whose death is a SIGTERM, too; None:
+    nobody's is. To be made in the main thread.
+    """
+
+    def __init__(self, *, stop: Callable[[], None], hurry: Callable[[], None], parent: int | None) -> None:
+        self._stop = stop
+        self._hurry = hurry
+        self._parent = parent
+        self._told_at: float | None = None
+        # Its `put` may be interrupted by a handler that puts, too: with an Event that would be a deadlock.
+        self._told: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and (before := signal.getsignal(number)) != signal.SIG_IGN:
+                signal.signal(number, self._handler(before))
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def _handler(self, before: Any) -> Callable[[int, FrameType | None], None]:
+        def handle(number: int, frame: FrameType | None) -> None:
+            now = time.monotonic()
+            if self._told_at is None:
+                self._told_at = now
+                self._told.put(self._stop)
+                if callable(before):
+                    before(number, frame)
+            elif now - self._told_at > SAME_SIGNAL_S:
+                self._told.put(self._hurry)
+
+        return handle
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                told = self._told.get(timeout=_PARENT_LOOK_S)
+                threading.Thread(target=told, name="told", daemon=True).start()
+            except queue.Empty:
+                if self._parent is not None and os.getppid() != self._parent:
+                    self._parent = None
+                    log_to_the_real_stderr()
+                    logger.warning("the parent process is gone: stopping")
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def log_to_the_real_stderr() -> None:
+    """Dramatiq's children write to a pipe that its master reads: without a master every line would be an error."""
+    if sys.__stderr__ is None:
+        return
+    sys.stdout = sys.stderr = sys.__stderr__
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.__stderr__)
