@@ -26,8 +26,8 @@ from agentflow.jobs.model import PRIORITIES, QUEUES
 from agentflow.schema import SchemaError
 from agentflow.system import System
 from agentflow.worker import middleware
-from agentflow.worker.signals import Signals
 from agentflow.worker.runtime import Runtime
+from agentflow.worker.signals import Signals
 
 logger = log.get(__name__)
 
@@ -101,7 +101,7 @@ class WorkerProcess:
         log.configure(self.system.settings, "worker")
         master = multiprocessing.parent_process()
         parent = self._parent or (master.pid if master is not None else None)
-        Signals(stop=self._drain_early, hurry=self._hurry, parent=parent)
+        Signals(stop=self._drain_early, hurry=self.hurry, parent=parent)
         try:
             for warning in self.system.settings.warnings():
                 logger.warning(warning)
@@ -153,9 +153,9 @@ class WorkerProcess:
         if self.runtime is not None and self._is_ready:
             self.runtime.drain(self.system.settings.shutdown_grace)
 
-    def _hurry(self) -> None:
+    def hurry(self) -> None:
+        """Told to stop again: running jobs are handed back now. May be called by a signal's handler."""
         if self.runtime is not None:
-            logger.warning("told to stop again: running jobs are handed back now")
             self.runtime.hurry()
 
     def shutdown(self) -> None:
