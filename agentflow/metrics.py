@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
+
+#: Kept by `agentflow worker` itself (agentflow.cli.worker_health): worker processes that died and were started again.
+PROCESS_RESTARTS: Final = "agentflow_worker_process_restarts"
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from agentflow import log

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import signal
 import sys
 
@@ -10,6 +9,7 @@ from agentflow import log, probe, settings
 from agentflow.database import Unavailable
 from agentflow.embedded import EmbeddedError
 from agentflow.schema import SchemaError
+from agentflow.signals import Inbox
 from agentflow.system import System
 from scheduler import schedule
 
@@ -23,10 +23,10 @@ def main() -> int:
         print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - before there is a log
         return 2
     log.configure(read, "scheduler")
-    told: queue.SimpleQueue[int] = queue.SimpleQueue()  # its `put` may be interrupted by another signal's
+    told = Inbox()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda got, _frame: told.put(got))
+            signal.signal(number, told.put)
     try:
         system = System.start(read, "scheduler")
     except (SchemaError, EmbeddedError, OSError, *Unavailable) as error:

@@ -18,8 +18,8 @@ import pytest
 
 from agentflow.broker import queue_name
 from agentflow.jobs.model import Job
+from agentflow.signals import SAME_SIGNAL_S
 from agentflow.system import System
-from agentflow.worker.signals import SAME_SIGNAL_S
 from tests.clips import real_clips  # noqa: F401 - a fixture
 from tests.processes import BIN, ROOT, Process, eventually, free_port, started, worker
 from tests.rabbitmq import Node
@@ -229,7 +229,7 @@ def test_dramatiqs_own_command_starts_over_at_sighup(
 def test_what_was_fetched_and_not_begun_goes_to_others_while_the_grace_lasts(
     environment: dict[str, str], system: System, rabbitmq: Node, tmp_path: Path, command: str
 ) -> None:
-    environment["JOB_CONCURRENCY"] = "2"  # one of them for critical jobs
+    environment["JOB_CONCURRENCY"] = "1"
     lane = queue_name(system.settings.job_queue_name, "default")
     with family(command, environment, tmp_path / "log", SHUTDOWN_GRACE=str(NO_END_S)) as process:
         long = [submit(system, "ping", {"sleep_ms": 3_600_000}) for _ in range(2 if command == "worker" else 1)]
@@ -276,11 +276,11 @@ def test_one_dead_child_of_several_costs_nobody_an_attempt(
     environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path
 ) -> None:
     """Dramatiq's command ends all of them when one dies."""
-    environment |= {"JOB_CONCURRENCY": "3", "JOB_LEASE": "4", "JOB_LEASE_RENEW": "1"}  # two regular threads in each
+    environment |= {"JOB_CONCURRENCY": "2", "JOB_LEASE": "4", "JOB_LEASE_RENEW": "1"}
     arguments = ["2" if word == "1" else word for word in COMMANDS["dramatiq"]]
     with started(arguments, {**environment, "PORT": str(free_port())}, tmp_path / "log") as process:
         eventually(lambda: process.text().count("ready for action") == 2, within_s=60)
-        assert conn.execute("select threads from agentflow.workers").fetchall() == [(3,), (3,)]
+        assert conn.execute("select threads from agentflow.workers").fetchall() == [(2,), (2,)]
         jobs = [submit(system, "ping", {"sleep_ms": 2_500}, max_attempts=1) for _ in range(4)]
         eventually(lambda: all(read(system, job.id).state == "running" for job in jobs))
         pids = conn.execute(

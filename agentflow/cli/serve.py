@@ -29,9 +29,9 @@ from agentflow.database import Unavailable
 from agentflow.embedded import Embedded
 from agentflow.schema import SchemaError
 from agentflow.settings import Settings
+from agentflow.signals import SAME_SIGNAL_S
 from agentflow.system import System
 from agentflow.worker.process import WorkerProcess, lend
-from agentflow.worker.signals import SAME_SIGNAL_S
 from web import server
 
 logger = log.get(__name__)

@@ -156,7 +156,7 @@ class _Merged(Collector):
 
     def collect(self) -> list[Metric]:
         restarts = CounterMetricFamily(
-            "agentflow_worker_process_restarts", "Worker processes that died and were started again", labels=["process"]
+            metrics.PROCESS_RESTARTS, "Worker processes that died and were started again", labels=["process"]
         )
         merged: dict[str, Metric] = {}
         for answer in self._answers:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import queue
 import signal
 import socket
 import subprocess
@@ -17,7 +16,6 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from types import FrameType
 from typing import Final, NoReturn
 
 from agentflow import log, probe, settings
@@ -25,9 +23,9 @@ from agentflow.cli import servers
 from agentflow.cli.errors import CANNOT_START, USAGE, WRONG, Failure
 from agentflow.cli.worker_health import WorkerHealth
 from agentflow.settings import Settings
+from agentflow.signals import SAME_SIGNAL_S, Inbox
 from agentflow.system import System
 from agentflow.worker.process import UnknownQueue, WorkerProcess, lend, served_queues
-from agentflow.worker.signals import SAME_SIGNAL_S
 
 logger = log.get(__name__)
 
@@ -135,7 +133,7 @@ class Supervisor:
         self._arguments = arguments
         self._stop_s = read.shutdown_grace + STOP_MARGIN_S
         self._due: dict[Child, float] = dict.fromkeys(self.children, 0.0)
-        self._events: queue.SimpleQueue[int] = queue.SimpleQueue()  # its `put` may be interrupted by another
+        self._events = Inbox()
         self._stopping_since: float | None = None
         self._any_was_ready = False
         self._status = 0
@@ -143,7 +141,7 @@ class Supervisor:
     def run(self) -> int:
         for heard in (*_TOLD, signal.SIGCHLD):
             if signal.getsignal(heard) != signal.SIG_IGN:  # nohup
-                signal.signal(heard, self._hear)
+                signal.signal(heard, self._events.put)
         while True:
             self._start_due()
             number = self._next_event()
@@ -155,18 +153,11 @@ class Supervisor:
                 if not self._alive():
                     return self._status
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
-        self._events.put(number)
-
     def _next_event(self) -> int | None:
         ends = [*self._due.values()]
         if self._stopping_since is not None:
             ends.append(self._stopping_since + self._stop_s)
-        pause_s = max(0.0, min(ends) - time.monotonic()) if ends else None
-        try:
-            return self._events.get(timeout=pause_s)
-        except queue.Empty:
-            return None
+        return self._events.get(max(0.0, min(ends) - time.monotonic()) if ends else None)
 
     def _alive(self) -> list[Child]:
         return [child for child in self.children if child.process is not None and child.process.poll() is None]
@@ -255,11 +246,11 @@ def run_child(told: str, names: Sequence[str], threads: int | None, module: str)
     import dramatiq
 
     parent, listener_fd, ready_fd = map(int, told.split(":"))
-    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+    told_to_end = Inbox()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent's SIGTERM follows
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda got, _frame: ended.put(got))
+            signal.signal(number, told_to_end.put)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TOLD)
     worker = WorkerProcess(
         System(settings.current(), "worker"),
@@ -275,7 +266,7 @@ def run_child(told: str, names: Sequence[str], threads: int | None, module: str)
     broker.emit_after("process_boot")
     running = dramatiq.Worker(broker, queues=set(names) or None)
     running.start()
-    ended.get()
+    told_to_end.get()
     running.stop()
     broker.close()
     worker.system.close()

@@ -24,10 +24,10 @@ from agentflow.embedded import EmbeddedError
 from agentflow.jobs import registry
 from agentflow.jobs.model import PRIORITIES, QUEUES
 from agentflow.schema import SchemaError
+from agentflow.signals import Signals
 from agentflow.system import System
 from agentflow.worker import middleware
 from agentflow.worker.runtime import Runtime
-from agentflow.worker.signals import Signals
 
 logger = log.get(__name__)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import dramatiq
 from dramatiq.brokers.stub import StubBroker
 
-from agentflow.worker import signals
+from agentflow import signals
 
 
 def is_surplus(

@@ -1,4 +1,4 @@
-"""How a worker process is told to end: by signals, or by the death of the process that started it.
+"""How a process is told to end: by signals, or by the death of the process that started it.
 
 The first SIGTERM (or SIGHUP) begins the drain at once. A second one ends the grace: what runs is handed back now. Its copies are
 not a second one: a platform, a terminal or `docker stop` may signal the whole group, and the parent passes its own on as well,
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Final
 
@@ -24,6 +25,8 @@ logger = log.get(__name__)
 
 #: Two signals closer together than this are one.
 SAME_SIGNAL_S: Final = 1.0
+#: A signal that arrives just before the main thread begins to wait does not end the wait; its handler runs after it.
+_SIGNAL_LOOK_S: Final = 0.5
 _PARENT_LOOK_S: Final = 0.5
 
 
@@ -81,3 +84,24 @@ def log_to_the_real_stderr() -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.__stderr__)
+
+
+class Inbox:
+    """What signals' handlers `put` and the main thread waits for. A put may interrupt another one."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def put(self, number: int, _frame: FrameType | None = None) -> None:
+        """May be a handler itself."""
+        self._queue.put(number)
+
+    def get(self, timeout_s: float | None = None) -> int | None:
+        """The next one; None when there was none for so long. Without `timeout_s` it waits for ever."""
+        end = time.monotonic() + timeout_s if timeout_s is not None else None
+        while True:
+            left_s = _SIGNAL_LOOK_S if end is None else min(_SIGNAL_LOOK_S, max(0.0, end - time.monotonic()))
+            with suppress(queue.Empty):
+                return self._queue.get(timeout=left_s)
+            if end is not None and time.monotonic() >= end:
+                return None
