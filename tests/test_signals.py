@@ -269,6 +269,21 @@ def test_a_video_in_the_middle_is_analysed_elsewhere(
     assert (row.attempt, row.fence) == (1, 2) and row.result and len(row.result["shots"]) > 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_scheduler_ends_at_any_of_them_twice_or_not(
+    environment: dict[str, str], tmp_path: Path, number: signal.Signals
+) -> None:
+    environment["PORT"] = str(free_port())
+    with started([sys.executable, "-m", "scheduler"], environment, tmp_path / "log") as process:
+        process.wait_for("scheduler ready", within_s=60)
+
+        os.killpg(process.pid, number)
+        os.killpg(process.pid, number)
+
+        assert process.popen.wait(30) == 0, process.text()
+        assert "Traceback" not in process.text()
+
+
 # ---- several children of one `dramatiq` ----
 
 
