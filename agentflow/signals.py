@@ -41,6 +41,8 @@ class Signals:
         self._stop = stop
         self._hurry = hurry
         self._parent = parent
+        # Python's forkserver stands between a process and the one that asked for it.
+        self._is_direct = parent == os.getppid()
         self._told_at: float | None = None
         # Its `put` may be interrupted by a handler that puts, too: with an Event that would be a deadlock.
         self._told: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -69,11 +71,24 @@ class Signals:
                 told = self._told.get(timeout=_PARENT_LOOK_S)
                 threading.Thread(target=told, name="told", daemon=True).start()
             except queue.Empty:
-                if self._parent is not None and os.getppid() != self._parent:
+                if self._parent_is_gone():
                     self._parent = None
                     log_to_the_real_stderr()
                     logger.warning("the parent process is gone: stopping")
                     os.kill(os.getpid(), signal.SIGTERM)
+
+    def _parent_is_gone(self) -> bool:
+        if self._parent is None:
+            return False
+        if self._is_direct:
+            return os.getppid() != self._parent
+        try:
+            os.kill(self._parent, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # it lives, as somebody else
+            return False
+        return False
 
 
 def log_to_the_real_stderr() -> None:

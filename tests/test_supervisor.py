@@ -50,8 +50,8 @@ def test_a_dead_worker_is_replaced_and_its_job_done_while_the_other_goes_on(
     environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path
 ) -> None:
     environment |= {"JOB_LEASE": "4", "JOB_LEASE_RENEW": "1", "AGENTFLOW_ENV": "production"}
-    with supervised(environment, tmp_path / "log", "--threads", "3") as (process, http):
-        assert conn.execute("select threads from agentflow.workers").fetchall() == [(3,), (3,)]
+    with supervised(environment, tmp_path / "log", "--threads", "2") as (process, http):
+        assert conn.execute("select threads from agentflow.workers").fetchall() == [(2,), (2,)]
         jobs = [submit(system, "ping", {"sleep_ms": 3000}, max_attempts=1) for _ in range(4)]
         eventually(lambda: all(read(system, job.id).state == "running" for job in jobs))
         first, second = (each["pid"] for each in health(http)["processes"])

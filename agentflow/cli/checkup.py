@@ -382,7 +382,7 @@ def _connections(system: System) -> str | Remark:
         f"{name.removeprefix('agentflow ')}: {', '.join(f'{server} {n}' for server, n in counts.items())}"
         for name, counts in sorted(processes.items())
     ]
-    found = "; ".join([", ".join(totals), *lines])
+    found = f"\n  {'':<11} ".join([", ".join(totals), *lines])
     if crowded:
         return Remark(found, "lower DATABASE_POOL_SIZE or the number of processes, or take a larger plan")
     return found
