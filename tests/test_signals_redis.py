@@ -46,8 +46,8 @@ def parent_killed(process: Process) -> int:
     ("command", "way", "grace_s"),
     [
         ("dramatiq", to_the_group, GRACE_S),
-        ("worker", to_the_group, GRACE_S),
-        ("dramatiq", twice, NO_END_S),
+        pytest.param("worker", to_the_group, GRACE_S, marks=pytest.mark.long),
+        pytest.param("dramatiq", twice, NO_END_S, marks=pytest.mark.long),
         ("dramatiq", parent_killed, GRACE_S),
     ],
 )

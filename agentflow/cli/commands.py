@@ -71,7 +71,7 @@ def up(host: str | None, port: int | None, announce: int | None) -> None:
     """Run everything in one process: web, worker threads and schedule.
 
     Postgres and Valkey are started too, unless DATABASE_URL and REDIS_URL name others. Ctrl-C or SIGTERM stops: running
-    jobs get SHUTDOWN_GRACE seconds, then they are handed back; a second signal ends at once.
+    jobs get SHUTDOWN_GRACE seconds, then they are handed back; a second signal hands them back at once.
     """
     from agentflow.cli import serve
 
