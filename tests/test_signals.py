@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import psutil
 import psycopg
 import pytest
 
+from agentflow import signals
 from agentflow.broker import queue_name
 from agentflow.jobs.model import Job
 from agentflow.signals import SAME_SIGNAL_S
@@ -282,6 +283,29 @@ def test_the_scheduler_ends_at_any_of_them_twice_or_not(
 
         assert process.popen.wait(30) == 0, process.text()
         assert "Traceback" not in process.text()
+
+
+def test_copies_of_a_signal_are_one_and_a_later_one_hurries(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: dict[int, Callable[[int, None], None]] = {}
+    now = 100.0
+    before: list[int] = []
+    told: list[str] = []
+    monkeypatch.setattr(signals.signal, "getsignal", lambda _: lambda number, _frame: before.append(number))
+    monkeypatch.setattr(signals.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    signals.Signals(stop=lambda: told.append("stop"), hurry=lambda: told.append("hurry"), parent=os.getppid())
+    monkeypatch.undo()
+
+    with monkeypatch.context() as clock:
+        clock.setattr(signals.time, "monotonic", lambda: now)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+            handlers[number](number, None)
+        eventually(lambda: told == ["stop"])
+        now += SAME_SIGNAL_S + 0.1
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+    eventually(lambda: told == ["stop", "hurry"])
+
+    assert before == [signal.SIGTERM], "Dramatiq's own handler ends the process at the second call"
 
 
 # ---- several children of one `dramatiq` ----
