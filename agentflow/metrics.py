@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = log.get(__name__)
 
+#: Kept by `agentflow worker` itself (agentflow.cli.worker_health): worker processes that died and were started again.
+PROCESS_RESTARTS: Final = "agentflow_worker_process_restarts"
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 #: The queues' gauges are at least so old before the database is asked again; and 20 times as old as asking took, so that
 #: scraping never costs more than a twentieth of a connection.

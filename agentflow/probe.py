@@ -1,16 +1,17 @@
 """`/health*` and `/metrics` for processes without a web server of their own: worker, scheduler.
 
-The first process to bind the port serves for its siblings.
+The first process to bind the port serves for its siblings. `agentflow worker` serves for all that it started.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import socket
 import socketserver
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 
 from agentflow import health, log, metrics
@@ -24,6 +25,38 @@ logger = log.get(__name__)
 MOST_AT_ONCE: Final = 8
 #: For reading the request's head, and for each write.
 SOCKET_TIMEOUT_S: Final = 5.0
+
+
+class Answers(Protocol):
+    """What is served. Paths that are not there give None; `authorization` is that header as it came."""
+
+    def health(self, path: str) -> tuple[int, dict[str, Any]] | None: ...
+
+    def permitted(self, authorization: str | None) -> bool: ...
+
+    def metrics_document(self, authorization: str | None) -> dict[str, Any]: ...
+
+    def metrics_text(self, authorization: str | None) -> bytes: ...
+
+
+class _OwnAnswers:
+    """Those of this process."""
+
+    def __init__(self, system: System, service: str) -> None:
+        self._system = system
+        self._service = service
+
+    def health(self, path: str) -> tuple[int, dict[str, Any]] | None:
+        return health.answer(self._system, self._service, path)
+
+    def permitted(self, authorization: str | None) -> bool:
+        return metrics.permitted(self._system, authorization)
+
+    def metrics_document(self, authorization: str | None) -> dict[str, Any]:
+        return health.metrics_document(self._system)
+
+    def metrics_text(self, authorization: str | None) -> bytes:
+        return health.metrics_text(self._system)
 
 
 class Probe:
@@ -43,10 +76,21 @@ class Probe:
         self._thread.join(2.0)
 
 
-def serve(system: System, service: str, port: int, *, host: str = "") -> Probe | None:
-    """Serve on all addresses; port 0 takes a free one. None where somebody has the port already, which is logged."""
+def serve(
+    system: System, service: str, port: int, *, host: str = "", listener: socket.socket | None = None
+) -> Probe | None:
+    """Serve on all addresses; port 0 takes a free one. None where somebody has the port already, which is logged.
+
+    `listener`: a socket that listens already, and is served instead.
+    """
+    return serve_answers(_OwnAnswers(system, service), port, host=host, listener=listener)
+
+
+def serve_answers(
+    answers: Answers, port: int, *, host: str = "", listener: socket.socket | None = None
+) -> Probe | None:
     try:
-        server = _Server((host, port), system, service)
+        server = _Server((host, port), answers, listener)
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
@@ -60,11 +104,14 @@ class _Server(socketserver.ThreadingMixIn, HTTPServer):
     block_on_close = False
     request_queue_size = 32
 
-    def __init__(self, address: tuple[str, int], system: System, service: str) -> None:
-        self.system = system
-        self.service = service
+    def __init__(self, address: tuple[str, int], answers: Answers, listener: socket.socket | None) -> None:
+        self.answers = answers
         self._free = threading.BoundedSemaphore(MOST_AT_ONCE)
-        super().__init__(address, _Handler)
+        super().__init__(address, _Handler, bind_and_activate=listener is None)
+        if listener is not None:
+            self.socket.close()
+            self.socket = listener
+            self.server_address = listener.getsockname()
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up the host's name, which may take seconds
@@ -93,11 +140,11 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        system, path = self.server.system, urlsplit(self.path).path
+        path = urlsplit(self.path).path
         if path == "/metrics":
-            self._metrics(system)
+            self._metrics(self.server.answers)
             return
-        found = health.answer(system, self.server.service, path)
+        found = self.server.answers.health(path)
         if found is None:
             self._problem(404, "Not Found", "this process serves /health, /health/live, /health/ready and /metrics")
         else:
@@ -105,15 +152,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def _metrics(self, system: System) -> None:
-        if not metrics.permitted(system, self.headers.get("Authorization")):
+    def _metrics(self, answers: Answers) -> None:
+        authorization = self.headers.get("Authorization")
+        if not answers.permitted(authorization):
             self._problem(
                 401, "Unauthorized", "METRICS_TOKEN is wanted as a bearer token", {"WWW-Authenticate": "Bearer"}
             )
         elif metrics.wants_json(self.headers.get("Accept", "")):
-            self._send(200, "application/json", json.dumps(health.metrics_document(system)).encode())
+            self._send(200, "application/json", json.dumps(answers.metrics_document(authorization)).encode())
         else:
-            self._send(200, metrics.CONTENT_TYPE, health.metrics_text(system))
+            self._send(200, metrics.CONTENT_TYPE, answers.metrics_text(authorization))
 
     def _problem(self, status: int, title: str, detail: str, headers: dict[str, str] | None = None) -> None:
         body = json.dumps({"type": "about:blank", "title": title, "status": status, "detail": detail}).encode()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 
 from agentflow import log, probe, settings
 from agentflow.database import Unavailable
 from agentflow.embedded import EmbeddedError
 from agentflow.schema import SchemaError
+from agentflow.signals import Inbox
 from agentflow.system import System
 from scheduler import schedule
 
@@ -23,9 +23,10 @@ def main() -> int:
         print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - before there is a log
         return 2
     log.configure(read, "scheduler")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    told = Inbox()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, told.put)
     try:
         system = System.start(read, "scheduler")
     except (SchemaError, EmbeddedError, OSError, *Unavailable) as error:
@@ -34,7 +35,8 @@ def main() -> int:
     served = probe.serve(system, "scheduler", read.port)
     running = schedule.start(system)
     logger.info("scheduler ready")
-    stop.wait()
+    told.get()
+    logger.info("stopping")
     running.shutdown(wait=False)
     if served is not None:
         served.close()

@@ -74,4 +74,15 @@ def gate(context: JobContext, payload: Gate) -> dict[str, Any]:
     return {}
 
 
+@job("test_gpu", payload=Keyed, queue="gpu")
+def on_gpu(context: JobContext, payload: Keyed) -> dict[str, Any]:
+    context.sleep(payload.sleep_ms / 1000)
+    return {}
+
+
+@job("test_gpu_critical", payload=Keyed, queue="gpu", priority="critical")
+def on_gpu_at_once(context: JobContext, payload: Keyed) -> dict[str, Any]:
+    return {}
+
+
 actors.worker.declare_actors()

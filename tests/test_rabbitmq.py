@@ -5,6 +5,8 @@ The node's consumer_timeout is 5 s in all of them.
 
 from __future__ import annotations
 
+import re
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +25,9 @@ from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import QUEUES, Job, Ring
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
-from tests.processes import Process, eventually, worker
+from tests.processes import Process, eventually, free_port, started, worker
 from tests.rabbitmq import Node
+from tests.test_cli import Command, agentflow  # noqa: F401 - a fixture
 from tests.test_kills import (  # noqa: F401 - run again here, on this broker
     assert_each_ended_once,
     open_jobs,
@@ -483,6 +486,70 @@ def test_a_job_six_times_as_long_as_the_consumer_timeout_runs_once_and_disturbs_
     environment: dict[str, str], system: System, tmp_path: Path
 ) -> None:
     _run(system, 30, environment, tmp_path)
+
+
+# ---- doctor ----
+
+
+def test_doctor_shows_the_server_and_each_processs_connections_within_the_budget(
+    environment: dict[str, str],
+    system: System,
+    rabbitmq: Node,
+    tmp_path: Path,
+    agentflow: Command,  # noqa: F811
+) -> None:
+    """A plan of 20 connections carries web, scheduler and four workers: what doctor says is what the server has."""
+    scheduler = [sys.executable, "-m", "scheduler"]
+    with (
+        worker(environment, tmp_path / "worker.log") as process,
+        started(scheduler, {**environment, "PORT": str(free_port())}, tmp_path / "scheduler.log") as other,
+    ):
+        all_done(system, pings(system, 3))
+        other.wait_for("scheduler ready")
+        said = agentflow("doctor")
+        family = process.family()
+        held = [name.split(" ") for name in rabbitmq.connections() if name.startswith("agentflow ")]
+
+    assert said.status == 0, said.out
+    assert re.search(
+        r"^✓ rabbitmq +RabbitMQ \S+.*classic queues; a worker uses 2 connections, any other process 1", said.out, re.M
+    )
+    assert re.search(
+        r"^✓ connections Postgres \d+ of \d+, Redis \d+ of \d+, RabbitMQ at most \d+$", said.out, re.MULTILINE
+    )
+    shown = {
+        kind: (int(postgres), int(rabbit))
+        for kind, postgres, rabbit in re.findall(
+            r"^ +(\w+) \S+ \d+: Postgres (\d+), (?:Redis \d+, )?RabbitMQ (\d+)$", said.out, re.MULTILINE
+        )
+    }
+    assert "worker" in shown, said.out  # a scheduler between two ticks holds no connection
+    of_workers = [words for words in held if words[1] == "worker"]
+    assert shown["worker"][1] == len(of_workers) == 2
+    assert {int(words[3]) for words in of_workers} <= {member.pid for member in family}
+    assert 1 <= shown["worker"][0] <= system.settings.database_pool_size + 6
+    for kind, (_, allowed) in shown.items():
+        assert len([words for words in held if words[1] == kind]) <= allowed <= 3
+    assert 4 * shown["worker"][1] + 2 <= 20
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("amqp://guest:s3cret-wrong@{host}/%2F", r"auth: .*\n +→ .*RABBITMQ_URL"),
+        ("amqp://guest:guest@{host}/nowhere", r"the virtual host is refused: .*\n +→ .*%2F is the default"),
+        ("amqp://guest:s3cret-wrong@127.0.0.1:{closed}/", r"refused: nobody listens at .*\n +→ .*RABBITMQ_URL"),
+        ("amqps://guest:s3cret-wrong@{host}/%2F", r"TLS: .*\n +→ amqp:// for a server without TLS"),
+        ("amqp://guest:s3cret-wrong@no-such-host.invalid/", r"DNS: the name no-such-host\.invalid is not known"),
+    ],
+    ids=["password", "vhost", "refused", "TLS", "name"],
+)
+def test_doctor_tells_what_ails_rabbitmq(rabbitmq: Node, agentflow: Command, url: str, said: str) -> None:  # noqa: F811
+    found = agentflow("doctor", RABBITMQ_URL=url.format(host=f"127.0.0.1:{rabbitmq.port}", closed=free_port()))
+
+    assert found.status == 1
+    assert re.search(rf"^✗ rabbitmq +{said}", found.out, re.MULTILINE), found.out
+    assert "s3cret" not in found.out + found.err
 
 
 # ---- the broker by itself ----

@@ -11,9 +11,11 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
+import psutil
 import psycopg
 import pytest
 
@@ -233,6 +235,53 @@ def test_sigterm_answers_whoever_waits_and_ends_the_process(web: Web) -> None:
     assert ended and ended[0] - began < 4
     assert web.process.popen.wait(15) == 0
     assert time.monotonic() - began < 10
+
+
+@contextlib.contextmanager
+def waiting_and_following(web: Web) -> Iterator[tuple[Future[httpx2.Response], Iterator[str]]]:
+    """A `?wait=` and an event stream that the server holds: all its seats are taken."""
+    job = web.http.post("/api/jobs", json={"type": "ping"}).json()["id"]
+
+    def no_seat_is_left() -> bool:
+        with web.http.stream("GET", f"/api/jobs/{job}/events") as refused:
+            return refused.status_code == 503
+
+    with ThreadPoolExecutor(1) as callers, web.http.stream("GET", f"/api/jobs/{job}/events") as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        waiting = callers.submit(web.http.get, f"/api/jobs/{job}?wait=25")
+        eventually(no_seat_is_left)
+        yield waiting, lines
+
+
+@pytest.mark.parametrize(
+    ("number", "times"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 1)], ids=["TERM", "twice", "Ctrl-C"]
+)
+def test_a_signal_to_the_whole_group_cuts_nobody_off(web: Web, number: int, times: int) -> None:
+    with waiting_and_following(web) as (waiting, lines):
+        family = web.process.family()
+
+        for _ in range(times):
+            os.killpg(web.process.pid, number)
+
+        for _ in lines:
+            pass  # to its end, which is no error
+        assert waiting.result(20).json()["state"] == "queued"
+    assert web.process.popen.wait(20) == 0, web.process.text()
+    eventually(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE])
+
+
+def test_sighup_starts_over_and_cuts_nobody_off(web: Web) -> None:
+    before = web.worker.pid
+    with waiting_and_following(web) as (waiting, lines):
+        web.process.popen.send_signal(signal.SIGHUP)
+
+        for _ in lines:
+            pass
+        assert waiting.result(20).json()["state"] == "queued"
+    eventually(lambda: before not in [p.pid for p in web.process.family()] and len(web.process.family()) == 2)
+    eventually(lambda: httpx2.get(f"{web.url}/health/ready").status_code == 200)
+    assert web.process.terminate() == 0
 
 
 def test_accepted_sockets_do_not_wait_for_ever() -> None:

@@ -67,6 +67,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn is untyped
             health.of(system).draining = True
         super().handle_exit(sig, frame)
 
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """Ctrl-C, which gunicorn takes for a reason to cut requests off: a stop like any other."""
+        self.handle_exit(sig, frame)
+
 
 class _ProblemSocket:
     """A socket that turns gunicorn's HTML error into a problem document; everything else goes through."""

@@ -2,6 +2,7 @@
 
 agentflow.cli.commands       the commands and their options; each imports what it needs when it runs
 agentflow.cli.serve          `up`: web, worker and schedule in one process
+agentflow.cli.workers        `worker`: worker processes under a supervisor
 agentflow.cli.video          `analyze`: a video, over the HTTP API (agentflow.cli.client)
 agentflow.cli.job_commands   `jobs`, `queues`, `ping`
 agentflow.cli.checkup        `doctor`

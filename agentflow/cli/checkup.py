@@ -6,6 +6,7 @@ A server is looked at in steps (name, connection, TLS, password, answer), so tha
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -29,6 +30,7 @@ from agentflow import embedded, schema, settings
 from agentflow.broker import RabbitBroker
 from agentflow.cli import output, running
 from agentflow.cli.errors import WRONG, Failure, one_line
+from agentflow.cli.job_commands import unserved
 from agentflow.jobs import statistics
 from agentflow.settings import Settings
 from agentflow.storage import StorageError
@@ -38,6 +40,12 @@ _CONNECT_S: Final = 5.0
 _LITTLE_DISK: Final = 1_000_000_000
 _NO_DISK: Final = 100_000_000
 _CLOCK_S: Final = 5.0
+#: Of the connections that a server allows: beyond it the next process may find none.
+_CROWDED: Final = 0.8
+#: One that publishes and one that consumes; other processes only publish.
+_WORKERS_RABBITMQ: Final = 2
+#: System.application_name, as a client of Redis may be called (without spaces).
+_REDIS_NAME: Final = re.compile(r"agentflow-(\w+)-(.+)-(\d+)")
 
 
 class Wrong(Exception):
@@ -76,6 +84,7 @@ def doctor() -> None:
             report.run("clock", lambda: _clock(system))
             if report.run("schema", lambda: _schema(system)):
                 report.run("workers", lambda: _workers(system))
+                report.run("connections", lambda: _connections(system))
         if read.direct_database_url is not None:
             url = read.direct_database_url.get_secret_value()
             report.run("migrations", lambda: _postgres(url, "DIRECT_DATABASE_URL"))
@@ -339,11 +348,58 @@ def _schema(system: System) -> str:
 def _workers(system: System) -> str | Remark:
     with system.database.connect() as conn:
         workers = statistics.workers(conn)
-        due = sum(q.due for q in statistics.queues(conn))
+        queues = statistics.queues(conn)
+    due = sum(q.due for q in queues)
     if workers:
-        return f"{len(workers)} alive, {sum(w.threads for w in workers)} threads"
+        found = f"{len(workers)} alive, {sum(w.threads for w in workers)} threads"
+        if missing := unserved(queues):
+            advice = "start one with `dramatiq actors -Q` and their names, or one without -Q, which serves all"
+            return Remark(f"{found}; none serves {missing}", advice)
+        return found
     waiting = f" and {due} jobs wait" if due else ""
     return Remark(f"none is running{waiting}", "start `agentflow up`, or `dramatiq actors`")
+
+
+def _connections(system: System) -> str | Remark:
+    """By process, as Postgres and Redis know them; a broker that speaks AMQP alone tells nobody, so those are by rule."""
+    with system.database.connect() as conn:
+        postgres = statistics.connections(conn)
+    processes = {name: {"Postgres": number} for name, number in postgres.of_processes.items()}
+    totals = [f"Postgres {postgres.used} of {postgres.most}"]
+    crowded = postgres.used > _CROWDED * postgres.most
+    if system.settings.redis_url is not None or system.settings.embedded_redis:
+        with suppress(redis.RedisError):  # a check of its own says what is wrong there
+            clients, most = _redis_clients(system)
+            for name, number in clients.items():
+                processes.setdefault(name, {})["Redis"] = number
+            totals.append(f"Redis {sum(clients.values())}" + (f" of {most}" if most else ""))
+            crowded = crowded or bool(most and sum(clients.values()) > _CROWDED * most)
+    if system.settings.rabbitmq_url is not None:
+        for name, counts in processes.items():
+            counts["RabbitMQ"] = _WORKERS_RABBITMQ if name.split(" ")[1] in ("worker", "up") else 1
+        totals.append(f"RabbitMQ at most {sum(counts['RabbitMQ'] for counts in processes.values())}")
+    lines = [
+        f"{name.removeprefix('agentflow ')}: {', '.join(f'{server} {n}' for server, n in counts.items())}"
+        for name, counts in sorted(processes.items())
+    ]
+    found = f"\n  {'':<11} ".join([", ".join(totals), *lines])
+    if crowded:
+        return Remark(found, "lower DATABASE_POOL_SIZE or the number of processes, or take a larger plan")
+    return found
+
+
+def _redis_clients(system: System) -> tuple[dict[str, int], int | None]:
+    """Connections by process, and the most that there may be, where the server says so."""
+    client = system.redis_client(answer_timeout_s=_CONNECT_S)
+    try:
+        found: dict[str, int] = {}
+        for each in client.client_list():
+            if named := _REDIS_NAME.fullmatch(str(each.get("name", ""))):
+                name = f"agentflow {' '.join(named.groups())}"
+                found[name] = found.get(name, 0) + 1
+        return found, client.info("clients").get("maxclients")
+    finally:
+        client.close()
 
 
 def _redis(system: System) -> str | Remark:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import statistics as numbers
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, cast
 from uuid import UUID
@@ -175,10 +175,25 @@ def queues(as_json: bool) -> None:
         ]
         console.print()
         console.print(output.table(("worker", "process", "busy", "memory", "queues", "seen"), staff))
+        if missing := unserved(found):
+            console.print(f"\nno worker serves {missing}")
     else:
         console.print("\nno worker runs: jobs wait until `agentflow up` or `dramatiq actors` does")
     ended = ", ".join(f"{number} {state}" for state, number in lately.ended.items() if number) or "none ended"
     console.print(f"\nin the last {lately.seconds // 60} minutes: {lately.created} handed in, {ended}")
+
+
+def unserved(queues: Sequence[statistics.Queue]) -> str:
+    """The queues that have a type of job, or hold one, and no worker; empty when there is none."""
+    import actors  # noqa: F401 - fills the registry
+
+    said = []
+    for queue in queues:
+        types = sorted(t.name for t in registry.every() if t.queue == queue.name)
+        waiting = queue.due + sum(queue.parked.values())
+        if queue.workers == 0 and (types or waiting):
+            said.append(f"{queue.name} ({', '.join([*types, f'{waiting} waiting'])})")
+    return ", ".join(said)
 
 
 def ping(count: int, timeout_s: float) -> None:

@@ -23,13 +23,15 @@ from gunicorn.app.base import Application  # type: ignore[import-untyped]
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 
 from agentflow import health, log, settings
-from agentflow.cli import running
+from agentflow.cli import running, servers
 from agentflow.cli.errors import CANNOT_START, Failure, one_line
 from agentflow.database import Unavailable
-from agentflow.embedded import Embedded, join
+from agentflow.embedded import Embedded
 from agentflow.schema import SchemaError
 from agentflow.settings import Settings
+from agentflow.signals import SAME_SIGNAL_S
 from agentflow.system import System
+from agentflow.worker.process import WorkerProcess, lend
 from web import server
 
 logger = log.get(__name__)
@@ -37,8 +39,8 @@ logger = log.get(__name__)
 DEFAULT_PORT: Final = 8000
 #: On top of SHUTDOWN_GRACE: for handing back, the broker's consumers, and the last answers.
 STOP_MARGIN_S: Final = 4
-#: Two signals closer together than this are one: platforms signal a whole group, and wrappers pass theirs on as well.
-SAME_SIGNAL_S: Final = 0.5
+#: After a second signal: for handing back what runs, before the process is killed.
+HURRY_S: Final = 5.0
 #: A worker process that ends by itself (it is replaced) gives the requests it holds so long.
 REPLACE_S: Final = 3.0
 _RETRY_S: Final = 2.0
@@ -55,46 +57,16 @@ def up(host: str | None, port: int | None, announce: int | None) -> None:
     arbiter = _Arbiter(_Application(read, address), announce)
     log.configure(read, "up")
     arbiter.listen(address)
-    arbiter.stack = _check_servers(read)
+    arbiter.stack = servers.check(read)
     with running.Advertisement(read.agentflow_home, arbiter.url):
         status = 0
         try:
             arbiter.run()
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else 1
-    _leave(arbiter.stack, for_a_while=announce is not None)
+    servers.leave(arbiter.stack, for_a_while=announce is not None)
     if status:
         raise Failure("stopped, since the process inside could not start; the lines above say why", CANNOT_START)
-
-
-def _check_servers(read: Settings) -> Embedded | None:
-    """What would keep the worker from starting ends the command with one line, instead of a process that tries for ever.
-
-    Held by this process, too, so that the embedded servers outlive the worker process when that is replaced.
-    """
-    stack = join(read.agentflow_home) if read.embedded_database or read.embedded_redis else None
-    system = System(read, "up")
-    try:
-        system.check_schema()
-        system.admin_key()
-    except Unavailable as error:
-        if stack is not None:
-            stack.leave()
-        raise Failure(
-            f"the database cannot be reached ({one_line(error)}); `agentflow doctor` says more", CANNOT_START
-        ) from None
-    finally:
-        system.close()
-    return stack
-
-
-def _leave(stack: Embedded | None, *, for_a_while: bool = False) -> None:
-    if stack is not None:
-        stack.leave()
-        if os.getpid() == 1:
-            stack.wait_stopped()  # our end is the end of the container: Postgres would be killed half-way
-        elif for_a_while:
-            stack.wait_stopped(3.0)  # so that whoever started us leaves nothing running (others may use the home, too)
 
 
 class _Application(Application):  # type: ignore[misc]  # gunicorn is untyped
@@ -126,7 +98,7 @@ class _Application(Application):  # type: ignore[misc]  # gunicorn is untyped
 
 
 class _Arbiter(Arbiter):  # type: ignore[misc]  # gunicorn is untyped
-    """One worker process, never more; SIGINT and SIGHUP stop as SIGTERM does; a second signal ends at once."""
+    """One worker process, never more; SIGINT and SIGHUP stop as SIGTERM does; a second signal ends the grace, a third all."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
     _IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
@@ -136,7 +108,7 @@ class _Arbiter(Arbiter):  # type: ignore[misc]  # gunicorn is untyped
         app.arbiter = self
         self.stack: Embedded | None = None
         self._starter = socket.socket(fileno=announce) if announce is not None else None
-        self._stopped_at: float | None = None
+        self._told_at: list[float] = []
 
     def listen(self, address: tuple[str, int]) -> None:
         """Raises Failure. Done first: a port that is taken is found before any server is started."""
@@ -165,15 +137,23 @@ class _Arbiter(Arbiter):  # type: ignore[misc]  # gunicorn is untyped
             signal.signal(number, signal.SIG_IGN)
 
     def signal(self, sig: int, frame: Any) -> None:
+        # Closer together they are one: platforms signal a whole group, and wrappers pass theirs on as well.
         now = time.monotonic()
-        if sig == signal.SIGQUIT or (self._stopped_at is not None and now - self._stopped_at > SAME_SIGNAL_S):
-            for pid in list(self.WORKERS):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        if sig != signal.SIGQUIT and self._told_at and now - self._told_at[-1] <= SAME_SIGNAL_S:
+            return
+        self._told_at.append(now)
+        if sig == signal.SIGQUIT or len(self._told_at) > 2:
+            self._signal_workers(signal.SIGKILL)
             os._exit(128 + sig)
-        if self._stopped_at is None:
-            self._stopped_at = now
+        if len(self._told_at) == 2:
+            self._signal_workers(signal.SIGUSR2)
+        else:
             super().signal(sig, frame)
+
+    def _signal_workers(self, sig: int) -> None:
+        for pid in list(self.WORKERS):
+            with suppress(ProcessLookupError):
+                os.kill(pid, sig)
 
     def handle_int(self) -> None:
         self.handle_term()
@@ -218,6 +198,7 @@ class Worker(server.Worker):
     def __init__(self, age: int, *arguments: Any) -> None:
         super().__init__(age, *arguments)
         self._told_to_stop = False
+        self.worker: WorkerProcess | None = None
         self._stop_asked = threading.Event()
         self._drained = threading.Event()
 
@@ -227,6 +208,7 @@ class Worker(server.Worker):
         signal.signal(signal.SIGINT, self.handle_exit)
         signal.signal(signal.SIGQUIT, lambda *_: os._exit(128 + signal.SIGQUIT))
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, self._hurry)
 
     def load_wsgi(self) -> None:
         read = self.app.read
@@ -249,11 +231,11 @@ class Worker(server.Worker):
 
         from agentflow import metrics
         from agentflow.jobs import registry
-        from agentflow.worker import process
         from scheduler import schedule
 
         # Before the actors are imported, which would make a worker, a system and a broker of their own.
-        process.lend(process.WorkerProcess(system, replace=self._replace, serve_probe=False))
+        self.worker = WorkerProcess(system, replace=self._replace, serve_probe=False)
+        lend(self.worker)
         import actors
         from web import create_app
 
@@ -286,6 +268,18 @@ class Worker(server.Worker):
         self._told_to_stop = True
         super().handle_exit(sig, frame)
         self._stop_asked.set()
+
+    def _hurry(self, _sig: int, _frame: Any) -> None:
+        """The parent was told to stop a second time: requests are cut off, running jobs handed back now."""
+        if self.worker is not None:
+            self.worker.hurry()
+        threading.Thread(target=self._leave_soon, name="hurry", daemon=True).start()
+
+    def _leave_soon(self) -> None:
+        self._drained.wait(HURRY_S)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
     def is_parent_alive(self) -> bool:
         """Asked every second. Without the parent nobody would ever stop this process."""

@@ -108,6 +108,28 @@ def workers(conn: Connection) -> list[Worker]:
     return [Worker(*row) for row in rows]
 
 
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """To this Postgres. `of_processes`: by the name that our processes give to theirs (System.application_name)."""
+
+    used: int
+    most: int
+    of_processes: dict[str, int]
+
+
+def connections(conn: Connection) -> Connections:
+    """`most` is what an ordinary user may have. Behind a pooler these are the pooler's."""
+    rows = conn.execute(
+        "select application_name, count(*) from pg_stat_activity where backend_type = 'client backend' group by 1"
+    ).fetchall()
+    row = conn.execute(
+        "select current_setting('max_connections')::integer - current_setting('superuser_reserved_connections')::integer"
+    ).fetchone()
+    assert row is not None  # noqa: S101 - a select of one row
+    ours = {name: number for name, number in rows if name and name.startswith("agentflow ")}
+    return Connections(sum(number for _, number in rows), row[0], ours)
+
+
 def lately(conn: Connection, seconds: int = LATELY_S) -> Lately:
     """Found by the ids, whose first bits are the time they were made at: no index on a time has to be kept for it."""
     row = conn.execute(

@@ -1,45 +1,73 @@
 """A worker process, put together: the broker with its middleware and its actors, the runtime, the way it is replaced.
 
-Both ways of running a worker come by here: `dramatiq actors` (Dramatiq's own command) and `agentflow up`.
+All ways of running a worker come by here: `dramatiq actors` (Dramatiq's own command), `agentflow worker` and `agentflow up`.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import dramatiq
 
-from agentflow import log, probe, settings
+from agentflow import health, log, probe, settings
 from agentflow.broker import DeliveredMessage, queue_name
 from agentflow.embedded import EmbeddedError
 from agentflow.jobs import registry
 from agentflow.jobs.model import PRIORITIES, QUEUES
 from agentflow.schema import SchemaError
+from agentflow.signals import Signals
 from agentflow.system import System
 from agentflow.worker import middleware
 from agentflow.worker.runtime import Runtime
 
 logger = log.get(__name__)
 
+USAGE = 2
 CANNOT_START = 3
 
 
-class WorkerProcess:
-    """The worker of this process. Made at import, connected to nothing until Dramatiq starts it."""
+class UnknownQueue(ValueError):
+    """`-Q` names a queue that there is not. The text is a sentence for people."""
 
-    def __init__(self, system: System, *, replace: Callable[[], None] | None = None, serve_probe: bool = True) -> None:
+
+class WorkerProcess:
+    """The worker of this process. Made at import, connected to nothing until Dramatiq starts it.
+
+    `replace` ends the process so that a fresh one follows; `threads` is how many jobs it runs at once, where that is not
+    JOB_CONCURRENCY; `listener` is a socket to serve `/health` and `/metrics` at, instead of `PORT`; `parent` is the process that
+    started this one, without which it stops.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        *,
+        replace: Callable[[], None] | None = None,
+        serve_probe: bool = True,
+        threads: int | None = None,
+        listener: socket.socket | None = None,
+        parent: int | None = None,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
         self.system = system
         self.runtime: Runtime | None = None
         self._replace = replace or replace_dramatiq_child
         self._probe: probe.Probe | None = None
         self._serve_probe = serve_probe
+        self._threads = threads
+        self._listener = listener
+        self._parent = parent
+        self._on_ready = on_ready
+        self._is_ready = False
         self.broker = system.new_broker(
             # Lifecycle first: it must be up before any other sees a message. CurrentMessage hands the wrapper its message.
             # The four of the product wrap the job's function themselves (middleware.layers), in the order given there.
@@ -69,8 +97,11 @@ class WorkerProcess:
             )
 
     def start_system(self) -> None:
-        """In a process of `dramatiq`'s: logging, embedded servers, schema. Exits with one clear line when that fails."""
+        """In a process of its own: logging, signals, embedded servers, schema. Exits with one clear line when that fails."""
         log.configure(self.system.settings, "worker")
+        master = multiprocessing.parent_process()
+        parent = self._parent or (master.pid if master is not None else None)
+        Signals(stop=self._drain_early, hurry=self.hurry, parent=parent)
         try:
             for warning in self.system.settings.warnings():
                 logger.warning(warning)
@@ -81,27 +112,51 @@ class WorkerProcess:
             raise SystemExit(CANNOT_START) from error
 
     def _boot(self, worker: dramatiq.Worker) -> None:
-        # Dramatiq's own default is 8 threads whatever the instance.
-        worker.worker_threads = self.system.settings.job_concurrency
+        queues = self._queues(worker)
+        if self._threads is not None:
+            worker.worker_threads = self._threads
+        elif not threads_are_told():  # Dramatiq's own default is 8 threads whatever the instance
+            worker.worker_threads = self.system.settings.job_concurrency
         worker.queue_prefetch = worker.worker_threads * 2
         self.runtime = Runtime(
             self.system,
             kind=self.system.kind,
             threads=worker.worker_threads,
-            queues=self._queues(worker),
+            queues=queues,
             perform=partial(middleware.perform, self._layers),
             replace=self._replace,
         )
         self.runtime.start()
 
-    def _queues(self, worker: dramatiq.Worker) -> list[str]:
+    def _queues(self, worker: dramatiq.Worker) -> Sequence[str]:
+        """Our own names of the queues to serve. Dramatiq compares with those at the broker. Exits with one clear line."""
+        if not worker.consumer_whitelist:
+            return QUEUES
         prefix = self.system.settings.job_queue_name
-        wanted = worker.consumer_whitelist
-        return [q for q in QUEUES if not wanted or queue_name(prefix, q) in wanted]
+        try:
+            queues = served_queues(worker.consumer_whitelist, prefix)
+        except UnknownQueue as error:
+            print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - as for wrong settings
+            raise SystemExit(USAGE) from None
+        worker.consumer_whitelist = {queue_name(prefix, queue) for queue in queues}
+        return queues
 
     def _ready(self) -> None:
         if self._serve_probe:
-            self._probe = probe.serve(self.system, "worker", self.system.settings.port)
+            self._probe = probe.serve(self.system, "worker", self.system.settings.port, listener=self._listener)
+        self._is_ready = True
+        self._on_ready()
+
+    def _drain_early(self) -> None:
+        """Dramatiq's main loop looks once a second whether it was told to stop; messages and grace do not wait for that."""
+        health.of(self.system).draining = True
+        if self.runtime is not None and self._is_ready:
+            self.runtime.drain(self.system.settings.shutdown_grace)
+
+    def hurry(self) -> None:
+        """Told to stop again: running jobs are handed back now. May be called by a signal's handler."""
+        if self.runtime is not None:
+            self.runtime.hurry()
 
     def shutdown(self) -> None:
         if self.runtime is None:
@@ -121,6 +176,20 @@ class WorkerProcess:
         self.runtime.handle(cast(DeliveredMessage, message))
 
 
+def served_queues(names: Iterable[str], prefix: str) -> list[str]:
+    """Our own names for what `-Q` names, with or without the prefix. Raises UnknownQueue."""
+    wanted = {name.removeprefix(f"{prefix}.") for name in names}
+    if unknown := sorted(wanted - set(QUEUES)):
+        raise UnknownQueue(f"-Q: there is no queue {', '.join(map(repr, unknown))}; the queues are {', '.join(QUEUES)}")
+    return [queue for queue in QUEUES if queue in wanted]
+
+
+def threads_are_told(arguments: Sequence[str] | None = None) -> bool:
+    """Whether this is a `dramatiq` command that says how many threads: in what it hands on that is no other than its default."""
+    arguments = sys.argv if arguments is None else arguments
+    return "dramatiq" in arguments[0] and any(re.match(r"--t|-t(?!-)", argument) for argument in arguments[1:])
+
+
 _lent: WorkerProcess | None = None
 
 
@@ -136,7 +205,7 @@ def make_global() -> WorkerProcess:
         made = _lent or WorkerProcess(System(settings.current(), "worker"))
     except settings.SettingsError as error:
         print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - before there is a log
-        raise SystemExit(2) from None
+        raise SystemExit(USAGE) from None
     made.declare_actors()
     dramatiq.set_broker(made.broker)
     return made

@@ -31,8 +31,9 @@ from agentflow.worker.watchdog import GRACE_S, Watchdog
 
 logger = log.get(__name__)
 
-#: At the end of the grace the rest is killed and handed back; that takes a moment, too.
+#: At the end of the grace the rest is killed and handed back; that takes a moment, too. At most half of a short grace.
 _HAND_BACK_S: Final = 4.0
+_HURRY_LOOK_S: Final = 0.1
 _REPLACED_AT_MOST_EVERY_S: Final = 60.0
 _UNKNOWN_TYPE_S: Final = 30.0
 
@@ -58,6 +59,7 @@ class Runtime:
         self.threads = threads
         self.queues = tuple(queues)
         self.draining = False
+        self.hurried = False
         self._perform = perform
         self._replace = replace
         self._started = time.monotonic()
@@ -70,6 +72,7 @@ class Runtime:
         self._rated_at = time.monotonic()
         self._empty = threading.Condition(self._lock)
         self._drained = threading.Lock()
+        self._all_ended: bool | None = None
 
         lease_s, crashes = settings.job_lease, settings.job_max_crashes
         self.claimer = Claimer(system.database, self.id, lease_s, self._hold)
@@ -133,26 +136,34 @@ class Runtime:
         """
         self.draining = True
         with self._drained:
-            if self.claimer.stopping:
-                return True
-            logger.info("stopping", jobs=len(self._held), grace_s=grace_s)
-            self.system.broker.stop_consuming()
-            self.claimer.stop(timeout_s=1.0)
-            self._wait_empty(max(0.0, grace_s - _HAND_BACK_S))
-            for running in self.held():
-                running.stop("shutdown")
-            self._wait_empty(_HAND_BACK_S / 2)
-            stuck = [running for running in self.held() if not running.settling]
-            for running in stuck:
-                self._give_up(running, Verdict(*running.key, "handback"))
-            self.settler.flush(_HAND_BACK_S / 2)
-            for part in (self.relay, self.rescue, self.settler, self.heart):
-                part.stop(timeout_s=1.0)
-            self.watchdog.stop()
-            self._retire()
-            self.system.publisher.close()
-            logger.info("stopped", handed_back=len(stuck))
-            return not stuck
+            if self._all_ended is None:
+                self._all_ended = self._drain(grace_s)
+            return self._all_ended
+
+    def hurry(self) -> None:
+        """End the grace of a drain: running jobs are handed back now."""
+        self.hurried = True  # nothing more: it may be called in the middle of anything
+
+    def _drain(self, grace_s: float) -> bool:
+        logger.info("stopping", jobs=len(self._held), grace_s=grace_s)
+        hand_back_s = min(_HAND_BACK_S, grace_s / 2)
+        self.system.broker.stop_consuming()
+        self.claimer.stop(timeout_s=1.0)
+        self._wait_empty(grace_s - hand_back_s, unless_hurried=True)
+        for running in self.held():
+            running.stop("shutdown")
+        self._wait_empty(hand_back_s / 2)
+        stuck = [running for running in self.held() if not running.settling]
+        for running in stuck:
+            self._give_up(running, Verdict(*running.key, "handback"))
+        self.settler.flush(_HAND_BACK_S / 2)
+        for part in (self.relay, self.rescue, self.settler, self.heart):
+            part.stop(timeout_s=1.0)
+        self.watchdog.stop()
+        self._retire()
+        self.system.publisher.close()
+        logger.info("stopped", handed_back=len(stuck))
+        return not stuck
 
     def _retire(self) -> None:
         try:
@@ -161,9 +172,11 @@ class Runtime:
         except Unavailable:
             logger.debug("the worker's row was not closed; it is taken for dead when it falls silent")
 
-    def _wait_empty(self, seconds: float) -> None:
+    def _wait_empty(self, seconds: float, *, unless_hurried: bool = False) -> None:
+        end = time.monotonic() + seconds
         with self._empty:
-            self._empty.wait_for(lambda: not self._held, seconds)
+            while self._held and not (unless_hurried and self.hurried) and (left_s := end - time.monotonic()) > 0:
+                self._empty.wait(min(left_s, _HURRY_LOOK_S))
 
     # ---- one message ----
 

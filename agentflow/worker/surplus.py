@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import dramatiq
 from dramatiq.brokers.stub import StubBroker
 
+from agentflow import signals
+
 
 def is_surplus(
     arguments: Sequence[str] | None = None, name: str | None = None, *, is_child: bool | None = None
@@ -31,5 +33,11 @@ def is_surplus(
 
 
 def take_nothing() -> None:
-    """A broker without queues: this process waits for its end."""
+    """A broker without queues: this process waits for its end, which is one as well where its signals are doubled."""
     dramatiq.set_broker(StubBroker(middleware=[]))
+    parent = multiprocessing.parent_process()
+    signals.Signals(stop=_nothing, hurry=_nothing, parent=parent.pid if parent else None)
+
+
+def _nothing() -> None:
+    return
