@@ -1,7 +1,7 @@
 """Organizations, and the API keys by which their programs come in.
 
-A key is `af_<prefix>_<secret>`: the prefix finds the row and is what people see of it later, the secret is 256 random bits of which
-only the SHA-256 of the whole key is kept. (A slow hash is for what can be guessed.)
+A key is `af_<prefix>_<secret>`: the prefix finds the row and is what people see of it later, the secret is 256 random
+bits, of which only the SHA-256 of the whole key is kept. (A slow hash is for what can be guessed.)
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ SLUG: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 #: How long a rotated key still works, unless said otherwise.
 ROTATION_GRACE_S: Final = 86_400.0
 _KEY: Final = re.compile(r"(af_[a-z0-9]{12})_[A-Za-z0-9_-]{43}")
+_PREFIX_CHARACTERS: Final = 15
 _LETTERS: Final = string.ascii_lowercase + string.digits
 #: `last_used_at` is written at most so often: a request costs no write.
 _USED_EVERY_S: Final = 60.0
@@ -84,7 +85,7 @@ def create(conn: Connection, slug: str, name: str) -> Organization:
     if not SLUG.fullmatch(slug):
         raise ValueError("a slug is 1 to 63 lower-case letters, digits and hyphens, and begins with no hyphen")
     row = conn.execute(
-        "insert into agentflow.organizations (slug, name) values (%s, %s) on conflict (slug) do nothing"
+        "insert into agentflow.organizations (slug, name) values (%s, %s) on conflict (slug) do nothing"  # noqa: S608 - constants
         f" returning {_ORGANIZATION_COLUMNS}",
         (slug, name),
     ).fetchone()
@@ -122,7 +123,7 @@ def create_key(
     prefix = "af_" + "".join(secrets.choice(_LETTERS) for _ in range(12))
     key = f"{prefix}_{secrets.token_urlsafe(32)}"
     row = conn.execute(
-        "insert into agentflow.api_keys (id, organization_id, name, prefix, hash, scopes, expires_at)"
+        "insert into agentflow.api_keys (id, organization_id, name, prefix, hash, scopes, expires_at)"  # noqa: S608 - constants
         f" values (%s, %s, %s, %s, %s, %s, %s) returning {_KEY_COLUMNS}",
         (
             UUID(int=uuid7().int),
@@ -160,10 +161,19 @@ def get_key(conn: Connection, organization_id: int | None, key_id: UUID) -> ApiK
     return ApiKey(*row) if row else None
 
 
+def find_key(conn: Connection, named: str) -> ApiKey | None:
+    """For the operator: by id, by prefix, or by the key itself (of which only the prefix is looked at)."""
+    row = conn.execute(
+        f"select {_KEY_COLUMNS} from agentflow.api_keys where id::text = %s or prefix = %s",  # noqa: S608 - constants
+        (named.lower(), named[:_PREFIX_CHARACTERS]),
+    ).fetchone()
+    return ApiKey(*row) if row else None
+
+
 def revoke_key(conn: Connection, organization_id: int | None, key_id: UUID) -> ApiKey | None:
     """From now on the key opens nothing (web processes notice within seconds). None: there is no such key."""
     row = conn.execute(
-        "update agentflow.api_keys set revoked_at = coalesce(revoked_at, clock_timestamp()) where id = %(id)s"
+        "update agentflow.api_keys set revoked_at = coalesce(revoked_at, clock_timestamp()) where id = %(id)s"  # noqa: S608 - constants
         " and (%(organization)s::bigint is null or organization_id = %(organization)s)"
         f" returning {_KEY_COLUMNS}",
         {"id": key_id, "organization": organization_id},

@@ -1,4 +1,4 @@
-"""Signatures of callbacks, as Standard Webhooks has them (https://github.com/standard-webhooks/standard-webhooks, symmetric `v1`).
+"""Signatures of callbacks, as Standard Webhooks has them (https://www.standardwebhooks.com, symmetric `v1`).
 
 Each organization has secrets of its own. Two may be live at once, and both sign: whoever verifies can change from one to the
 other without losing a callback.

@@ -29,12 +29,14 @@ _INTRODUCTION: Final = """\
 Background jobs that cannot get lost: hand one in, look at it, wait for it, cancel it.
 
 Every operation under `/api` wants a key: `Authorization: Bearer <key>`. A key belongs to an organization, sees that
-organization's rows alone, and has one or more scopes: `submit`, `read`, `manage`, `webhooks`; each operation names the one that it
-needs under `security`. `admin` is the operator's key (ADMIN_API_KEY): it has every scope, sees every organization's rows, and acts for
-the one that the header `X-Organization` names by slug or number (without it new rows belong to number 1). Every error is a problem document (RFC 9457):
-400 the body is no JSON, 401 the key is not known, revoked or expired, 403 it lacks the scope, 429 too many wrong keys came from
-this address, 413 it (or a payload) is too large, 415 it is of the wrong type, 422 a field is wrong and is named
-in `errors`, 503 with `Retry-After` the database cannot be reached and nothing was kept. A 2xx is sent after the commit.
+organization's rows alone, and has one or more scopes: `submit`, `read`, `manage`, `webhooks`; each operation names the one
+that it needs under `security`. `admin` is the operator's key (ADMIN_API_KEY): it has every scope, sees every organization's
+rows, and acts for the one that the header `X-Organization` names by slug or number (without it new rows belong to number 1).
+
+Every error is a problem document (RFC 9457): 400 the body is no JSON, 401 the key is not known, was revoked or has expired,
+403 it lacks the scope, 413 the body (or a payload) is too large, 415 it is of the wrong type, 422 a field is wrong and is
+named in `errors`, 429 with `Retry-After` too many wrong keys came from this address, 503 with `Retry-After` the database
+cannot be reached and nothing was kept. A 2xx is sent after the commit.
 """
 
 

@@ -103,10 +103,10 @@ def prepare(
         raise registry.UnknownType(new.type)
     checked = _checked(job_type, new.payload)
     payload = _as_text(checked, max_payload_bytes)
-    for field in ("idempotency_key", "correlation_id", "concurrency_key", "callback_url"):
-        _storable(field, getattr(new, field))
-        if field != "callback_url":
-            _short(field, getattr(new, field))
+    for name in ("idempotency_key", "correlation_id", "concurrency_key", "callback_url"):
+        _storable(name, getattr(new, name))
+        if name != "callback_url":
+            _short(name, getattr(new, name))
     concurrency = job_type.concurrency(checked)
     if new.concurrency_key is not None:
         # A caller's keys are the organization's own; those of a type (a GPU, an account) are the system's.
@@ -319,7 +319,7 @@ def _replace(conn: Connection, organization_id: int, job_id: UUID, p: Prepared) 
     if p.concurrency is not None:
         _name_slots(conn, {p.concurrency[0]: p.concurrency[1]})
     row = conn.execute(
-        "update agentflow.jobs j set payload = %(payload)s, priority = %(priority)s, max_attempts = %(max_attempts)s,"
+        "update agentflow.jobs j set payload = %(payload)s, priority = %(priority)s, max_attempts = %(max_attempts)s,"  # noqa: S608 - constants
         " time_limit_s = %(time_limit)s, run_at = %(run_at)s, wake_at = %(run_at)s, sent_at = null, sends = 0,"
         " wait_reason = null, concurrency_key = %(key)s, then_jobs = %(then)s, callback_url = %(callback)s,"
         " correlation_id = %(correlation)s"
