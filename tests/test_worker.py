@@ -239,7 +239,7 @@ def test_a_callback_is_delivered_once_for_each_end(environment: dict[str, str], 
             eventually(lambda: len(receiver.requests) >= 3)
             time.sleep(0.5)
 
-    said = {body["id"]: body for body in (json.loads(request.body) for request in receiver.requests)}
+    said = {body["data"]["id"]: body["data"] for body in (json.loads(request.body) for request in receiver.requests)}
     assert len(receiver.requests) == 3
     assert {str(good.id): "succeeded", str(bad.id): "failed", str(late.id): "cancelled"} == {
         job_id: body["state"] for job_id, body in said.items()
