@@ -131,7 +131,7 @@ def _acting_for() -> int | None:
     if not flask.has_request_context():
         return None
     caller = flask.g.get("caller")
-    return caller.sees if caller is not None else None
+    return caller.sees if caller is not None and "admin" not in caller.scopes else None
 
 
 def install(recorder: Recorder) -> None:
