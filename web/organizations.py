@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated, Final
 from uuid import UUID
 
-from pydantic import AwareDatetime, Field, Strict
+from pydantic import AwareDatetime, ConfigDict, Field, Strict
 
 from agentflow import organizations
 from agentflow.organizations import ApiKey, Scope
@@ -51,6 +51,8 @@ class KeyRequest(Body):
 
 
 class RotationRequest(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"grace_s": 86_400}]})
+
     grace_s: Annotated[float, Field(ge=0, le=MAX_GRACE_S)] = Field(
         organizations.ROTATION_GRACE_S, description="Seconds for which the old key still works"
     )

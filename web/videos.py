@@ -44,7 +44,12 @@ class VideoByUrl(Body):
 class AnalyzeRequest(Body):
     """Which video: one of the two."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["video_id"]}, {"required": ["url"]}]})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["video_id"]}, {"required": ["url"]}],
+            "examples": [{"url": "https://example.com/film.mp4"}],
+        }
+    )
 
     # Left out, but never null: the default is not checked, and stands in no schema.
     video_id: UUID = Field(default_factory=lambda: None, description="From `POST /api/videos`")  # type: ignore[assignment]
