@@ -184,19 +184,19 @@ def revoke_key(conn: Connection, organization_id: int | None, key_id: UUID) -> A
 def rotate_key(
     conn: Connection, organization_id: int | None, key_id: UUID, *, grace_s: float = ROTATION_GRACE_S
 ) -> tuple[ApiKey, str] | None:
-    """A new key with the same name and scopes; the old one ends after `grace_s`. In the caller's transaction.
+    """A new key with the same name, scopes and expiry; the old one ends after `grace_s`. In the caller's transaction.
 
     None when there is no such key that still works: an ended one is not brought back by rotating it.
     """
     row = conn.execute(
-        "select organization_id, name, scopes from agentflow.api_keys where id = %(id)s"
+        "select organization_id, name, scopes, expires_at from agentflow.api_keys where id = %(id)s"
         " and (%(organization)s::bigint is null or organization_id = %(organization)s)"
         " and revoked_at is null and (expires_at is null or expires_at > clock_timestamp()) for update",
         {"id": key_id, "organization": organization_id},
     ).fetchone()
     if row is None:
         return None
-    new, key = create_key(conn, row[0], row[1], row[2])
+    new, key = create_key(conn, row[0], row[1], row[2], expires_at=row[3])
     conn.execute(
         "update agentflow.api_keys set successor_id = %s,"
         " expires_at = least(expires_at, clock_timestamp() + make_interval(secs => %s))"
@@ -204,6 +204,10 @@ def rotate_key(
         (new.id, grace_s, key_id, row[0]),
     )
     return new, key
+
+
+def looks_like_key(text: str) -> bool:
+    return _KEY.fullmatch(text) is not None
 
 
 def present(conn: Connection, key: str) -> Presented | None:

@@ -57,6 +57,8 @@ def create_secret(
     """A new secret, which is shown now and never again. Those before it sign along for `grace_s`. In a transaction."""
     secret_id = UUID(int=uuid7().int)
     secret = _PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+    # Two at once would each take the other's for none, and three would sign.
+    conn.execute("select from agentflow.organizations where id = %s for no key update", (organization_id,))
     conn.execute(
         "update agentflow.callback_secrets set"
         " expires_at = least(expires_at, clock_timestamp() + make_interval(secs => %s)) where organization_id = %s"

@@ -151,12 +151,13 @@ def test_a_key_is_believed_without_a_look_for_no_longer_than_the_bound(
 
 
 def test_a_rotated_key_works_for_its_grace_and_an_ended_one_is_not_brought_back(conn: Connection) -> None:
-    made, key = key_of(conn)
+    made, key = key_of(conn, expires_at=datetime(2099, 1, 1, tzinfo=UTC))
 
     with conn.transaction():
         rotated = organizations.rotate_key(conn, 1, made.id, grace_s=3600)
     assert rotated is not None
     new, new_key = rotated
+    assert new.expires_at == made.expires_at  # rotating prolongs nothing
     states = [organizations.present(conn, k) for k in (key, new_key)]
     assert [s.state for s in states if s] == ["good", "good"]
     old = organizations.get_key(conn, 1, made.id)
@@ -238,6 +239,8 @@ def test_a_request_without_a_key_is_no_guess(app_with: Callable[..., Flask]) -> 
         (("1",), "10.0.0.1", ",, ,", "10.0.0.1"),
         ((), "2001:db8:1:2:aaaa::1", None, "2001:db8:1:2::/64"),
         ((), "", None, "unknown"),
+        ((), "", "203.0.113.7", "unknown"),
+        (("1",), "", "203.0.113.7", "203.0.113.7"),
     ],
 )
 def test_the_address_is_the_nearest_that_is_none_of_the_proxies(

@@ -91,8 +91,10 @@ class Access:
             return known[0], known[1]
         self._remembered.pop(digest, None)
         asked_at = time.monotonic()  # before the look: a revocation that comes after it is noticed within the bound
-        with self._system.database.connection() as conn:
-            found = organizations.present(conn, key)
+        found = None
+        if organizations.looks_like_key(key):
+            with self._system.database.connection() as conn:
+                found = organizations.present(conn, key)
         if found is None or found.state != "good":
             why = found.state if found is not None else "unknown"
             metrics.key_refused(why)

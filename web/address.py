@@ -30,6 +30,8 @@ class Proxies:
         chain = [*(part for part in chain if part), request.remote_addr or ""]
         found: Address | None = None
         for hop, text in enumerate(reversed(chain)):
+            if hop == 0 and not text and (self._hops or self._networks):
+                continue  # a proxy on this machine, through a socket that has no address
             address = _address(text)
             if address is None:
                 break  # whatever wrote this is the last that can be told

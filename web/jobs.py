@@ -200,7 +200,9 @@ class AttemptList(View):
 class BatchCreated(View):
     batch_id: UUID
     total: int
-    ids: list[UUID] = Field(description="In the order of the request")
+    ids: list[UUID] = Field(
+        description="In the order of the request; of a repeated Idempotency-Key the batch's own that are still kept"
+    )
 
 
 class BatchView(View):

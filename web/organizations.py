@@ -133,7 +133,7 @@ def create_key(call: Call, body: KeyRequest) -> Answer:
     "/api/keys/<uuid:key_id>/rotate", {201: KeyCreated}, body=RotationRequest, scope="admin", problems=(404, 409)
 )
 def rotate_key(call: Call, key_id: UUID, body: RotationRequest) -> Answer:
-    """Make a key with the same name and scopes; the old one ends after `grace_s`. 409: it has ended already."""
+    """Make a key with the same name, scopes and expiry; the old one ends after `grace_s`. 409: it has ended already."""
     with call.system.database.transaction() as conn:
         rotated = organizations.rotate_key(conn, call.sees, key_id, grace_s=body.grace_s)
         if rotated is None:

@@ -230,7 +230,7 @@ def list_keys(org: str | None, as_json: bool) -> None:
     help="Hours that the old one works.",
 )
 def rotate_key(key: str, grace_h: float) -> None:
-    """Make a key with the same name and scopes and print it; the old one ends after the grace."""
+    """Make a key with the same name, scopes and expiry and print it; the old one ends after the grace."""
     from agentflow.cli import organization_commands
 
     organization_commands.rotate_key(key, grace_h)
