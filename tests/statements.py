@@ -24,18 +24,19 @@ FOLDER: Final = "AGENTFLOW_TEST_STATEMENTS"
 #: What belongs to no organization, or says itself whose it is.
 SHARED: Final = frozenset({"organizations", "installation", "migrations", "workers", "concurrency_keys", "window_1"})
 
-#: Statements for all organizations at once, by a piece of their text, each with its reason.
+#: Statements for all organizations at once, by a piece of their text (of functions without their version), each with its reason.
 SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "with locked as materialized ( select id from agentflow.jobs where id = any (%(ids)s)": (
         "the claim: a message names a job's id, and a worker works for all"
     ),
-    "from agentflow.claim_keyed_1(": "the same for jobs with a concurrency key",
+    "from agentflow.claim_keyed_": "the same for jobs with a concurrency key",
     "from agentflow.jobs j where j.id = any (%s) and j.worker = %s": "whether a claim whose COMMIT was lost was done",
-    "select * from agentflow.settle_1(": "the end of an attempt: by id, fence and worker, which only the claim's holder has",
+    "select * from agentflow.settle_": "the end of an attempt: by id, fence and worker, which only the claim's holder has",
     "select a.job_id, a.fence from agentflow.job_attempts a join unnest": "whether a finish whose COMMIT was lost was done",
-    "select * from agentflow.heartbeat_1(": "the leases of a worker's jobs, by worker, id and fence",
-    "select * from agentflow.rescue_1(": "rescue: leases that ran out, whoever's they are",
-    "select * from agentflow.relay_1(": "the relay: fair among all organizations",
+    "select * from agentflow.heartbeat_": "the leases of a worker's jobs, by worker, id and fence",
+    "select * from agentflow.rescue_": "rescue: leases that ran out, whoever's they are",
+    "select * from agentflow.relay_": "the relay: fair among all organizations",
+    "from agentflow.poll_": "polling without a broker: the relay and the claim in one, for all",
     "with locked as materialized (select id from agentflow.jobs where id = any (%s)": "a ring that is taken back, by ids",
     "with picked as materialized (select id from agentflow.jobs where state = 'queued' and sent_at": "a broker was emptied",
     "with recursive organizations as (": "retention of jobs, by organization inside",
@@ -50,7 +51,7 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
 
 #: The same, and needed while a request of an organization's key is answered.
 IN_REQUESTS: Final[Mapping[str, str]] = {
-    "select * from agentflow.cancel_1(%s, %s)": "takes the organization as its first argument",
+    "select * from agentflow.cancel_": "takes the organization as its first argument",
     "select id, queue, type, priority from agentflow.jobs where id = any (%s)": (
         "whom to ring after a transition: the next in line of a type's key may be another's job"
     ),
@@ -96,7 +97,7 @@ def problem_of(statement: Statement) -> str | None:
     acting_for = statement.acting_for
     if not (_GIVEN.search(text) or _WRITTEN.search(text)):
         if reason_of(text, in_request=acting_for is not None) is None:
-            return f"names no organization: {text[:400]}"
+            return f"names no organization, nor does tests/statements.py say why it needs none: {text[:400]}"
         return None
     given = [value for name, value in statement.named.items() if name == "organization"] or statement.values
     if acting_for is not None and acting_for not in given:
