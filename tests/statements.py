@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import flask
 from psycopg import sql
 
 from agentflow.database import BoundedConnection
@@ -129,7 +129,8 @@ class Recorder:
 
 
 def _acting_for() -> int | None:
-    if not flask.has_request_context():
+    flask = sys.modules.get("flask")  # a worker has none, and should not grow by being listened to
+    if flask is None or not flask.has_request_context():
         return None
     caller = flask.g.get("caller")
     return caller.sees if caller is not None and "admin" not in caller.scopes else None
