@@ -141,9 +141,9 @@ def test_a_machine_that_guesses_finds_no_way_around_the_document(
 def test_a_machine_that_guesses_thousands_of_times_finds_none_either(
     environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path, seed: str
 ) -> None:
-    cases = guessed(environment, system, conn, tmp_path, "--seed", seed, "--max-examples", "60", within_s=1200)
+    cases = guessed(environment, system, conn, tmp_path, "--seed", seed, "--max-examples", "100", within_s=1500)
 
-    assert cases >= 3000
+    assert cases >= 2500
 
 
 def guessed(
