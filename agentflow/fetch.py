@@ -31,6 +31,7 @@ from agentflow.errors import Permanent, Transient
 MAX_REDIRECTS = 5
 MAX_URL_CHARS = 4096
 MAX_RETRY_AFTER_S = 3600.0
+POST_ANSWER_BYTES = 2048
 MAX_ADDRESSES = 4  # of one name, tried one after the other
 CHECK_TIMEOUT_S = 5.0
 # How long a cancelled download may go on waiting for the network.
@@ -79,6 +80,19 @@ class Fetched:
     size: int
     content_type: str | None  # `video/mp4`, without parameters
     filename: str | None  # as named by the server or the URL, safe as a name but not unique
+
+
+@dataclass(frozen=True)
+class Posted:
+    """An answer to a POST: its status, the seconds that it asked to be left alone for, and the beginning of its body."""
+
+    status: int
+    retry_after_s: float | None
+    body: bytes
+
+    def text(self, most: int) -> str:
+        """The body as text that can be stored."""
+        return self.body.decode(errors="replace").replace("\x00", "\ufffd")[:most]
 
 
 class Guard:
@@ -168,8 +182,8 @@ def post(
     user_agent: str,
     headers: Mapping[str, str],
     connect_timeout_s: float = 10,
-) -> int:
-    """POST `body` to a user's `url` and return the answer's status; its text is not read, redirects are not followed.
+) -> Posted:
+    """POST `body` to a user's `url`; of the answer at most POST_ANSWER_BYTES are read, redirects are not followed.
 
     Raises `FetchRefused`; `Permanent` with code url_tls; `Transient` with code url_timeout, url_unreachable or url_cut.
     """
@@ -185,7 +199,21 @@ def post(
             "POST", place.address, headers=question, content=body, extensions={"timeout": timeouts}
         ) as response,
     ):
-        return int(response.status)
+        answer = _headers(response.headers)
+        return Posted(int(response.status), _retry_after(answer.get("retry-after")), _beginning(response))
+
+
+def _beginning(response: Any) -> bytes:
+    """What comes of the body, for the log: a receiver that trickles it, or cuts it, has answered all the same."""
+    body = b""
+    try:
+        for piece in response.iter_stream():
+            body += piece
+            if len(body) >= POST_ANSWER_BYTES:
+                break
+    except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError):
+        return body[:POST_ANSWER_BYTES]
+    return body[:POST_ANSWER_BYTES]
 
 
 def _question(place: _Place, user_agent: str) -> list[tuple[str, str]]:

@@ -86,6 +86,13 @@ _http_seconds = Histogram(
     registry=REGISTRY,
 )
 
+_keys_refused = Counter(
+    "agentflow_keys_refused",
+    "API keys that opened nothing: unknown, revoked, expired, limited",
+    ("why",),
+    registry=REGISTRY,
+)
+
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -110,6 +117,10 @@ def job_ended(job_type: str, queue: str, state: State | None, seconds: float) ->
         _completed.labels(job_type, queue).inc()
     elif state == "failed":
         _failed.labels(job_type, queue).inc()
+
+
+def key_refused(why: str) -> None:
+    _keys_refused.labels(why).inc()
 
 
 def redis_connected(connected: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,7 +77,15 @@ class Settings(BaseModel):
         None, description="The operator's key; unset: made once, in `admin.key` in the home"
     )
     encryption_key: SecretStr | None = Field(
-        None, description="Base64 of 32 bytes, or 32 ASCII characters: signs links (and encrypts credentials)"
+        None, description="Base64 of 32 bytes, or 32 ASCII characters: signs links, and encrypts stored credentials"
+    )
+    trusted_proxies: StrList = Field(
+        (),
+        description="Whose `X-Forwarded-For` is believed: how many proxies stand in front (`1` on most platforms), or their"
+        " addresses and networks",
+    )
+    auth_failures_per_minute: Count = Field(
+        30, description="Wrong keys from one address (IPv6: its /64) before they are answered with 429"
     )
     port: Annotated[int, Field(ge=1, le=65535)] = Field(
         3001, description="Where a process serves `/health` and `/metrics`; web serves its API there (8000 if unset)"
@@ -154,6 +163,15 @@ class Settings(BaseModel):
             host, _, port = entry.rpartition(":")
             if not host or not port.isdigit():
                 raise SettingsError("FETCH_ALLOW", f"{entry!r} is not host:port")
+        if not (len(self.trusted_proxies) == 1 and self.trusted_proxies[0].isdecimal()):
+            for entry in self.trusted_proxies:
+                try:
+                    ipaddress.ip_network(entry, strict=False)
+                except ValueError:
+                    raise SettingsError(
+                        "TRUSTED_PROXIES",
+                        f"{entry!r} is neither a number of proxies nor an address or network such as 10.0.0.0/8",
+                    ) from None
         if self.admin_api_key is not None and len(self.admin_api_key.get_secret_value()) < 16:
             raise SettingsError("ADMIN_API_KEY", "must have at least 16 characters")
         return self

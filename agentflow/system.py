@@ -27,6 +27,7 @@ from agentflow.jobs.model import Job, Ring, State
 from agentflow.links import Links
 from agentflow.live import Live
 from agentflow.publisher import Publisher
+from agentflow.secrets import Sealer
 from agentflow.settings import Settings
 from agentflow.storage import Storage
 
@@ -189,6 +190,10 @@ class System:
     def links(self) -> Links:
         return Links(self.settings.link_secret or self._installation_secret("links"))
 
+    @cached_property
+    def sealer(self) -> Sealer:
+        return Sealer(self.settings.link_secret)
+
     def prepare(self, organization_id: int, new: NewJob, *, public_only: bool = True) -> Prepared:
         """Check a request for a job, without the database. Raises InvalidJob, UnknownType."""
         return intake.prepare(
@@ -227,7 +232,7 @@ class System:
 
         def reread() -> Job | None:
             with self.database.connection() as conn:
-                return records.get(conn, None, job.id)
+                return records.get(conn, job.organization_id, job.id)
 
         return self.live.wait_finished(job, min(timeout_s, WAIT_MOST_S), reread)
 

@@ -46,6 +46,7 @@ def clean_up(system: System) -> dict[str, int]:
             "idempotency_keys": _in_batches(
                 lambda: retention.delete_idempotency_keys(conn, hours=settings.retain_idempotency_hours)
             ),
+            "unique_keys": _in_batches(lambda: retention.delete_unique_keys(conn)),
             "batches": _in_batches(lambda: retention.delete_batches(conn, hours=settings.retain_failed_hours)),
             "workers": retention.delete_workers(conn),
         }

@@ -16,6 +16,7 @@ from psycopg import sql
 from agentflow import embedded, schema, settings
 from agentflow.settings import Settings
 from agentflow.system import System
+from tests import statements
 
 # Here and not in the modules that use them: imported there, each module would get a node of its own.
 from tests.rabbitmq import rabbitmq, rabbitmq_node  # noqa: F401
@@ -23,6 +24,20 @@ from tests.rabbitmq import rabbitmq, rabbitmq_node  # noqa: F401
 _numbers = itertools.count(1)
 TEMPLATE = "agentflow_template"
 ADMIN_KEY = "test-operator-key-0123456789"
+
+
+RECORDER = statements.Recorder()
+statements.install(RECORDER)
+
+
+@pytest.fixture(autouse=True)
+def every_statement_names_its_organization(tmp_path: Path) -> Iterator[None]:
+    """Of every test, and of the workers that it starts: no statement on a tenant's table may forget whose rows it means."""
+    RECORDER.problems.clear()
+    yield
+    found = [*RECORDER.problems, *(file.read_text() for file in (tmp_path / "statements").glob("*.txt"))]
+    RECORDER.problems.clear()
+    assert not found, "a statement on a tenant's table " + "\n".join(found[:5])
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +85,7 @@ def environment(stack: embedded.Embedded, database_url: str, tmp_path: Path) -> 
         "JOB_QUEUE_NAME": f"t{os.getpid()}-{next(_numbers)}",
         "JOB_CONCURRENCY": "8",
         "WORKER_POLLING_INTERVAL": "0.2",
+        statements.FOLDER: str(tmp_path / "statements"),
     }
 
 

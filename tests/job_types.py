@@ -10,6 +10,7 @@ from typing import Any
 import actors
 from agentflow.jobs.registry import Payload, Rate, job
 from agentflow.worker.running import JobContext
+from tests import statements
 
 
 class Keyed(Payload):
@@ -85,4 +86,5 @@ def on_gpu_at_once(context: JobContext, payload: Keyed) -> dict[str, Any]:
     return {}
 
 
+statements.install_in_a_process_of_a_test()
 actors.worker.declare_actors()

@@ -99,7 +99,7 @@ def test_help_answers_without_loading_the_system() -> None:
         check=True,
     )
 
-    for command in ("up", "analyze", "jobs", "queues", "ping", "doctor"):
+    for command in ("up", "analyze", "jobs", "orgs", "keys", "callbacks", "queues", "ping", "doctor"):
         assert re.search(rf"^  {command} +\S", done.stdout, re.MULTILINE), done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -118,6 +118,12 @@ def test_help_answers_without_loading_the_system() -> None:
         ["jobs", "submit", "ping", '{"sleep_ms": -1}'],
         ["jobs", "submit", "no_such_type"],
         ["jobs", "submit", "deliver_callback"],
+        ["orgs", "create", "Not_A_Slug"],
+        ["keys", "create"],
+        ["keys", "create", "--name", "x", "--scope", "root"],
+        ["keys", "create", "--name", "x", "--org", "nobody"],
+        ["keys", "revoke", "af_nothing"],
+        ["callbacks", "replay", "no-uuid"],
         ["analyze", "/no/such/file.mp4"],
         ["analyze", "/"],
         ["ping", "--count", "0"],

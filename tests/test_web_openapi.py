@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+from uuid import UUID
 
 import psycopg
+import pytest
 from flask.testing import FlaskClient
 from openapi_spec_validator import validate
 
+from agentflow.jobs import records
 from agentflow.system import System
 from tests.conftest import ADMIN_KEY
 from tests.processes import BIN
-from tests.web_support import client, count, gunicorn, run
+from tests.web_support import Web, client, count, gunicorn, run
 
 __all__ = ["client"]
 
-SECONDS = 15
 #: 413, 414 and 431 depend on sizes that no schema says; 422 on what it cannot say (a type's payload, a public address).
 CONFIG = """
 [parameters]
-job_id = "{job}"
+job_id = "{failed}"
+callback_id = "{callback}"
 task_id = "{task}"
 video_id = "{video}"
 batch_id = "{batch}"
+key_id = "{key}"
 
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "302", "400", "401", "403", "404", "408", "409", "413", "414", "416", "422", "431"]
+
+# Cancelled already: every guess is answered 200.
+[[operations]]
+include-path = "/api/jobs/{{job_id}}/cancel"
+parameters = {{ job_id = "{cancelled}" }}
+
+[[operations]]
+include-path = "/api/keys/{{key_id}}/revoke"
+parameters = {{ key_id = "{revoked}" }}
+
+[[operations]]
+include-path = "/api/batches/{{batch_id}}/callbacks/{{callback_id}}/replay"
+parameters = {{ callback_id = "{batch_callback}" }}
 
 # Texts in a form and the bare bytes of an upload mean nothing to the API: there is no wrong file.
 [[operations]]
@@ -37,6 +58,7 @@ checks.negative_data_rejection.enabled = false
 # A file's own type stands in the place of `*/*`, and any query that is not signed is 403 before it is wrong.
 [[operations]]
 include-path = "/artefacts/{{key}}"
+parameters = {{ key = "{file}", expires = "{expires}", signature = "{signature}" }}
 checks.negative_data_rejection.enabled = false
 """
 
@@ -78,33 +100,136 @@ def test_the_documentation_needs_no_internet(client: FlaskClient) -> None:
     assert client.get("/docs/redoc.js").status_code == 404
 
 
+def test_every_object_of_an_answer_is_closed(client: FlaskClient) -> None:
+    """Or a field that nobody described could slip out, and no guess would notice."""
+    document = client.get("/openapi.json").json
+    answers = [
+        answer["content"]
+        for operations in document["paths"].values()
+        for operation in operations.values()
+        for answer in operation["responses"].values()
+        if "content" in answer
+    ]
+    named = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(answers)))
+    while (
+        more := {
+            name
+            for each in named
+            for name in re.findall(r"#/components/schemas/(\w+)", json.dumps(document["components"]["schemas"][each]))
+        }
+        - named
+    ):
+        named |= more
+
+    assert len(named) > 25
+    for name in named:
+        schema = document["components"]["schemas"][name]
+        assert schema.get("additionalProperties") is False or "enum" in schema, name
+
+
 def test_a_machine_that_guesses_finds_no_way_around_the_document(
     environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path
 ) -> None:
-    config = tmp_path / "schemathesis.toml"
-    with gunicorn(environment, tmp_path) as web:
-        batch = web.http.post("/api/jobs/batch", json={"jobs": [{"type": "ping"}] * 2}).json()
-        task = web.http.post("/api/videos/analyze", json={"url": "https://example.com/a"}).json()
-        run(system, conn, batch["ids"][0], "failed", error={"message": "no"})  # ended: nobody has to wait for it
-        run(system, conn, task["task_id"], "failed", error={"message": "no"})
-        config.write_text(
-            CONFIG.format(job=batch["ids"][0], task=task["task_id"], video=task["video_id"], batch=batch["batch_id"])
-        )
+    cases = guessed(environment, system, conn, tmp_path, "--seed", "7", "--max-examples", "3")
+
+    assert cases >= 500
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_a_machine_that_guesses_thousands_of_times_finds_none_either(
+    environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path, seed: str
+) -> None:
+    cases = guessed(environment, system, conn, tmp_path, "--seed", seed, "--max-examples", "100", within_s=1500)
+
+    assert cases >= 2500
+
+
+def guessed(
+    environment: dict[str, str],
+    system: System,
+    conn: psycopg.Connection,
+    tmp_path: Path,
+    *arguments: str,
+    within_s: int = 240,
+) -> int:
+    """Run schemathesis with all its checks on everything; every operation must have been reached. Returns the number of cases."""
+    config, report = tmp_path / "schemathesis.toml", tmp_path / "report.har"
+    # Guesses with wrong keys come by the hundred.
+    with gunicorn(environment, tmp_path, AUTH_FAILURES_PER_MINUTE="1000000") as web:
+        config.write_text(CONFIG.format(**things(web, system, conn)))
         before = count(conn)
         guesses = subprocess.run(
             [
                 *(str(BIN / "schemathesis"), "--config-file", str(config), "run", f"{web.url}/openapi.json"),
-                *("--header", f"Authorization: Bearer {ADMIN_KEY}", "--seed", "7", "--max-examples", "6"),
-                *("--phases", "examples,coverage,fuzzing", "--max-time", str(SECONDS), "--continue-on-failure"),
-                *("--request-timeout", "30", "--generation-database", "none", "--no-color"),
+                *("--header", f"Authorization: Bearer {ADMIN_KEY}", "--checks", "all", "--continue-on-failure"),
+                *("--phases", "examples,coverage,fuzzing", "--request-timeout", "60", "--generation-database", "none"),
+                *("--report", "har", "--report-har-path", str(report), "--no-color", *arguments),
             ],
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=SECONDS + 60,
+            timeout=within_s,
         )
         print(guesses.stdout[-6000:])
         assert guesses.returncode == 0, guesses.stdout[-8000:] + guesses.stderr[-2000:]
+        entries = json.loads(report.read_text())["log"]["entries"]
+        assert unreached(web.http.get("/openapi.json").json(), entries) == []
         assert count(conn) > before + 2  # retries and new jobs: it got past the checks
         assert web.http.get("/health").json()["status"] == "ok"
         assert "not foreseen" not in web.process.text()
+    return len(entries)
+
+
+def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]:
+    """Ids of what is there, so that guesses get past the 404."""
+    url = "https://8.8.8.8/done"
+    body = {"jobs": [{"type": "ping", "callback_url": url}, {"type": "ping"}], "callback_url": url}
+    batch = web.http.post("/api/jobs/batch", json=body).json()
+    failed, cancelled = batch["ids"]
+    run(system, conn, failed, "failed", error={"message": "no"})  # ended: nobody has to wait for it
+    web.http.post(f"/api/jobs/{cancelled}/cancel").raise_for_status()
+    task = web.http.post("/api/videos/analyze", json={"url": "https://8.8.8.8/film.mp4"}).json()
+    run(system, conn, task["task_id"], "failed", error={"message": "no"})
+    system.storage.put_bytes("o/1/x.png", b"x" * 100)
+    link = parse_qs(urlsplit(system.links.sign("o/1/x.png", lifetime_s=86_400)).query)
+
+    def callback(subject: str) -> str:
+        return str(records.children(conn, UUID(subject))[0].id)
+
+    def key() -> str:
+        return str(web.http.post("/api/keys", json={"name": "x", "scopes": ["read"]}).json()["id"])
+
+    return {
+        "failed": failed,
+        "cancelled": cancelled,
+        "callback": callback(failed),
+        "batch": batch["batch_id"],
+        "batch_callback": callback(batch["batch_id"]),
+        "task": task["task_id"],
+        "video": task["video_id"],
+        "key": key(),
+        "revoked": key(),
+        "file": "o/1/x.png",
+        "expires": link["expires"][0],
+        "signature": link["signature"][0],
+    }
+
+
+def unreached(document: dict[str, Any], entries: list[dict[str, Any]]) -> list[str]:
+    """Operations that no guess got a 2xx (or the redirect that is meant) from."""
+    missing = []
+    for path, operations in document["paths"].items():
+        # `{key}` of a stored file goes over slashes.
+        pattern = re.compile(re.sub(r"{\w+}", ".+" if path.startswith("/artefacts/") else "[^/]+", path))
+        for method in operations:
+            reached = any(
+                entry["request"]["method"] == method.upper()
+                and 200 <= entry["response"]["status"] < (303 if path == "/" else 300)
+                and pattern.fullmatch(unquote(urlsplit(entry["request"]["url"]).path))
+                for entry in entries
+            )
+            if not reached:
+                missing.append(f"{method.upper()} {path}")
+    return missing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -15,9 +14,11 @@ import psycopg
 import pytest
 from dramatiq.results import ResultFailure
 from dramatiq.results.backends import RedisBackend
+from standardwebhooks.webhooks import Webhook
 
+from agentflow import signing
 from agentflow.broker import message_for
-from agentflow.jobs import records
+from agentflow.jobs import batches, records
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Ring
 from agentflow.system import System
@@ -226,26 +227,39 @@ def test_then_jobs_run_after_success_only_and_carry_the_chain(system: System, ru
     assert chain_of(bad) == []
 
 
-def test_a_callback_is_delivered_once_for_each_end(environment: dict[str, str], system: System, tmp_path: Path) -> None:
+def test_a_callback_is_delivered_once_for_each_end_and_signed(
+    environment: dict[str, str], system: System, tmp_path: Path
+) -> None:
     with serve() as receiver:
         receiver.on("/done", Reply(200))
         environment["FETCH_ALLOW"] = receiver.netloc
+        with system.database.transaction() as conn:
+            _, secret = signing.create_secret(conn, ORGANIZATION, system.sealer)
         with worker(environment, tmp_path / "worker.log"):
             url = receiver.url("/done")
             good = ended(system, submit(system, "ping", callback_url=url))
             bad = ended(system, submit(system, "ping", {"fail_attempts": 1}, max_attempts=1, callback_url=url))
             late = submit(system, "ping", run_at=datetime.now(UTC) + timedelta(hours=1), callback_url=url)
             system.cancel(ORGANIZATION, late.id)
-            eventually(lambda: len(receiver.requests) >= 3)
+            with system.transaction() as transaction:
+                pings = [system.prepare(ORGANIZATION, NewJob("ping", {})) for _ in range(3)]
+                batch = batches.submit(transaction.conn, ORGANIZATION, pings, callback_url=url)
+                transaction.rings.extend(batch.rings)
+            eventually(lambda: len(receiver.requests) >= 4)
             time.sleep(0.5)
 
-    said = {body["id"]: body for body in (json.loads(request.body) for request in receiver.requests)}
-    assert len(receiver.requests) == 3
-    assert {str(good.id): "succeeded", str(bad.id): "failed", str(late.id): "cancelled"} == {
-        job_id: body["state"] for job_id, body in said.items()
+    assert len(receiver.requests) == 4
+    events = [Webhook(secret).verify(request.body, dict(request.headers)) for request in receiver.requests]
+    said = {event["data"]["id"]: event for event in events}
+    assert {key: event["type"] for key, event in said.items()} == {
+        str(good.id): "job.succeeded",
+        str(bad.id): "job.failed",
+        str(late.id): "job.cancelled",
+        str(batch.id): "batch.finished",
     }
-    assert said[str(good.id)]["result"] == {"pong": True, "attempt": 1}
-    assert said[str(bad.id)]["error"]["code"] == "asked"
+    assert said[str(good.id)]["data"]["result"] == {"pong": True, "attempt": 1}
+    assert said[str(bad.id)]["data"]["error"]["code"] == "asked"
+    assert said[str(batch.id)]["data"]["succeeded"] == 3
 
 
 def test_a_concurrency_key_lets_so_many_run_at_once_and_nobody_waits_for_the_safety_time(

@@ -14,7 +14,7 @@ from flask import Flask, Response, g, request
 
 from agentflow import metrics
 from agentflow.system import System
-from web import artefacts, docs, jobs, problems, status, videos
+from web import artefacts, callbacks, docs, jobs, organizations, problems, status, videos
 from web.access import Access
 from web.api import Services, mount
 from web.waiting import Seats
@@ -31,7 +31,10 @@ def create_app(system: System) -> Flask:
     app.before_request(_begin)
     app.after_request(_end)
     problems.install(app)
-    groups = (jobs.routes, videos.routes, artefacts.routes, status.system_routes, status.open_routes)
+    groups = (
+        *(jobs.routes, callbacks.routes, videos.routes, artefacts.routes),
+        *(organizations.routes, status.system_routes, status.open_routes),
+    )
     for routes in groups:
         mount(app, services, routes)
     docs.install(app, groups)

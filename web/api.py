@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from agentflow.system import System
-from web.access import Access, Caller
+from web.access import Access, Caller, Needed
 from web.problems import Fault, Refused, faults, invalid
 from web.waiting import Seats
 
@@ -44,9 +44,9 @@ class Query(BaseModel):
 
 
 class View(BaseModel):
-    """What is answered."""
+    """What is answered: these fields and no others, as the document says."""
 
-    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True, extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`problems` are the statuses that this operation answers beside those of all (401, 414, 422, 500, 503 …)."""
+    """`problems` are the statuses that this operation answers beside those of all (401, 414, 422, 500, 503 …); `scope` is what
+    the caller's key must have, where it is not `open` to all."""
 
     method: str
     path: str
@@ -74,6 +75,7 @@ class Operation:
     headers: type[Query] | None = None
     max_body_bytes: int = MAX_JSON_BYTES
     open: bool = False  # asks for no key
+    scope: Needed = "read"
 
     @property
     def name(self) -> str:
@@ -96,10 +98,13 @@ class Routes:
         self.operations: list[Operation] = []
 
     def get(self, path: str, answers: Mapping[int, Any], **more: Any) -> Callable[[Function], Function]:
+        """Wants the scope `read`, if nothing else is said."""
         return self._add("GET", path, answers, more)
 
-    def post(self, path: str, answers: Mapping[int, Any], **more: Any) -> Callable[[Function], Function]:
-        return self._add("POST", path, answers, more)
+    def post(
+        self, path: str, answers: Mapping[int, Any], *, scope: Needed, **more: Any
+    ) -> Callable[[Function], Function]:
+        return self._add("POST", path, answers, {**more, "scope": scope})
 
     def _add(
         self, method: str, path: str, answers: Mapping[int, Any], more: dict[str, Any]
@@ -133,8 +138,15 @@ class Call:
 
     @property
     def organization_id(self) -> int:
+        """What new rows belong to."""
         assert self.caller is not None  # noqa: S101 - not asked by open operations
         return self.caller.organization_id
+
+    @property
+    def sees(self) -> int | None:
+        """Whose rows may be found; None: everybody's."""
+        assert self.caller is not None  # noqa: S101 - not asked by open operations
+        return self.caller.sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +171,8 @@ def mount(app: Flask, services: Services, routes: Routes) -> None:
 
 def _view(services: Services, operation: Operation) -> Callable[..., Response]:
     def view(**arguments: Any) -> Response:
-        call = Call(services, None if operation.open else services.access.caller(request.headers.get("Authorization")))
+        call = Call(services, None if operation.open else services.access.caller(request, operation.scope))
+        g.caller = call.caller
         _refuse_too_large(operation.max_body_bytes)
         if operation.query is not None:
             arguments["query"] = read_query(operation.query)

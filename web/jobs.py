@@ -18,7 +18,7 @@ from flask import Response
 from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, Strict
 
 from agentflow.errors import Permanent
-from agentflow.jobs import batches, intake, records, registry
+from agentflow.jobs import batches, intake, records, registry, unique
 from agentflow.jobs.intake import InvalidJob, NewJob
 from agentflow.jobs.model import Job, Priority, State
 from agentflow.jobs.text import is_storable
@@ -46,6 +46,24 @@ def _storable(text: str) -> str:
 Word = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_storable)]
 
 
+class UniqueRequest(Body):
+    """Of many requests with one key, of one type, few become jobs; the others answer the job that is there."""
+
+    key: Word = Field(description="What it is about, such as `contact:17`")
+    mode: unique.Mode = Field(
+        "keep",
+        description="`keep`: none while one is queued or running; `throttle`: at most one in `period_s`; `debounce`: one when"
+        " nothing came for `period_s`, with the newest request's payload",
+    )
+    period_s: Annotated[float, Field(gt=0, le=unique.MAX_PERIOD_S)] | None = Field(
+        None, description="Seconds, for `throttle` and `debounce`"
+    )
+    max_wait_s: Annotated[float, Field(gt=0, le=unique.MAX_PERIOD_S)] | None = Field(
+        None,
+        description="For `debounce`: start so many seconds after the first request at the latest (a day if left out)",
+    )
+
+
 class JobRequest(Body):
     """A request for a job. What is left out comes from its type."""
 
@@ -69,6 +87,7 @@ class JobRequest(Body):
     callback_url: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
         None, description="Gets a POST when the job has ended; http(s), a public address"
     )
+    unique: UniqueRequest | None = None
     then: Annotated[list[JobRequest], Field(max_length=intake.MAX_THEN_JOBS)] = Field(
         [], description="Jobs to run after this one succeeded"
     )
@@ -78,6 +97,10 @@ class BatchRequest(Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"jobs": [{"type": "ping"}, {"type": "ping"}]}]})
 
     jobs: Annotated[list[JobRequest], Field(min_length=1, max_length=MAX_BATCH)]
+    callback_url: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        None,
+        description="Gets one POST with the counts when all jobs of the batch have ended; http(s), a public address",
+    )
 
 
 class SubmitHeaders(Query):
@@ -126,6 +149,7 @@ class JobSummary(View):
     """A job without its payload and result."""
 
     id: UUID
+    organization_id: int
     type: str
     state: State
     queue: str
@@ -142,7 +166,7 @@ class JobSummary(View):
     concurrency_key: str | None
     correlation_id: str | None
     callback_url: str | None
-    parent_id: UUID | None
+    parent_id: UUID | None = Field(description="The job (of a batch's callback: the batch) whose end made this one")
     retry_of: UUID | None
     batch_id: UUID | None
     created_at: datetime
@@ -176,16 +200,20 @@ class AttemptList(View):
 class BatchCreated(View):
     batch_id: UUID
     total: int
-    ids: list[UUID] = Field(description="In the order of the request")
+    ids: list[UUID] = Field(
+        description="In the order of the request; of a repeated Idempotency-Key the batch's own that are still kept"
+    )
 
 
 class BatchView(View):
     id: UUID
     total: int
     open: int
+    progress: float = Field(description="0 to 1: how many have ended")
     succeeded: int
     failed: int
     cancelled: int
+    callback_url: str | None
     created_at: datetime
     finished_at: datetime | None
 
@@ -210,19 +238,23 @@ class JobTypeList(View):
     body=JobRequest,
     headers=SubmitHeaders,
     problems=(409,),
+    scope="submit",
 )
 def submit(call: Call, body: JobRequest, headers: SubmitHeaders) -> Answer:
     """Hand in a job.
 
     Answered when it is in the database. With `Prefer: wait` and a job that ends in time: 200 and the whole job.
-    A payload larger than JOB_PAYLOAD_BYTES is 413.
+    A payload larger than JOB_PAYLOAD_BYTES is 413. Where another job answers for the request's `unique` key it is answered in its
+    place, with the header `Unique`: kept, throttled or debounced.
     """
     _check_callbacks([body], call.system.settings)
     new = _new_job(body, call.system.settings, idempotency_key=headers.idempotency_key)
     submitted = call.system.submit(call.organization_id, new, public_only=True)
     job = submitted.job
     said = {"Location": f"/api/jobs/{job.id}"}
-    if not submitted.created:
+    if submitted.found is not None:
+        said["Unique"] = submitted.found
+    elif not submitted.created:
         said["Idempotency-Replayed"] = "true"
     seconds = _preferred_wait(headers.prefer)
     if seconds:
@@ -238,14 +270,14 @@ def submit(call: Call, body: JobRequest, headers: SubmitHeaders) -> Answer:
 @routes.get("/api/jobs", {200: JobList}, query=ListQuery)
 def search(call: Call, query: ListQuery) -> JobList:
     """List jobs, the newest first."""
-    before = _read_cursor(query.cursor) if query.cursor is not None else None
+    before = read_cursor(query.cursor) if query.cursor is not None else None
     wanted = records.Filter(query.state, query.type, query.correlation_id, query.batch_id, query.parent_id)
     with call.system.database.connection() as conn:
-        jobs = records.search(conn, call.organization_id, wanted, before=before, limit=query.limit + 1)
+        jobs = records.search(conn, call.sees, wanted, before=before, limit=query.limit + 1)
     page = jobs[: query.limit]
     return JobList(
         jobs=[summary(call, job, live=False) for job in page],
-        next_cursor=_cursor(page[-1].id) if len(jobs) > query.limit else None,
+        next_cursor=cursor_of(page[-1].id) if len(jobs) > query.limit else None,
     )
 
 
@@ -263,7 +295,7 @@ def attempts(call: Call, job_id: UUID) -> AttemptList:
     """The attempts of a job that have ended."""
     find(call, job_id)
     with call.system.database.connection() as conn:
-        found = records.attempts(conn, job_id)
+        found = records.attempts(conn, job_id, call.sees)
     return AttemptList(
         attempts=[
             AttemptView(
@@ -279,13 +311,14 @@ def attempts(call: Call, job_id: UUID) -> AttemptList:
     )
 
 
-@routes.post("/api/jobs/<uuid:job_id>/cancel", {200: JobSummary, 202: JobSummary}, problems=(404, 409))
+@routes.post("/api/jobs/<uuid:job_id>/cancel", {200: JobSummary, 202: JobSummary}, scope="manage", problems=(404, 409))
 def cancel(call: Call, job_id: UUID) -> Answer:
     """Cancel a job.
 
     200: it is cancelled; 202: it is running and was told to stop; 409: it has ended otherwise.
     """
-    state = call.system.cancel(call.organization_id, job_id)
+    found = find(call, job_id)
+    state = call.system.cancel(found.organization_id, job_id)
     if state is None:
         raise _unknown(job_id)
     if state in ("succeeded", "failed"):
@@ -294,7 +327,7 @@ def cancel(call: Call, job_id: UUID) -> Answer:
     return Answer(summary(call, job), 202 if job.state == "running" else 200)
 
 
-@routes.post("/api/jobs/<uuid:job_id>/retry", {202: JobSummary}, problems=(404, 409))
+@routes.post("/api/jobs/<uuid:job_id>/retry", {202: JobSummary}, scope="manage", problems=(404, 409))
 def retry(call: Call, job_id: UUID) -> Answer:
     """Try a failed or cancelled job again, as a new job that points to it by `retry_of`."""
     job = find(call, job_id)
@@ -330,11 +363,17 @@ def stream(call: Call, job_id: UUID, headers: StreamHeaders) -> Response:
     body=BatchRequest,
     headers=BatchHeaders,
     problems=(409,),
+    scope="submit",
     max_body_bytes=MAX_BATCH_BYTES,
 )
 def submit_batch(call: Call, body: BatchRequest, headers: BatchHeaders) -> Answer:
-    """Hand in up to 1000 jobs: all or none."""
+    """Hand in up to 1000 jobs: all or none.
+
+    A job that answers for a `unique` key stands among `ids`, but is not counted in the batch.
+    """
     _check_callbacks(body.jobs, call.system.settings, "jobs.")
+    if body.callback_url is not None:
+        check_url(body.callback_url, "callback_url", call.system.settings)
     prepared = []
     for index, each in enumerate(body.jobs):
         try:
@@ -350,6 +389,7 @@ def submit_batch(call: Call, body: BatchRequest, headers: BatchHeaders) -> Answe
             prepared,
             idempotency_key=headers.idempotency_key,
             idempotency_hours=call.system.settings.retain_idempotency_hours,
+            callback_url=body.callback_url,
         )
         transaction.rings.extend(batch.rings)
     said = {"Location": f"/api/batches/{batch.id}"}
@@ -362,11 +402,12 @@ def submit_batch(call: Call, body: BatchRequest, headers: BatchHeaders) -> Answe
 def show_batch(call: Call, batch_id: UUID) -> BatchView:
     """How many jobs of a batch have ended, and how."""
     with call.system.database.connection() as conn:
-        batch = records.get_batch(conn, call.organization_id, batch_id)
+        batch = records.get_batch(conn, call.sees, batch_id)
     if batch is None:
         raise Refused(404, f"there is no batch {batch_id}")
     done = batch.succeeded + batch.failed + batch.cancelled
-    return BatchView(**dataclasses.asdict(batch), open=batch.total - done)
+    progress = done / batch.total if batch.total else 1.0
+    return BatchView(**dataclasses.asdict(batch), open=batch.total - done, progress=progress)
 
 
 @routes.get("/api/job-types", {200: JobTypeList})
@@ -391,7 +432,7 @@ def types(_call: Call) -> JobTypeList:
 def find(call: Call, job_id: UUID) -> Job:
     """Raises Refused with 404."""
     with call.system.database.connection() as conn:
-        job = records.get(conn, call.organization_id, job_id)
+        job = records.get(conn, call.sees, job_id)
     if job is None:
         raise _unknown(job_id)
     return job
@@ -414,8 +455,7 @@ def _new_job(body: JobRequest, settings: Settings, *, idempotency_key: str | Non
         type=body.type,
         payload=body.payload,
         priority=body.priority,
-        # Postgres' and Python's calendars end at different years, and their zones at different hours.
-        run_at=min(max(body.run_at, _FIRST), _LAST).astimezone(UTC) if body.run_at else None,
+        run_at=within_calendars(body.run_at),
         max_attempts=body.max_attempts,
         time_limit_s=body.time_limit_s,
         idempotency_key=idempotency_key,
@@ -424,7 +464,13 @@ def _new_job(body: JobRequest, settings: Settings, *, idempotency_key: str | Non
         correlation_id=body.correlation_id,
         callback_url=body.callback_url,
         then=tuple(_new_job(child, settings) for child in body.then),
+        unique=unique.Unique(**body.unique.model_dump()) if body.unique else None,
     )
+
+
+def within_calendars(moment: datetime | None) -> datetime | None:
+    """Postgres' and Python's calendars end at different years, and their zones at different hours."""
+    return min(max(moment, _FIRST), _LAST).astimezone(UTC) if moment else None
 
 
 def _check_callbacks(jobs: Iterable[JobRequest], settings: Settings, prefix: str = "") -> None:
@@ -439,14 +485,15 @@ def _check_callbacks(jobs: Iterable[JobRequest], settings: Settings, prefix: str
         waiting.extend((f"{path}then.{index}.", child) for index, child in enumerate(job.then))
         if job.callback_url is None:
             continue
-        check_url(
-            job.callback_url, f"{path}callback_url", guard := guard or fetch.Guard(allow=settings.fetch_allow), seen
-        )
+        guard = guard or fetch.Guard(allow=settings.fetch_allow)
+        check_url(job.callback_url, f"{path}callback_url", settings, guard, seen)
 
 
-def check_url(url: str, field: str, guard: Any, seen: set[tuple[str, str]] | None = None) -> None:
+def check_url(
+    url: str, field: str, settings: Settings, guard: Any = None, seen: set[tuple[str, str]] | None = None
+) -> None:
     """422 where a job would refuse to go to `url`. `seen` holds the origins that passed in this request."""
-    from agentflow import fetch
+    from agentflow import fetch  # with its TLS and HTTP modules only where a URL is given
 
     if not is_storable(url):
         raise invalid(field, "holds a NUL character or half of a surrogate pair")
@@ -460,7 +507,7 @@ def check_url(url: str, field: str, guard: Any, seen: set[tuple[str, str]] | Non
         if len(seen) >= MAX_CALLBACK_ORIGINS:
             raise invalid(field, f"is of more than {MAX_CALLBACK_ORIGINS} different hosts in one request")
     try:
-        fetch.check_url(url, guard)
+        fetch.check_url(url, guard or fetch.Guard(allow=settings.fetch_allow))
     except Permanent as error:
         raise invalid(field, str(error)) from None
     if seen is not None:
@@ -473,11 +520,11 @@ def _preferred_wait(prefer: str | None) -> int:
     return min(int(match.group(1)), 25) if match else 0
 
 
-def _cursor(last: UUID) -> str:
+def cursor_of(last: UUID) -> str:
     return base64.urlsafe_b64encode(last.bytes).rstrip(b"=").decode()
 
 
-def _read_cursor(cursor: str) -> UUID:
+def read_cursor(cursor: str) -> UUID:
     try:
         return UUID(bytes=base64.b64decode(cursor + "==", altchars=b"-_", validate=True))
     except (ValueError, binascii.Error):

@@ -23,14 +23,20 @@ _ARGUMENT_SCHEMAS: Final[Mapping[str, Mapping[str, str]]] = {
 }
 #: What any operation may answer: 400 is said by the server of a request that is no HTTP.
 _ALWAYS: Final = (400, 414, 431, 500, 503)
-_WITH_KEY: Final = (401, 422)
+_WITH_KEY: Final = (401, 403, 422, 429)
 
 _INTRODUCTION: Final = """\
 Background jobs that cannot get lost: hand one in, look at it, wait for it, cancel it.
 
-Every operation under `/api` wants a key: `Authorization: Bearer <key>`. Every error is a problem document (RFC 9457):
-400 the body is no JSON, 413 it (or a payload) is too large, 415 it is of the wrong type, 422 a field is wrong and is named
-in `errors`, 503 with `Retry-After` the database cannot be reached and nothing was kept. A 2xx is sent after the commit.
+Every operation under `/api` wants a key: `Authorization: Bearer <key>`. A key belongs to an organization, sees that
+organization's rows alone, and has one or more scopes: `submit`, `read`, `manage`, `webhooks`; each operation names the one
+that it needs under `security`. `admin` is the operator's key (ADMIN_API_KEY): it has every scope, sees every organization's
+rows, and acts for the one that the header `X-Organization` names by slug or number (without it new rows belong to number 1).
+
+Every error is a problem document (RFC 9457): 400 the body is no JSON, 401 the key is not known, was revoked or has expired,
+403 it lacks the scope, 413 the body (or a payload) is too large, 415 it is of the wrong type, 422 a field is wrong and is
+named in `errors`, 429 with `Retry-After` too many wrong keys came from this address, 503 with `Retry-After` the database
+cannot be reached and nothing was kept. A 2xx is sent after the commit.
 """
 
 
@@ -51,7 +57,11 @@ def document(routes: Iterable[Routes]) -> dict[str, Any]:
         "components": {
             "schemas": schemas.definitions,
             "securitySchemes": {
-                "key": {"type": "http", "scheme": "bearer", "description": "The key of an organization"}
+                "key": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "The key of an organization (`agentflow keys create`), or the operator's",
+                }
             },
         },
     }
@@ -97,7 +107,7 @@ def _operation(
     if content:
         said["requestBody"] = {"required": True, "content": content}
     said["responses"] = _responses(operation, references)
-    said["security"] = [] if operation.open else [{"key": []}]
+    said["security"] = [] if operation.open else [{"key": [operation.scope]}]
     return said
 
 

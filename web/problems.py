@@ -26,6 +26,8 @@ RETRY_AFTER_S: Final = 5
 class Fault(BaseModel):
     """One thing that is wrong with a request."""
 
+    model_config = ConfigDict(extra="forbid")
+
     field: str = Field(description="What is meant, as a path: `payload.sleep_ms`, `jobs.3.type`, `limit`")
     problem: str = Field(description="What would be right")
     where: str = Field(description="`body`, `query` or `header`")
@@ -34,7 +36,7 @@ class Fault(BaseModel):
 class Problem(BaseModel):
     """An error (RFC 9457)."""
 
-    model_config = ConfigDict(title="Problem")
+    model_config = ConfigDict(title="Problem", extra="forbid")
 
     type: str = Field("about:blank", description="`about:blank`: the status says what kind of problem it is")
     title: str

@@ -92,12 +92,12 @@ class LiveView(View):
 
 @system_routes.get("/api/system/queue-stats", {200: QueueStats})
 def queue_stats(call: Call) -> QueueStats:
-    """What waits and runs, by queue."""
+    """What waits and runs, by queue; of the caller's organization alone. Windows, workers and threads are everybody's."""
     with call.system.database.connection() as conn:
-        return QueueStats(queues=[_view(QueueView, each) for each in statistics.queues(conn)])
+        return QueueStats(queues=[_view(QueueView, each) for each in statistics.queues(conn, call.sees)])
 
 
-@system_routes.get("/api/system/stats", {200: SystemStats})
+@system_routes.get("/api/system/stats", {200: SystemStats}, scope="admin")
 def stats(call: Call) -> SystemStats:
     """The whole picture: queues, workers, what was done lately, versions, connections."""
     with call.system.database.connection() as conn:

@@ -44,7 +44,12 @@ class VideoByUrl(Body):
 class AnalyzeRequest(Body):
     """Which video: one of the two."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["video_id"]}, {"required": ["url"]}]})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["video_id"]}, {"required": ["url"]}],
+            "examples": [{"url": "https://example.com/film.mp4"}],
+        }
+    )
 
     # Left out, but never null: the default is not checked, and stands in no schema.
     video_id: UUID = Field(default_factory=lambda: None, description="From `POST /api/videos`")  # type: ignore[assignment]
@@ -120,6 +125,7 @@ class TaskStatus(View):
         "video/*": {"type": "string", "format": "binary"},
     },
     query=UploadQuery,
+    scope="submit",
     problems=(408,),
     max_body_bytes=1 << 62,  # UPLOAD_MAX_BYTES is looked at below
 )
@@ -164,7 +170,12 @@ def show(call: Call, video_id: UUID) -> VideoView:
 
 
 @routes.post(
-    "/api/videos/analyze", {202: TaskCreated}, body=AnalyzeRequest, headers=jobs.BatchHeaders, problems=(404, 409)
+    "/api/videos/analyze",
+    {202: TaskCreated},
+    body=AnalyzeRequest,
+    headers=jobs.BatchHeaders,
+    scope="submit",
+    problems=(404, 409),
 )
 def analyze(call: Call, body: AnalyzeRequest, headers: jobs.BatchHeaders) -> Answer:
     """Have a video analysed: one that was handed in, or one at a URL."""
@@ -179,12 +190,12 @@ def analyze(call: Call, body: AnalyzeRequest, headers: jobs.BatchHeaders) -> Ans
             if video.source_url != body.url:
                 raise Refused(409, f"idempotency key {key!r} was used for another request")
         else:
-            found = videos.get(transaction.conn, call.organization_id, body.video_id)
+            found = videos.get(transaction.conn, call.sees, body.video_id)
             if found is None:
                 raise _unknown(body.video_id)
             video = found
         new = NewJob(type=TYPE, payload={"video_id": str(video.id)}, idempotency_key=key)
-        job = transaction.submit(call.organization_id, new).job
+        job = transaction.submit(video.organization_id, new).job
     return Answer(
         TaskCreated(task_id=job.id, message="The video will be analysed.", video_id=video.id),
         202,
@@ -258,14 +269,12 @@ def _create_upload(call: Call, kind: str, filename: str | None) -> Video:
 
 
 def _check(call: Call, url: str) -> None:
-    from agentflow import fetch  # with its TLS and HTTP modules only where a URL is given
-
-    jobs.check_url(url, "url", fetch.Guard(allow=call.system.settings.fetch_allow))
+    jobs.check_url(url, "url", call.system.settings)
 
 
 def _find(call: Call, video_id: UUID) -> Video:
     with call.system.database.connection() as conn:
-        video = videos.get(conn, call.organization_id, video_id)
+        video = videos.get(conn, call.sees, video_id)
     if video is None:
         raise _unknown(video_id)
     return video

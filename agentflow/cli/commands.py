@@ -185,6 +185,145 @@ def submit_job(type_: str, payload: str, wait: bool) -> None:
     job_commands.submit(type_, payload, wait)
 
 
+@cli.group(cls=_Group)
+def orgs() -> None:
+    """Organizations: whose jobs are whose."""
+
+
+@orgs.command("create")
+@click.argument("slug")
+@click.option("--name", help="For people.  [default: the slug]")
+def create_organization(slug: str, name: str | None) -> None:
+    """Make an organization, such as: agentflow orgs create acme --name 'Acme Ltd'"""
+    from agentflow.cli import organization_commands
+
+    organization_commands.create(slug, name)
+
+
+@orgs.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_organizations(as_json: bool) -> None:
+    """All organizations."""
+    from agentflow.cli import organization_commands
+
+    organization_commands.list_all(as_json)
+
+
+@cli.group(cls=_Group)
+def keys() -> None:
+    """API keys of organizations. A key is shown once, when it is made."""
+
+
+_SCOPES = ["submit", "read", "manage", "webhooks"]
+_ORGANIZATION = click.option(
+    "--org", metavar="SLUG", default="default", show_default=True, help="The organization, by slug or number."
+)
+
+
+@keys.command("create")
+@_ORGANIZATION
+@click.option("--name", required=True, help="What uses the key.")
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice(_SCOPES),
+    multiple=True,
+    help="What it may do; may be repeated.  [default: all]",
+)
+@click.option("--expires", "expires_days", type=click.FloatRange(0, 36_500, min_open=True), help="In so many days.")
+def create_key(org: str, name: str, scopes: tuple[str, ...], expires_days: float | None) -> None:
+    """Make a key and print it: the only line on stdout."""
+    from agentflow.cli import organization_commands
+
+    organization_commands.create_key(org, name, scopes or tuple(_SCOPES), expires_days)
+
+
+@keys.command("list")
+@click.option("--org", metavar="SLUG", help="Of one organization.  [default: of all]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_keys(org: str | None, as_json: bool) -> None:
+    """Keys, the newest first: what they may do, when they were used last."""
+    from agentflow.cli import organization_commands
+
+    organization_commands.list_keys(org, as_json)
+
+
+@keys.command("rotate")
+@click.argument("key", metavar="ID|PREFIX")
+@click.option(
+    "--grace",
+    "grace_h",
+    type=click.FloatRange(0, 720),
+    default=24.0,
+    show_default=True,
+    help="Hours that the old one works.",
+)
+def rotate_key(key: str, grace_h: float) -> None:
+    """Make a key with the same name, scopes and expiry and print it; the old one ends after the grace."""
+    from agentflow.cli import organization_commands
+
+    organization_commands.rotate_key(key, grace_h)
+
+
+@keys.command("revoke")
+@click.argument("key", metavar="ID|PREFIX")
+def revoke_key(key: str) -> None:
+    """End a key now: within seconds it is refused everywhere."""
+    from agentflow.cli import organization_commands
+
+    organization_commands.revoke_key(key)
+
+
+@cli.group(cls=_Group)
+def callbacks() -> None:
+    """Callbacks: what was delivered, telling it once more, and the secrets that sign them."""
+
+
+@callbacks.command("list")
+@click.argument("subject", metavar="JOB|BATCH", type=click.UUID)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_callbacks(subject: object, as_json: bool) -> None:
+    """The callbacks of a job or batch, with every attempt."""
+    from agentflow.cli import organization_commands
+
+    organization_commands.list_callbacks(str(subject), as_json)
+
+
+@callbacks.command("replay")
+@click.argument("callback", metavar="ID", type=click.UUID)
+def replay_callback(callback: object) -> None:
+    """Tell it once more, under the same webhook-id."""
+    from agentflow.cli import organization_commands
+
+    organization_commands.replay_callback(str(callback))
+
+
+@callbacks.command("secret")
+@_ORGANIZATION
+@click.option(
+    "--grace",
+    "grace_h",
+    type=click.FloatRange(0, 720),
+    default=24.0,
+    show_default=True,
+    help="Hours for which the secret before it signs along.",
+)
+def create_secret(org: str, grace_h: float) -> None:
+    """Make a secret to sign an organization's callbacks with, and print it: the only line on stdout."""
+    from agentflow.cli import organization_commands
+
+    organization_commands.create_secret(org, grace_h)
+
+
+@callbacks.command("secrets")
+@_ORGANIZATION
+def list_secrets(org: str) -> None:
+    """The secrets that sign now: when they were made, and end."""
+    from agentflow.cli import organization_commands
+
+    organization_commands.list_secrets(org)
+
+
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def queues(as_json: bool) -> None:

@@ -60,8 +60,8 @@ def list_jobs(state: str | None, type_: str | None, limit: int, as_json: bool) -
 def show(job_id: str, as_json: bool) -> None:
     with _system() as system, system.database.connection() as conn:
         job = _find(system, job_id)
-        attempts = records.attempts(conn, job.id)
-        children = records.children(conn, job.id)
+        attempts = records.attempts(conn, job.id, job.organization_id)
+        children = records.children(conn, job.id, job.organization_id)
         parent = records.get(conn, None, job.parent_id) if job.parent_id else None
     if as_json:
         document = _plain(job) | {

@@ -16,7 +16,10 @@ from agentflow.jobs.model import Ring
 
 @dataclass(frozen=True, slots=True)
 class SubmittedBatch:
-    """`ids` in the order of the request; of a repeated key without those that were cleaned up since."""
+    """`ids` in the order of the request; of a repeated key without those that were cleaned up since, and only the batch's own.
+
+    `total` counts its own jobs: one that answers for a unique key belongs to whoever handed it in first.
+    """
 
     id: UUID
     total: int
@@ -32,22 +35,30 @@ def submit(
     *,
     idempotency_key: str | None = None,
     idempotency_hours: float = 24.0,
+    callback_url: str | None = None,
 ) -> SubmittedBatch:
     """Insert a batch in the caller's transaction. Raises IdempotencyConflict for a key of another request."""
     batch_id = UUID(int=uuid7().int)
     if idempotency_key is not None:
-        known = _remember(conn, organization_id, prepared, batch_id, idempotency_key, idempotency_hours)
+        known = _remember(
+            conn, organization_id, _hash(prepared, callback_url), batch_id, idempotency_key, idempotency_hours
+        )
         if known is not None:
             return known
-    jobs, rings = submit_many(conn, organization_id, prepared, batch_id=batch_id)
-    return SubmittedBatch(batch_id, len(jobs), [job.id for job in jobs], created=True, rings=tuple(rings))
+    jobs, rings = submit_many(conn, organization_id, prepared, batch_id=batch_id, callback_url=callback_url)
+    total = sum(job.batch_id == batch_id for job in {job.id: job for job in jobs}.values())
+    return SubmittedBatch(batch_id, total, [job.id for job in jobs], created=True, rings=tuple(rings))
+
+
+def _hash(prepared: Sequence[Prepared], callback_url: str | None) -> bytes:
+    url = f"callback {callback_url}".encode() if callback_url is not None else b""
+    return hashlib.sha256(b"batch" + url + b"".join(p.request_hash for p in prepared)).digest()
 
 
 def _remember(
-    conn: Connection, organization_id: int, prepared: Sequence[Prepared], batch_id: UUID, key: str, hours: float
+    conn: Connection, organization_id: int, request_hash: bytes, batch_id: UUID, key: str, hours: float
 ) -> SubmittedBatch | None:
     """None for a key that is new, and now ours; as `intake` does it for one job, in the same table."""
-    request_hash = hashlib.sha256(b"batch" + b"".join(p.request_hash for p in prepared)).digest()
     for _ in range(10):  # the other one may be rolled back, or cleaned up, between the two statements
         row = conn.execute(
             "insert into agentflow.idempotency_keys as k (organization_id, key, request_hash, job_id)"

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
@@ -19,9 +19,10 @@ from pydantic import ValidationError
 from uuid6 import uuid7
 
 from agentflow.database import Connection
-from agentflow.jobs import registry
+from agentflow.jobs import registry, unique
 from agentflow.jobs.model import JOB_COLUMNS, PRIORITIES, Job, Priority, Ring, job_from_row
 from agentflow.jobs.text import is_storable
+from agentflow.jobs.unique import Found, Holder, Unique
 
 MAX_THEN_DEPTH: Final = 8
 MAX_THEN_JOBS: Final = 50
@@ -62,6 +63,7 @@ class NewJob:
     callback_url: str | None = None
     then: tuple[NewJob, ...] = ()
     retry_of: UUID | None = None
+    unique: Unique | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +80,18 @@ class Prepared:
     concurrency: tuple[str, int] | None
     then_jobs: str | None
     request_hash: bytes
+    unique: Unique | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A job that is in the database (once the caller commits). `created` is False for a repeated idempotency key."""
+    """A job that is in the database (once the caller commits). `created` is False for a repeated idempotency key, and where
+    another job answers for a unique key; `found` says how it does."""
 
     job: Job
     created: bool
     rings: tuple[Ring, ...] = ()
+    found: Found | None = None
 
 
 def prepare(
@@ -98,14 +103,17 @@ def prepare(
         raise registry.UnknownType(new.type)
     checked = _checked(job_type, new.payload)
     payload = _as_text(checked, max_payload_bytes)
-    for field in ("idempotency_key", "correlation_id", "concurrency_key", "callback_url"):
-        _storable(field, getattr(new, field))
-        if field != "callback_url":
-            _short(field, getattr(new, field))
+    for name in ("idempotency_key", "correlation_id", "concurrency_key", "callback_url"):
+        _storable(name, getattr(new, name))
+        if name != "callback_url":
+            _short(name, getattr(new, name))
     concurrency = job_type.concurrency(checked)
     if new.concurrency_key is not None:
         # A caller's keys are the organization's own; those of a type (a GPU, an account) are the system's.
         concurrency = (f"{organization_id}:{new.concurrency_key}", new.concurrency_limit or 1)
+    wanted = new.unique or job_type.unique(checked)
+    if wanted is not None:
+        _check_unique(wanted, new)
     children = _children(new, organization_id, max_payload_bytes, depth)
     # As checked, so that leaving a default out and naming it are the same request.
     request = json.dumps({**dataclasses.asdict(new), "payload": payload}, sort_keys=True, default=str)
@@ -120,7 +128,24 @@ def prepare(
         concurrency=concurrency,
         then_jobs=json.dumps(children) if children else None,
         request_hash=hashlib.sha256(request.encode()).digest(),
+        unique=wanted,
     )
+
+
+def _check_unique(wanted: Unique, new: NewJob) -> None:
+    _storable("unique.key", wanted.key)
+    _short("unique.key", wanted.key)
+    if not wanted.key:
+        raise InvalidJob("unique.key", "is empty")
+    if (wanted.mode == "keep") != (wanted.period_s is None):
+        raise InvalidJob("unique.period_s", "belongs to throttle and debounce, which need it")
+    for name, seconds in (("period_s", wanted.period_s), ("max_wait_s", wanted.max_wait_s)):
+        if seconds is not None and not 0 < seconds <= unique.MAX_PERIOD_S:
+            raise InvalidJob(f"unique.{name}", f"must be more than 0 and at most {unique.MAX_PERIOD_S:g} seconds")
+    if wanted.max_wait_s is not None and wanted.mode != "debounce":
+        raise InvalidJob("unique.max_wait_s", "belongs to debounce")
+    if wanted.mode == "debounce" and new.run_at is not None:
+        raise InvalidJob("run_at", "is what debounce sets: leave it out")
 
 
 def _checked(job_type: registry.JobType, payload: dict[str, Any]) -> registry.Payload:
@@ -169,8 +194,10 @@ def _children(new: NewJob, organization_id: int, max_payload_bytes: int, depth: 
             raise InvalidJob(f"then.{index}.{error.field}", error.problem) from None
         except registry.UnknownType as error:
             raise InvalidJob(f"then.{index}.type", str(error)) from None
-        if child.run_at or child.idempotency_key or p.concurrency:
-            raise InvalidJob(f"then.{index}", "may not have run_at, an idempotency key or a concurrency key")
+        if child.run_at or child.idempotency_key or p.concurrency or p.unique:
+            raise InvalidJob(
+                f"then.{index}", "may not have run_at, an idempotency key, a concurrency key or a unique key"
+            )
         children.append(
             {
                 "id": str(p.id),
@@ -190,29 +217,129 @@ def _children(new: NewJob, organization_id: int, max_payload_bytes: int, depth: 
 def submit(conn: Connection, organization_id: int, prepared: Prepared, *, idempotency_hours: float = 24.0) -> Submitted:
     """Insert one job in the caller's transaction. Raises IdempotencyConflict.
 
-    With an idempotency key that is known already the job it was used for is returned, and nothing is inserted.
+    With an idempotency key that is known already the job it was used for is returned, and nothing is inserted; where another
+    job answers for a unique key, that one.
     """
     if prepared.new.idempotency_key is not None:
         known = _remember(conn, organization_id, prepared, idempotency_hours)
         if known is not None:
             return Submitted(known, created=False)
-    jobs, rings = _insert(conn, organization_id, [prepared], None)
-    return Submitted(jobs[0], created=True, rings=tuple(rings))
+    placed = _place(conn, organization_id, [prepared])
+    if placed.new:
+        jobs, rings = _insert(conn, organization_id, placed.new, None)
+        return Submitted(jobs[0], created=True, rings=tuple(rings))
+    job = placed.known[prepared.id]
+    if prepared.new.idempotency_key is not None:
+        conn.execute(
+            "update agentflow.idempotency_keys set job_id = %s where organization_id = %s and key = %s",
+            (job.id, organization_id, prepared.new.idempotency_key),
+        )
+    return Submitted(job, created=False, found=placed.found[prepared.id])
 
 
 def submit_many(
-    conn: Connection, organization_id: int, prepared: Sequence[Prepared], *, batch_id: UUID | None = None
+    conn: Connection,
+    organization_id: int,
+    prepared: Sequence[Prepared],
+    *,
+    batch_id: UUID | None = None,
+    callback_url: str | None = None,
 ) -> tuple[list[Job], list[Ring]]:
     """Insert many jobs in the caller's transaction, in one statement; with `batch_id` they are counted as a batch.
 
-    Idempotency keys are not looked at here: `submit` does that, one by one.
+    The jobs come in the order of `prepared`. A job that answers for a unique key stands in the place of a new one, and is not
+    counted in the batch. Idempotency keys are not looked at here: `submit` does that, one by one.
     """
+    placed = _place(conn, organization_id, prepared)
     if batch_id is not None:
         conn.execute(
-            "insert into agentflow.batches (id, organization_id, total) values (%s, %s, %s)",
-            (batch_id, organization_id, len(prepared)),
+            "insert into agentflow.batches (id, organization_id, total, callback_url, finished_at)"
+            " values (%(id)s, %(organization)s, %(total)s, %(url)s, case when %(total)s = 0 then clock_timestamp() end)",
+            {"id": batch_id, "organization": organization_id, "total": len(placed.new), "url": callback_url},
         )
-    return _insert(conn, organization_id, prepared, batch_id)
+    jobs, rings = _insert(conn, organization_id, placed.new, batch_id) if placed.new else ([], [])
+    made = {job.id: job for job in jobs}
+    return [placed.known.get(p.id) or made[placed.same.get(p.id, p.id)] for p in prepared], rings
+
+
+@dataclass(slots=True)
+class _Placed:
+    """What becomes of requests: those to insert; by the id of the others, the job that is there, or the id of the one that is
+    to be inserted in its place."""
+
+    new: list[Prepared]
+    known: dict[UUID, Job] = field(default_factory=dict)
+    same: dict[UUID, UUID] = field(default_factory=dict)
+    found: dict[UUID, Found] = field(default_factory=dict)
+
+
+def _place(conn: Connection, organization_id: int, prepared: Sequence[Prepared]) -> _Placed:
+    keys = [(p.new.type, p.unique.key) for p in prepared if p.unique is not None]
+    if not keys:
+        return _Placed(list(prepared))
+    holders = unique.lock(conn, organization_id, keys)
+    placed = _Placed([])
+    mine: dict[unique.Key, int] = {}  # where in `new` the job stands that is to hold the key
+    for p in prepared:
+        if p.unique is None:
+            placed.new.append(p)
+            continue
+        key = (p.new.type, p.unique.key)
+        if key in mine:
+            first = placed.new[mine[key]]
+            if p.unique.mode == "debounce":
+                placed.new[mine[key]] = dataclasses.replace(_starting(p, holders[key], first=True), id=first.id)
+            placed.same[p.id] = first.id
+            continue
+        holder = holders[key]
+        found = unique.answers(holder, p.unique)
+        job = holder.job
+        if found == "debounced" and job is not None:
+            job = _replace(conn, organization_id, job.id, _starting(p, holder, first=False))
+        if found is not None and job is not None:
+            placed.known[p.id], placed.found[p.id] = job, found
+            holders[key] = dataclasses.replace(holder, job=job)
+            continue
+        mine[key] = len(placed.new)
+        placed.new.append(_starting(p, holder, first=True))
+    if mine:
+        unique.hold(conn, organization_id, [(key, placed.new[index].id) for key, index in mine.items()])
+    return placed
+
+
+def _starting(p: Prepared, holder: Holder, *, first: bool) -> Prepared:
+    if p.unique is None or p.unique.mode != "debounce":
+        return p
+    run_at = unique.starts_at(holder, p.unique, first=first)
+    return dataclasses.replace(p, new=dataclasses.replace(p.new, run_at=run_at))
+
+
+def _replace(conn: Connection, organization_id: int, job_id: UUID, p: Prepared) -> Job | None:
+    """Put the newest request in the place of one that waits. None: it was claimed or cancelled meanwhile."""
+    if p.concurrency is not None:
+        _name_slots(conn, {p.concurrency[0]: p.concurrency[1]})
+    row = conn.execute(
+        "update agentflow.jobs j set payload = %(payload)s, priority = %(priority)s, max_attempts = %(max_attempts)s,"  # noqa: S608 - constants
+        " time_limit_s = %(time_limit)s, run_at = %(run_at)s, wake_at = %(run_at)s, sent_at = null, sends = 0,"
+        " wait_reason = null, concurrency_key = %(key)s, then_jobs = %(then)s, callback_url = %(callback)s,"
+        " correlation_id = %(correlation)s"
+        " where j.id = %(id)s and j.organization_id = %(organization)s and j.state || '' = 'queued' and j.fence = 0"
+        f" returning {JOB_COLUMNS}",
+        {
+            "id": job_id,
+            "organization": organization_id,
+            "payload": p.payload,
+            "priority": p.priority,
+            "max_attempts": p.max_attempts,
+            "time_limit": p.time_limit_s,
+            "run_at": p.new.run_at,
+            "key": p.concurrency[0] if p.concurrency else None,
+            "then": p.then_jobs,
+            "callback": p.new.callback_url,
+            "correlation": p.new.correlation_id,
+        },
+    ).fetchone()
+    return job_from_row(row) if row else None
 
 
 def _remember(conn: Connection, organization_id: int, prepared: Prepared, hours: float) -> Job | None:

@@ -63,20 +63,22 @@ def search(
     return [job_from_row(row) for row in conn.execute(query, values).fetchall()]
 
 
-def attempts(conn: Connection, job_id: UUID) -> list[Attempt]:
+def attempts(conn: Connection, job_id: UUID, organization_id: int | None = EVERY_ORGANIZATION) -> list[Attempt]:
     """The ended attempts of a job, the first one first."""
     rows = conn.execute(
-        "select fence, attempt, worker, started_at, ended_at, outcome, error from agentflow.job_attempts"
-        " where job_id = %s order by fence",
-        (job_id,),
+        "select a.fence, a.attempt, a.worker, a.started_at, a.ended_at, a.outcome, a.error from agentflow.job_attempts a"
+        " join agentflow.jobs j on j.id = a.job_id where j.id = %(id)s"
+        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s) order by a.fence",
+        {"id": job_id, "organization": organization_id},
     ).fetchall()
     return [Attempt(*row) for row in rows]
 
 
-def children(conn: Connection, job_id: UUID) -> list[Job]:
+def children(conn: Connection, job_id: UUID, organization_id: int | None = EVERY_ORGANIZATION) -> list[Job]:
     rows = conn.execute(
-        f"select {JOB_COLUMNS} from agentflow.jobs j where j.parent_id = %s order by j.id",  # noqa: S608
-        (job_id,),
+        f"select {JOB_COLUMNS} from agentflow.jobs j where j.parent_id = %(id)s"  # noqa: S608 - constants
+        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s) order by j.id",
+        {"id": job_id, "organization": organization_id},
     ).fetchall()
     return [job_from_row(row) for row in rows]
 
@@ -88,6 +90,7 @@ def cancel(conn: Connection, organization_id: int, job_id: UUID) -> tuple[State 
 
 
 def rings_for(conn: Connection, ids: list[UUID]) -> list[Ring]:
+    """Of ids that a transition answered; the next in line of a key may be another organization's job."""
     if not ids:
         return []
     rows = conn.execute("select id, queue, type, priority from agentflow.jobs where id = any (%s)", (ids,)).fetchall()
@@ -120,8 +123,8 @@ def _with_the_rest(conn: Connection, job: Job, prepared: Prepared) -> Prepared:
     """The key and the `then` jobs of the old row, the latter with new ids."""
     row = conn.execute(
         "select j.then_jobs, k.key, k.slots from agentflow.jobs j"
-        " left join agentflow.concurrency_keys k on k.key = j.concurrency_key where j.id = %s",
-        (job.id,),
+        " left join agentflow.concurrency_keys k on k.key = j.concurrency_key where j.id = %s and j.organization_id = %s",
+        (job.id, job.organization_id),
     ).fetchone()
     if row is None:
         raise InvalidJob("id", "the job was cleaned up meanwhile")
@@ -145,11 +148,13 @@ class Batch:
     cancelled: int
     created_at: datetime
     finished_at: datetime | None
+    callback_url: str | None
 
 
 def get_batch(conn: Connection, organization_id: int | None, batch_id: UUID) -> Batch | None:
     row = conn.execute(
-        "select id, total, succeeded, failed, cancelled, created_at, finished_at from agentflow.batches where id = %(id)s"
+        "select id, total, succeeded, failed, cancelled, created_at, finished_at, callback_url"
+        " from agentflow.batches where id = %(id)s"
         " and (%(organization)s::bigint is null or organization_id = %(organization)s)",
         {"id": batch_id, "organization": organization_id},
     ).fetchone()

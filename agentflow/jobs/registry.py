@@ -13,19 +13,26 @@ from typing import Any, Final, Protocol, TypeVar
 from pydantic import BaseModel
 
 from agentflow.jobs.model import Priority
+from agentflow.jobs.unique import Unique
 from agentflow.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class RetryClass:
-    """How often an attempt may fail. Back-off is 2, 4, 8, 16, 32 s … up to `cap_s`, with jitter."""
+    """How often an attempt may fail. Back-off is 2, 4, 8, 16, 32 s … up to `cap_s`, with jitter; or a ladder of its own."""
 
     name: str
     max_attempts: int
     cap_s: float = 300.0
+    ladder_s: tuple[float, ...] = ()
 
     def delay_s(self, attempt: int, jitter: float) -> float:
-        """Seconds until the next try after try number `attempt` (from 1); `jitter` is 0 to 1 and takes off up to a quarter."""
+        """Seconds until the next try after try number `attempt` (from 1); `jitter` is 0 to 1 and takes off up to a quarter.
+
+        A ladder's steps are promised to others: there it adds up to a tenth.
+        """
+        if self.ladder_s:
+            return float(self.ladder_s[min(attempt, len(self.ladder_s)) - 1] * (1 + jitter / 10))
         return float(min(self.cap_s, 2.0 ** min(attempt, 16)) * (1 - jitter / 4))
 
 
@@ -72,6 +79,7 @@ class JobType:
     concurrency: Callable[[Any], tuple[str, int] | None]
     process_limit: Callable[[Settings], int] | None
     rate: Rate | None
+    unique: Callable[[Any], Unique | None]
     repeatable: bool
     public: bool
     description: str
@@ -99,6 +107,7 @@ def job(
     concurrency: Callable[[P], tuple[str, int] | None] = lambda _: None,
     process_limit: Callable[[Settings], int] | None = None,
     rate: Rate | None = None,
+    unique: Callable[[P], Unique | None] = lambda _: None,
     repeatable: bool = True,
     public: bool = True,
 ) -> Callable[[Callable[[Any, P], Any]], Callable[[Any, P], Any]]:
@@ -118,6 +127,7 @@ def job(
             concurrency=concurrency,
             process_limit=process_limit,
             rate=rate,
+            unique=unique,
             repeatable=repeatable,
             public=public,
             description=(function.__doc__ or "").strip().split("\n")[0],

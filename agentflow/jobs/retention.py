@@ -1,4 +1,4 @@
-"""Forgetting: ended jobs, idempotency keys, batches, workers' rows. In small batches, never what something open still needs."""
+"""Forgetting: ended jobs, idempotency and unique keys, batches, workers' rows. In small batches, never what is still needed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from agentflow.database import Connection
+from agentflow.jobs.unique import MAX_PERIOD_S
 
 BATCH: Final = 1000
 
@@ -65,10 +66,26 @@ def delete_idempotency_keys(conn: Connection, *, hours: float, limit: int = BATC
     ).rowcount
 
 
+def delete_unique_keys(conn: Connection, *, limit: int = BATCH) -> int:
+    """Keys whose longest period is over and whose job has ended or is gone."""
+    return conn.execute(
+        "with old as materialized (select u.organization_id, u.type, u.key from agentflow.unique_keys u"
+        " where u.accepted_at < clock_timestamp() - make_interval(secs => %s) and not exists (select from agentflow.jobs j"
+        " where j.id = u.job_id and j.organization_id = u.organization_id and j.state in ('queued', 'running'))"
+        " limit %s for update skip locked)"
+        " delete from agentflow.unique_keys k using old"
+        " where k.organization_id = old.organization_id and k.type = old.type and k.key = old.key",
+        (MAX_PERIOD_S, limit),
+    ).rowcount
+
+
 def delete_batches(conn: Connection, *, hours: float, limit: int = BATCH) -> int:
     return conn.execute(
         "with old as materialized (select id from agentflow.batches"
-        " where finished_at < clock_timestamp() - make_interval(secs => %s * 3600) limit %s for update skip locked)"
+        " where finished_at < clock_timestamp() - make_interval(secs => %s * 3600)"
+        # its callback may still have to be told
+        " and not exists (select from agentflow.jobs c where c.parent_id = batches.id and c.state in ('queued', 'running'))"
+        " limit %s for update skip locked)"
         " delete from agentflow.batches b using old where b.id = old.id",
         (hours, limit),
     ).rowcount

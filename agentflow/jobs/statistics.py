@@ -56,18 +56,24 @@ class Lately:
     ended: dict[str, int]
 
 
-def queues(conn: Connection) -> list[Queue]:
-    """Every known queue and every other one that holds something."""
+def queues(conn: Connection, organization_id: int | None = None) -> list[Queue]:
+    """Every known queue and every other one that holds something; jobs of one organization, or (None) of all."""
     waiting: dict[str, dict[str | None, tuple[int, float]]] = defaultdict(dict)
     for name, reason, number, age_s in conn.execute(
         "select queue, case when run_at <= statement_timestamp() and wait_reason is distinct from 'busy' then null"
         " else coalesce(wait_reason, 'scheduled') end, count(*),"
         " extract(epoch from statement_timestamp() - min(run_at))::float8"
-        " from agentflow.jobs where state = 'queued' group by 1, 2"
+        " from agentflow.jobs where state = 'queued'"
+        " and (%(organization)s::bigint is null or organization_id = %(organization)s) group by 1, 2",
+        {"organization": organization_id},
     ).fetchall():
         waiting[name][reason] = (number, age_s)
     running = dict(
-        conn.execute("select queue, count(*) from agentflow.jobs where state = 'running' group by 1").fetchall()
+        conn.execute(
+            "select queue, count(*) from agentflow.jobs where state = 'running'"
+            " and (%(organization)s::bigint is null or organization_id = %(organization)s) group by 1",
+            {"organization": organization_id},
+        ).fetchall()
     )
     names = list(dict.fromkeys([*QUEUES, *sorted(waiting), *sorted(running)]))
     windows = dict(conn.execute("select q, agentflow.window_1(q) from unnest(%s::text[]) q", (names,)).fetchall())

@@ -1,0 +1,153 @@
+"""Every statement that the product sends to Postgres in a test, and whether one on a tenant's table names its organization.
+
+Listens at the product's own connections, so that what the tests ask themselves is not meant. Processes that a test starts from
+`tests.job_types` write theirs to the folder that FOLDER names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from psycopg import sql
+
+from agentflow.database import BoundedConnection
+
+FOLDER: Final = "AGENTFLOW_TEST_STATEMENTS"
+
+#: What belongs to no organization, or says itself whose it is.
+SHARED: Final = frozenset({"organizations", "installation", "migrations", "workers", "concurrency_keys", "window_1"})
+
+#: Statements for all organizations at once, by a piece of their text (of functions without their version), each with its reason.
+SYSTEM_WIDE: Final[Mapping[str, str]] = {
+    "with locked as materialized ( select id from agentflow.jobs where id = any (%(ids)s)": (
+        "the claim: a message names a job's id, and a worker works for all"
+    ),
+    "from agentflow.claim_keyed_": "the same for jobs with a concurrency key",
+    "from agentflow.jobs j where j.id = any (%s) and j.worker = %s": "whether a claim whose COMMIT was lost was done",
+    "select * from agentflow.settle_": "the end of an attempt: by id, fence and worker, which only the claim's holder has",
+    "select a.job_id, a.fence from agentflow.job_attempts a join unnest": "whether a finish whose COMMIT was lost was done",
+    "select * from agentflow.heartbeat_": "the leases of a worker's jobs, by worker, id and fence",
+    "select * from agentflow.rescue_": "rescue: leases that ran out, whoever's they are",
+    "select * from agentflow.relay_": "the relay: fair among all organizations",
+    "from agentflow.poll_": "polling without a broker: the relay and the claim in one, for all",
+    "with locked as materialized (select id from agentflow.jobs where id = any (%s)": "a ring that is taken back, by ids",
+    "with picked as materialized (select id from agentflow.jobs where state = 'queued' and sent_at": "a broker was emptied",
+    "with recursive organizations as (": "retention of jobs, by organization inside",
+    "with old as materialized (select organization_id, key from agentflow.idempotency_keys": "retention of idempotency keys",
+    "with old as materialized (select u.organization_id, u.type": "retention of unique keys",
+    "with old as materialized (select id from agentflow.batches": "retention of batches",
+    "delete from agentflow.workers w": "retention of workers' rows, not while one holds a job",
+    "select count(*) filter (where id >= ": "what was done lately, for the operator and the metrics",
+    "from agentflow.jobs j where true": "the operator's list of all jobs",
+    "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
+}
+
+#: The same, and needed while a request of an organization's key is answered.
+IN_REQUESTS: Final[Mapping[str, str]] = {
+    "select * from agentflow.cancel_": "takes the organization as its first argument",
+    "select id, queue, type, priority from agentflow.jobs where id = any (%s)": (
+        "whom to ring after a transition: the next in line of a type's key may be another's job"
+    ),
+    "select k.hash, k.id, k.organization_id": "whose key this is: the organization is the answer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    text: str
+    values: tuple[Any, ...]
+    named: Mapping[str, Any]
+    acting_for: int | None  # the organization of the request's key; None: the operator, or no request
+
+
+def normalized(query: Any) -> str:
+    if isinstance(query, sql.Composable):
+        query = query.as_string()
+    text = query.decode() if isinstance(query, bytes) else str(query)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def tables_of(text: str) -> set[str]:
+    """Tenants' tables, and functions on them, that a statement names."""
+    return set(re.findall(r"agentflow\.(\w+)", text)) - SHARED
+
+
+_GIVEN: Final = re.compile(r"organization_id = (%\(\w+\)s|%s)")
+_WRITTEN: Final = re.compile(r"insert into agentflow\.\w+( as \w+)? \([^)]*\borganization_id\b")
+
+
+def reason_of(text: str, *, in_request: bool) -> str | None:
+    """Why a statement may be for all; None: it may not."""
+    allowed = IN_REQUESTS if in_request else {**SYSTEM_WIDE, **IN_REQUESTS}
+    return next((reason for piece, reason in allowed.items() if piece in text), None)
+
+
+def problem_of(statement: Statement) -> str | None:
+    """What is wrong with a statement; None: nothing."""
+    text = statement.text
+    if not tables_of(text):
+        return None
+    acting_for = statement.acting_for
+    if not (_GIVEN.search(text) or _WRITTEN.search(text)):
+        if reason_of(text, in_request=acting_for is not None) is None:
+            return f"names no organization, nor does tests/statements.py say why it needs none: {text[:400]}"
+        return None
+    given = [value for name, value in statement.named.items() if name == "organization"] or statement.values
+    if acting_for is not None and acting_for not in given:
+        return f"is not for organization {acting_for}, whose key came with the request: {text[:400]}"
+    return None
+
+
+class Recorder:
+    """Remembers each text once, and every problem."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.texts: set[str] = set()
+        self.problems: list[str] = []
+        self._folder = folder
+        self._lock = threading.Lock()
+
+    def note(self, query: Any, parameters: Any) -> None:
+        text = normalized(query)
+        named = parameters if isinstance(parameters, Mapping) else {}
+        values = tuple(parameters) if isinstance(parameters, Sequence) and not isinstance(parameters, str) else ()
+        problem = problem_of(Statement(text, values, named, _acting_for()))
+        with self._lock:
+            self.texts.add(text)
+            if problem is not None:
+                self.problems.append(problem)
+                if self._folder is not None:
+                    with (self._folder / f"{os.getpid()}.txt").open("a") as file:
+                        file.write(problem + "\n")
+
+
+def _acting_for() -> int | None:
+    flask = sys.modules.get("flask")  # a worker has none, and should not grow by being listened to
+    if flask is None or not flask.has_request_context():
+        return None
+    caller = flask.g.get("caller")
+    return caller.sees if caller is not None and "admin" not in caller.scopes else None
+
+
+def install(recorder: Recorder) -> None:
+    """From now on the product's connections in this process tell the recorder."""
+    original = BoundedConnection.execute
+
+    def execute(self: BoundedConnection, query: Any, params: Any = None, **more: Any) -> Any:
+        recorder.note(query, params)
+        return original(self, query, params, **more)
+
+    BoundedConnection.execute = execute  # type: ignore[method-assign]
+
+
+def install_in_a_process_of_a_test() -> None:
+    if folder := os.environ.get(FOLDER):
+        Path(folder).mkdir(exist_ok=True)
+        install(Recorder(Path(folder)))
