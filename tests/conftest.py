@@ -18,6 +18,7 @@ from agentflow.settings import Settings
 from agentflow.system import System
 
 # Here and not in the modules that use them: imported there, each module would get a node of its own.
+from tests.connection_support import authority, names, said, servers, stranger  # noqa: F401
 from tests.rabbitmq import rabbitmq, rabbitmq_node  # noqa: F401
 
 _numbers = itertools.count(1)
