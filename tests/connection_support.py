@@ -157,7 +157,12 @@ def reach(system: System, kind: str) -> None:
         finally:
             client.close()
     else:
-        broker_of(system).check(8.0)
+        broker = broker_of(system)
+        broker.publishing.start()
+        eventually(lambda: broker.publishing.ready.is_set() or broker.presence.away)
+        if broker.presence.away:  # `check` would wait for the next attempt
+            raise ConnectionError(broker.presence.last_error)
+        broker.check(8.0)
 
 
 def reachable(system: System, kind: str) -> bool:
