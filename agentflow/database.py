@@ -220,10 +220,12 @@ def _refuse_closed(conn: BoundedConnection) -> None:
         raise psycopg.OperationalError("the server closed the connection while it was idle")
 
 
-def connect_once(url: str, *, application_name: str, trust: Trust, variable: str) -> BoundedConnection:
+def connect_once(
+    url: str, *, application_name: str, trust: Trust, variable: str, connect_timeout_s: float = CONNECT_TIMEOUT_S
+) -> BoundedConnection:
     """A connection for statements that may take hours, such as migrations."""
     presence = Presence("Postgres", variable=variable, where=_where(url, trust))
-    given = options(application_name=application_name)
+    given = {**options(application_name=application_name), "connect_timeout": max(2, round(connect_timeout_s))}
     return BoundedConnection.connect(url, presence=presence, trust=trust, answer_timeout_s=_HOURS_S, **given)
 
 

@@ -45,7 +45,7 @@ class Presence:
         self.server = server
         self.variable = variable
         self.last_error: str | None = None
-        self._where = where or {}
+        self.where = where or {}
         self._on_change = on_change
         self._on_retry = on_retry
         self._lock = threading.Lock()
@@ -88,7 +88,7 @@ class Presence:
                     seconds = round(time.monotonic() - self._since, 1)
                     news = {"away_s": seconds, "suppressed_errors": max(0, self._errors - 1)}
                 self._attempts = self._errors = 0
-                logger.info(f"{self.server} connection ready", host=self._where.get("host"), **news)
+                logger.info(f"{self.server} connection ready", host=self.where.get("host"), **news)
         if ready:
             self._on_change(True)
 
@@ -106,7 +106,7 @@ class Presence:
             pause_s = min(most_s, _FIRST_PAUSE_S * 2.0 ** min(self._attempts, 12))
             self._next_at = time.monotonic() + pause_s * random.uniform(0.7, 1.0)
             kind = re.sub(r"\W*\d[\w.:]*", "", why)  # without addresses, ports and times
-            told = {"variable": self.variable, "host": self._where.get("host"), "error": why}
+            told = {"variable": self.variable, "host": self.where.get("host"), "error": why}
             if first:
                 self._since = time.monotonic()
                 self._reasons = {kind}
@@ -127,4 +127,4 @@ class Presence:
         """At the first use and not when it is made: that may be before there is a log, and before a fork."""
         if not self._said_url:
             self._said_url = True
-            logger.info(f"{self.server} URL constructed", variable=self.variable, **self._where)
+            logger.info(f"{self.server} URL constructed", variable=self.variable, **self.where)

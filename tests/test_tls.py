@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from agentflow import database, settings, tls
+from agentflow.cli import checkup
 from agentflow.settings import SettingsError
 from agentflow.system import System
 from agentflow.tls import Trust
@@ -196,6 +197,32 @@ def test_a_server_with_a_public_name_is_verified_and_one_of_a_private_network_ne
     monkeypatch.delenv("PGSSLMODE", raising=False)
 
     assert Trust().postgres(f"postgresql://{where}").get("sslmode") == mode
+
+
+def test_doctor_says_what_tls_each_connection_uses(
+    environment: dict[str, str], servers: Servers, authority: Authority, stranger: Authority
+) -> None:
+    with servers.behind(tls=authority.server(HOST)):
+        system = started_system(environment, servers, TLS_CA_FILE=str(authority.file))
+        for look, found in (
+            (checkup._database, "TLS verified (sslmode=verify-full)"),
+            (checkup._redis, "TLS verified"),
+            (checkup._rabbitmq, "TLS verified"),
+        ):
+            said = look(system)
+            assert isinstance(said, str) and found in said
+        system.close()
+    with servers.behind(tls=stranger.server(HOST)):
+        system = started_system(environment, servers, TLS_CA_FILE=str(authority.file))
+        for look in (checkup._database, checkup._redis, checkup._rabbitmq):
+            with pytest.raises(checkup.Wrong, match="TLS: .*certificate") as wrong:
+                look(system)
+            assert "TLS_CA_FILE" in wrong.value.advice
+        system.close()
+        system = started_system(environment, servers, TLS_VERIFY="false")
+        remark = checkup._database(system)
+        assert isinstance(remark, checkup.Remark) and "TLS not verified (sslmode=require)" in remark.found
+        system.close()
 
 
 def test_a_file_without_certificates_stops_the_process_and_names_the_setting(tmp_path: Path) -> None:
