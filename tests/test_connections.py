@@ -247,6 +247,12 @@ def lines_of(process: Process, event: str) -> list[str]:
     return [line for line in process.text().splitlines() if f'"event": "{event}"' in line]
 
 
+def ask_how_it_is(environment: dict[str, str]) -> bool:
+    """As the platform does every few seconds, which has each connection looked at."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{environment['PORT']}/health", timeout=10) as answer:
+        return bool(answer.status == 200)
+
+
 @pytest.mark.long
 def test_a_worker_whose_connections_were_all_forgotten_goes_on(
     quick: dict[str, str], system: System, database_url: str, servers: Servers, tmp_path: Path
@@ -274,14 +280,15 @@ def test_an_outage_of_everything_is_a_handful_of_lines(
         before = len(process.text().splitlines())
         for middleman in servers.middlemen.values():
             middleman.refuse()
-        for _ in range(20):  # seconds, in which the platform asks how it is
-            urllib.request.urlopen(f"http://127.0.0.1:{quick['PORT']}/health", timeout=10).close()
+        for _ in range(20):
+            ask_how_it_is(quick)
             time.sleep(1)
         attempts = [middleman.accepted for middleman in servers.middlemen.values()]
         for middleman in servers.middlemen.values():
             middleman.listen()
         for kind in KINDS:
-            eventually(lambda kind=kind: len(lines_of(process, f"{kind} connection ready")) >= 2 or None)
+            again = f"{kind} connection ready"
+            eventually(lambda again=again: ask_how_it_is(quick) and len(lines_of(process, again)) == 2, every_s=0.5)
         jobs += [system.submit(1, NewJob("ping", {})).job for _ in range(5)]
         eventually(lambda: done(database_url, jobs))
         news = process.text().splitlines()[before:]

@@ -215,7 +215,7 @@ def test_doctor_says_what_tls_each_connection_uses(
     with servers.behind(tls=stranger.server(HOST)):
         system = started_system(environment, servers, TLS_CA_FILE=str(authority.file))
         for look in (checkup._database, checkup._redis, checkup._rabbitmq):
-            with pytest.raises(checkup.Wrong, match="TLS: .*certificate") as wrong:
+            with pytest.raises(checkup.Wrong, match=r"TLS: .*certificate") as wrong:
                 look(system)
             assert "TLS_CA_FILE" in wrong.value.advice
         system.close()
