@@ -224,6 +224,14 @@ def quick(environment: dict[str, str], servers: Servers) -> Iterator[dict[str, s
         }
 
 
+@pytest.fixture
+def near(environment: dict[str, str], rabbitmq: Node) -> Iterator[System]:
+    """The same system, past the middlemen."""
+    system = System.start(settings.load({**environment, "RABBITMQ_URL": rabbitmq.url}), "test")
+    yield system
+    system.close()
+
+
 def done(url: str, jobs: list[Job]) -> bool:
     """Asked past the middlemen."""
     with psycopg.connect(url, autocommit=True) as conn:
@@ -255,7 +263,7 @@ def ask_how_it_is(environment: dict[str, str]) -> bool:
 
 @pytest.mark.long
 def test_a_worker_whose_connections_were_all_forgotten_goes_on(
-    quick: dict[str, str], system: System, database_url: str, servers: Servers, tmp_path: Path
+    quick: dict[str, str], near: System, database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
     with worker(quick, tmp_path / "worker.log") as process:
         far = System(settings.load(quick), "test")
@@ -264,7 +272,7 @@ def test_a_worker_whose_connections_were_all_forgotten_goes_on(
         for middleman in servers.middlemen.values():
             middleman.forget()
         # Past the middlemen: by the forgotten pool it would wait for its answer.
-        jobs += [system.submit(1, NewJob("ping", {"sleep_ms": 50})).job for _ in range(10)]
+        jobs += [near.submit(1, NewJob("ping", {"sleep_ms": 50})).job for _ in range(10)]
         eventually(lambda: done(database_url, jobs), within_s=120)
         far.close()
         assert process.popen.poll() is None
@@ -272,10 +280,10 @@ def test_a_worker_whose_connections_were_all_forgotten_goes_on(
 
 
 def test_an_outage_of_everything_is_a_handful_of_lines(
-    quick: dict[str, str], system: System, database_url: str, servers: Servers, tmp_path: Path
+    quick: dict[str, str], near: System, database_url: str, servers: Servers, tmp_path: Path
 ) -> None:
     with worker(quick, tmp_path / "worker.log") as process:
-        jobs = [system.submit(1, NewJob("ping", {})).job for _ in range(5)]
+        jobs = [near.submit(1, NewJob("ping", {})).job for _ in range(5)]
         eventually(lambda: done(database_url, jobs))
         before = len(process.text().splitlines())
         for middleman in servers.middlemen.values():
@@ -289,7 +297,7 @@ def test_an_outage_of_everything_is_a_handful_of_lines(
         for kind in KINDS:
             again = f"{kind} connection ready"
             eventually(lambda again=again: ask_how_it_is(quick) and len(lines_of(process, again)) == 2, every_s=0.5)
-        jobs += [system.submit(1, NewJob("ping", {})).job for _ in range(5)]
+        jobs += [near.submit(1, NewJob("ping", {})).job for _ in range(5)]
         eventually(lambda: done(database_url, jobs))
         news = process.text().splitlines()[before:]
         for middleman, accepted in zip(servers.middlemen.values(), attempts, strict=True):
