@@ -45,6 +45,7 @@ class Presence:
         self.server = server
         self.variable = variable
         self.last_error: str | None = None
+        self.quiet = False  # for who says himself what came of it
         self.where = where or {}
         self._on_change = on_change
         self._on_retry = on_retry
@@ -88,7 +89,7 @@ class Presence:
                     seconds = round(time.monotonic() - self._since, 1)
                     news = {"away_s": seconds, "suppressed_errors": max(0, self._errors - 1)}
                 self._attempts = self._errors = 0
-                logger.info(f"{self.server} connection ready", host=self.where.get("host"), **news)
+                self._say(logger.info, f"{self.server} connection ready", host=self.where.get("host"), **news)
         if ready:
             self._on_change(True)
 
@@ -111,10 +112,10 @@ class Presence:
                 self._since = time.monotonic()
                 self._reasons = {kind}
                 said = "connection lost" if self._was_there else "cannot be reached"
-                logger.warning(f"{self.server} {said}", **told)
+                self._say(logger.warning, f"{self.server} {said}", **told)
             elif kind not in self._reasons and len(self._reasons) <= _MORE_REASONS:
                 self._reasons.add(kind)
-                logger.warning(f"{self.server} is still away, for another reason", **told)
+                self._say(logger.warning, f"{self.server} is still away, for another reason", **told)
         if first:
             self._on_change(False)
 
@@ -127,4 +128,8 @@ class Presence:
         """At the first use and not when it is made: that may be before there is a log, and before a fork."""
         if not self._said_url:
             self._said_url = True
-            logger.info(f"{self.server} URL constructed", variable=self.variable, **self.where)
+            self._say(logger.info, f"{self.server} URL constructed", variable=self.variable, **self.where)
+
+    def _say(self, log_it: Callable[..., Any], event: str, **fields: Any) -> None:
+        if not self.quiet:
+            log_it(event, **fields)
