@@ -469,7 +469,7 @@ def test_a_connection_left_with_a_server_that_became_read_only_is_given_up(
     assert ours.closed
 
     conn.execute(f"alter database {name} set default_transaction_read_only = on".encode())
-    with pytest.raises(Unavailable, match="^the server takes no writes"):
+    with pytest.raises(Unavailable, match=r"^the server takes no writes"):
         System(system.settings, "another").database.connect()  # which knows nothing of an outage yet
     conn.execute("set default_transaction_read_only = off")
     conn.execute(f"alter database {name} reset default_transaction_read_only".encode())
