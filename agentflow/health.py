@@ -20,7 +20,6 @@ import psycopg
 import redis
 
 from agentflow import log, metrics, schema
-from agentflow.broker import redis as redis_broker
 from agentflow.database import Unavailable
 
 if TYPE_CHECKING:
@@ -153,9 +152,7 @@ class Health:
         if system is None:
             return
         if self._redis is None:
-            self._redis = redis_broker.connect(
-                system.redis_url, connect_timeout_s=PATIENCE_S, client_name="health", answer_timeout_s=PATIENCE_S
-            )
+            self._redis = system.redis_client(PATIENCE_S, PATIENCE_S, "health")
         try:
             self._redis.ping()
         except redis.RedisError:

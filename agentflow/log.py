@@ -15,7 +15,19 @@ _NOISY = {
     "httpx2": logging.WARNING,
     "httpcore2": logging.WARNING,
     "apscheduler": logging.WARNING,
+    "psycopg.pool": logging.CRITICAL,  # each attempt to connect; agentflow/presence.py says it once
 }
+
+# Until `configure`, in commands that never call it and in programs that import us: warnings only, and not on stdout.
+structlog.configure(
+    processors=[
+        structlog.stdlib.filter_by_level,
+        structlog.stdlib.add_log_level,
+        structlog.dev.ConsoleRenderer(colors=False),
+    ],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+    wrapper_class=structlog.stdlib.BoundLogger,
+)
 
 
 def configure(settings: Settings, process: str) -> None:

@@ -18,7 +18,9 @@ from urllib.parse import quote, urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from agentflow import tls
 from agentflow.embedded import default_home
+from agentflow.tls import Trust
 
 
 class SettingsError(Exception):
@@ -69,6 +71,12 @@ class Settings(BaseModel):
     redis_port: Annotated[int, Field(ge=1, le=65535)] = Field(6379, description="See `REDIS_HOST`")
     redis_db: Annotated[int, Field(ge=0)] = Field(0, description="See `REDIS_HOST`")
     redis_connect_timeout: Seconds = Field(30.0, description="Seconds until a connection to Redis is given up")
+    tls_ca_file: SecretStr | None = Field(
+        None, description="Certificates of your own authorities (a PEM file, or its text), trusted beside the system's"
+    )
+    tls_verify: bool = Field(
+        True, description="`false`: believe any certificate of Postgres, Redis and RabbitMQ; the log complains"
+    )
     storage_url: str | None = Field(
         None,
         description="Where files live: `file:///folder` (default: in the home) or `s3://bucket/prefix` with `AWS_*`",
@@ -140,6 +148,12 @@ class Settings(BaseModel):
         return self.redis_url is None
 
     @property
+    def trust(self) -> Trust:
+        """Whose certificates are believed."""
+        text = tls.authorities(self.tls_ca_file.get_secret_value()) if self.tls_ca_file else None
+        return Trust(text, self.tls_verify, self.agentflow_home)
+
+    @property
     def link_secret(self) -> bytes | None:
         """The key material of ENCRYPTION_KEY, 32 bytes."""
         return encryption_key_bytes(self.encryption_key.get_secret_value()) if self.encryption_key else None
@@ -159,6 +173,11 @@ class Settings(BaseModel):
                 raise SettingsError(name.upper(), f"must begin with {' or '.join(s + '://' for s in schemes)}")
         if self.rabbitmq_url is not None and not urlsplit(self.rabbitmq_url.get_secret_value()).hostname:
             raise SettingsError("RABBITMQ_URL", "names no host; it looks like amqps://user:password@host/vhost")
+        if self.tls_ca_file is not None:
+            try:
+                tls.authorities(self.tls_ca_file.get_secret_value())
+            except ValueError as error:
+                raise SettingsError("TLS_CA_FILE", str(error)) from None
         for entry in self.fetch_allow:
             host, _, port = entry.rpartition(":")
             if not host or not port.isdigit():
@@ -183,6 +202,12 @@ class Settings(BaseModel):
             value = getattr(self, name)
             if not low <= value <= high:
                 said.append(f"{name.upper()}={value:g} is outside the sensible range {low:g} to {high:g}: {why}")
+        if not self.tls_verify:
+            said.append("TLS_VERIFY is off: whoever stands on the way to a server may read and change what is said")
+        for name in ("database_url", "direct_database_url", "redis_url", "rabbitmq_url"):
+            url = getattr(self, name)
+            if url is not None and (sentence := tls.unverified(name.upper(), url.get_secret_value())):
+                said.append(sentence)
         return said
 
 

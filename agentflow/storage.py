@@ -23,6 +23,8 @@ import obstore
 from obstore.exceptions import BaseError as ObstoreError
 from obstore.store import LocalStore, from_url
 
+from agentflow import USER_AGENT
+
 if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
@@ -381,6 +383,7 @@ def _client_options() -> ClientConfig:
         "connect_timeout": CONNECT_TIMEOUT,
         "read_timeout": READ_TIMEOUT,
         "timeout": WHOLE_TIMEOUT,
+        "user_agent": USER_AGENT,
     }
     if endpoint.startswith("http://"):  # an operator who writes http:// means it (MinIO next door)
         options["allow_http"] = True

@@ -17,7 +17,7 @@ from uuid import UUID
 import redis
 from dramatiq.middleware import Middleware
 
-from agentflow import embedded, log, schema
+from agentflow import embedded, log, metrics, schema
 from agentflow.broker import BellBroker, Doorbell, RabbitBroker
 from agentflow.broker import redis as redis_broker
 from agentflow.database import Connection, Database, Unavailable
@@ -26,6 +26,7 @@ from agentflow.jobs.intake import NewJob, Prepared, Submitted
 from agentflow.jobs.model import Job, Ring, State
 from agentflow.links import Links
 from agentflow.live import Live
+from agentflow.presence import Presence
 from agentflow.publisher import Publisher
 from agentflow.secrets import Sealer
 from agentflow.settings import Settings
@@ -115,6 +116,7 @@ class System:
             application_name=self.application_name,
             pool_size=self.settings.database_pool_size,
             direct=self.settings.embedded_database,
+            trust=self.settings.trust,
         )
 
     @cached_property
@@ -135,6 +137,7 @@ class System:
             middleware=middleware,
             client_name=self.application_name,
             quorum=settings.rabbitmq_quorum,
+            trust=settings.trust,
         )
 
     def ring_everything_again(self) -> None:
@@ -161,20 +164,31 @@ class System:
         except Unavailable:
             return False
 
-    def redis_client(self, answer_timeout_s: float = 10.0) -> redis.Redis:
+    @cached_property
+    def redis_presence(self) -> Presence:
+        return redis_broker.presence_of(
+            self.redis_url,
+            self.settings.trust,
+            on_change=metrics.redis_connected,
+            on_retry=metrics.redis_reconnect,
+        )
+
+    def redis_client(
+        self, answer_timeout_s: float = 10.0, connect_timeout_s: float | None = None, purpose: str = ""
+    ) -> redis.Redis:
         return redis_broker.connect(
             self.redis_url,
-            connect_timeout_s=self.settings.redis_connect_timeout,
-            client_name=self.application_name,
+            connect_timeout_s=connect_timeout_s or self.settings.redis_connect_timeout,
+            client_name=f"{self.application_name} {purpose}".strip(),
             answer_timeout_s=answer_timeout_s,
+            presence=self.redis_presence,
+            trust=self.settings.trust,
         )
 
     @cached_property
     def live(self) -> Live:
         # Of their own and quick to give up: a status request must not hang on Redis. Waiting blocks for up to 5 s.
-        client = redis_broker.connect(
-            self.redis_url, connect_timeout_s=2.0, client_name=self.application_name, answer_timeout_s=2.0
-        )
+        client = self.redis_client(answer_timeout_s=2.0, connect_timeout_s=2.0)
         return Live(client, self.redis_client(answer_timeout_s=10.0), prefix=self.settings.job_queue_name)
 
     @cached_property

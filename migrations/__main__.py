@@ -7,6 +7,8 @@ import sys
 import psycopg
 
 from agentflow import embedded, schema, settings
+from agentflow.database import connect_once
+from agentflow.settings import Settings
 
 
 def main() -> int:
@@ -17,17 +19,18 @@ def main() -> int:
     try:
         if read.embedded_database:
             with embedded.join(read.agentflow_home) as joined:
-                return _migrate(joined.database_url)
+                return _migrate(joined.database_url, read)
         url = read.direct_database_url or read.database_url
         assert url is not None  # noqa: S101 - not embedded
-        return _migrate(url.get_secret_value())
+        return _migrate(url.get_secret_value(), read)
     except embedded.EmbeddedError as error:
         return _fail(str(error), 3)
 
 
-def _migrate(url: str) -> int:
+def _migrate(url: str, read: Settings) -> int:
+    variable = "DIRECT_DATABASE_URL" if read.direct_database_url else "DATABASE_URL"
     try:
-        with psycopg.connect(url, autocommit=True, prepare_threshold=None, connect_timeout=10) as conn:
+        with connect_once(url, application_name="agentflow migrations", trust=read.trust, variable=variable) as conn:
             applied = schema.migrate(conn, say=lambda name: print(f"applied {name}"))
     except schema.SchemaError as error:
         return _fail(str(error), 1)

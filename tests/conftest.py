@@ -19,6 +19,7 @@ from agentflow.system import System
 from tests import statements
 
 # Here and not in the modules that use them: imported there, each module would get a node of its own.
+from tests.connection_support import authority, names, said, servers, stranger  # noqa: F401
 from tests.rabbitmq import rabbitmq, rabbitmq_node  # noqa: F401
 
 _numbers = itertools.count(1)

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentflow import USER_AGENT
 from agentflow import storage as storage_module
 from agentflow.storage import NotStored, Storage, StorageError
 
@@ -262,6 +263,12 @@ def test_a_folder_is_listed_and_deleted_without_its_neighbours(storage: Storage)
     assert sorted(stored.key for stored in storage.list()) == ["ab/3", "c"]
     with pytest.raises(ValueError, match="key"):
         storage.delete_prefix("")
+
+
+def test_a_bucket_is_told_who_asks(s3: Storage, s3_server: Server) -> None:
+    s3.put_bytes("a", b"x")
+
+    assert {request.headers["user-agent"] for request in s3_server.requests} == {USER_AGENT}
 
 
 def test_a_folder_in_a_bucket_is_deleted_in_one_request(s3: Storage, s3_server: Server) -> None:

@@ -5,7 +5,9 @@ Builds on private names of pika 1.4.4 (`_terminate_stream`, `_transport`): pinne
 
 from __future__ import annotations
 
+import copy
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +16,11 @@ from typing import Any, Final
 import pika
 from pika.adapters.select_connection import IOLoop, SelectConnection
 from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowFailed
+from pika.exceptions import ProbableAccessDeniedError, ProbableAuthenticationError
 
-from agentflow import log
+from agentflow import log, network, tls
+from agentflow.presence import REFUSED_MOST_S, Presence
+from agentflow.tls import Trust
 
 #: A frozen peer is noticed after 15 to 30 s (pika looks every heartbeat + 5 s), sooner where an answer is waited for.
 HEARTBEAT_S: Final = 10
@@ -30,17 +35,28 @@ _SHORT_LIFE_S: Final = 5.0
 logger = log.get(__name__)
 
 
-def parameters_of(url: str, client_name: str) -> Any:
-    """Pika's parameters for `url`, with every wait bounded. TLS (`amqps://`) is verified by the system's authorities."""
+def parameters_of(url: str, client_name: str, trust: Trust | None = None) -> Any:
+    """Pika's parameters for `url`, with every wait bounded; TLS as Trust has it, or `ssl_options` in `url`."""
     parameters = pika.URLParameters(url)
+    if parameters.ssl_options is not None and "ssl_options=" not in url:
+        parameters.ssl_options = pika.SSLOptions((trust or Trust()).context(), parameters.host)
     parameters.heartbeat = HEARTBEAT_S
     parameters.blocked_connection_timeout = BLOCKED_S
     parameters.socket_timeout = CONNECT_S
     parameters.stack_timeout = HANDSHAKE_S
     parameters.connection_attempts = 1  # the back-off is ours
-    parameters.tcp_options = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+    parameters.tcp_options = dict(network.KEEPALIVE)
     parameters.client_properties = {"connection_name": client_name}
     return parameters
+
+
+def presence_of(parameters: Any) -> Presence:
+    """For all connections of a process to the server of these parameters."""
+    encrypted = "none"
+    if (options := parameters.ssl_options) is not None:
+        encrypted = "not verified" if options.context.verify_mode == ssl.CERT_NONE else "verified"
+    where = {"host": parameters.host, "port": parameters.port, "vhost": parameters.virtual_host, "tls": encrypted}
+    return Presence("RabbitMQ", variable="RABBITMQ_URL", where=where)
 
 
 class Link:
@@ -50,8 +66,9 @@ class Link:
     the first use, so that it belongs to this side of a fork.
     """
 
-    def __init__(self, parameters: Any, purpose: str) -> None:
+    def __init__(self, parameters: Any, purpose: str, presence: Presence | None = None) -> None:
         self.purpose = purpose
+        self.presence = presence or presence_of(parameters)
         self.ready = threading.Event()
         self.last_error: str | None = None
         self.reconnects = 0
@@ -100,10 +117,7 @@ class Link:
         """The connection is gone, or could not be made."""
 
     def is_ready(self) -> None:
-        if self.failures or not self._was_ready:
-            logger.info(
-                "RabbitMQ connection ready", link=self.purpose, host=self._parameters.host, failures=self.failures
-            )
+        self.presence.came(self.purpose)
         if self._was_ready and self.failures:
             self.reconnects += 1
         self.failures, self._was_ready = 0, True
@@ -137,25 +151,29 @@ class Link:
                 return
             self.last_error = why = describe(error)
             self.failures += 1
-            if self.failures == 1:
-                said = "RabbitMQ connection lost" if self._was_ready else "RabbitMQ cannot be reached"
-                logger.warning(said, link=self.purpose, host=self._parameters.host, error=why)
+            refused = _refused(error)
+            self.presence.failed(why, self.purpose, refused=refused)
             self.lost(why)
-            most_s = min(_BACKOFF_MOST_S, 0.05 * 2.0 ** min(max(self.failures, short_lives), 10))
+            most_s = REFUSED_MOST_S if refused and self.failures > 1 else _BACKOFF_MOST_S
+            most_s = min(most_s, 0.05 * 2.0 ** min(max(self.failures, short_lives), 10))
             self._closing.wait(most_s * random.uniform(0.5, 1.0))
 
     def _live(self) -> BaseException | None:
         """Connect, and serve the connection until it ends. Returns why it did."""
         ended: list[BaseException] = []
-        ioloop = IOLoop()
 
         def end(_connection: Any, error: BaseException) -> None:
             ended.append(error)
             ioloop.stop()
 
         try:
+            parameters = self._to_an_address()
+        except OSError as error:
+            return error
+        ioloop = IOLoop()
+        try:
             self._connection = SelectConnection(
-                self._parameters,
+                parameters,
                 on_open_callback=self.opened,
                 on_open_error_callback=end,
                 on_close_callback=end,
@@ -178,11 +196,23 @@ class Link:
             ioloop.close()
         return ended[0] if ended else None
 
+    def _to_an_address(self) -> Any:
+        """Pika would give each address of a name the whole time limit, and the look-up none; another one after each failure."""
+        addresses = network.in_order(self._parameters.host, self._parameters.port, CONNECT_S)
+        chosen = copy.copy(self._parameters)
+        chosen.host = addresses[self.failures % len(addresses)]
+        return chosen
+
     def _say_goodbye(self) -> None:
         if self._connection is not None and self._connection.is_open:
             self._connection.close()
         elif self._ioloop is not None:
             self._ioloop.stop()
+
+
+def _refused(error: BaseException | None) -> bool:
+    """The password or the certificate, which does not pass by itself."""
+    return isinstance(_innermost(error), ssl.SSLError | ProbableAuthenticationError | ProbableAccessDeniedError)
 
 
 def _text(value: Any) -> str:
@@ -191,12 +221,19 @@ def _text(value: Any) -> str:
 
 def describe(error: BaseException | None) -> str:
     """What went wrong, from inside of pika's wrappers, in one line and without the URL."""
+    error = _innermost(error)
     if error is None:
         return "the connection ended"
-    while inner := _inside(error):
-        error = inner
+    if isinstance(error, ssl.SSLError):
+        return tls.reason(error)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _innermost(error: BaseException | None) -> BaseException | None:
+    while error is not None and (inner := _inside(error)):
+        error = inner
+    return error
 
 
 def _inside(error: BaseException) -> BaseException | None:

@@ -38,7 +38,6 @@ class Doorbell(Broker):
         self.on_connected: Callable[[str], None] = lambda _fingerprint: None
         self.on_emptied: Callable[[], None] = lambda: None
         self.on_ready: Callable[[], None] = lambda: None
-        self.on_reconnect: Callable[[], None] = lambda: None
 
     def declare_queues(self) -> None:
         for queue in QUEUES:

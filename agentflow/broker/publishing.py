@@ -13,6 +13,7 @@ from pika.spec import Basic
 from agentflow import log
 from agentflow.broker.amqp import Link
 from agentflow.broker.doorbell import BrokerAway
+from agentflow.presence import Presence
 
 logger = log.get(__name__)
 
@@ -50,9 +51,15 @@ class PublishingLink(Link):
     """
 
     def __init__(
-        self, parameters: Any, *, control: str, declare: Callable[[Any, str], None], missing: Callable[[str], None]
+        self,
+        parameters: Any,
+        presence: Presence,
+        *,
+        control: str,
+        declare: Callable[[Any, str], None],
+        missing: Callable[[str], None],
     ) -> None:
-        super().__init__(parameters, "publishing")
+        super().__init__(parameters, "publishing", presence)
         self.on_ready: Callable[[], None] = lambda: None
         self._control = control
         self._declare = declare

@@ -26,11 +26,13 @@ from dramatiq.middleware import Middleware
 from pika.exceptions import ChannelClosedByBroker
 
 from agentflow import log, metrics
-from agentflow.broker.amqp import Link, parameters_of
+from agentflow.broker.amqp import Link, parameters_of, presence_of
 from agentflow.broker.doorbell import Doorbell
 from agentflow.broker.message import DeliveredMessage, message_for, queue_name, read_message
 from agentflow.broker.publishing import Letter, PublishingLink
 from agentflow.jobs.model import QUEUES, Ring
+from agentflow.presence import Presence
+from agentflow.tls import Trust
 
 #: A quorum queue gives up a message that was delivered so often without an acknowledgement; the relay rings for its job.
 DELIVERY_LIMIT: Final = 20
@@ -47,21 +49,33 @@ class RabbitBroker(Doorbell):
     """Connects to nothing before its first use."""
 
     def __init__(
-        self, url: str, *, prefix: str, middleware: list[Middleware], client_name: str, quorum: bool = False
+        self,
+        url: str,
+        *,
+        prefix: str,
+        middleware: list[Middleware],
+        client_name: str,
+        quorum: bool = False,
+        trust: Trust | None = None,
     ) -> None:
         super().__init__(prefix=prefix, middleware=middleware)
         self.queues: set[str] = set()
         self.quorum = quorum
         self.saturated = False
         self.control = f"{prefix}.control"
-        self._parameters = parameters_of(url, client_name)
+        self._parameters = parameters_of(url, client_name, trust)
+        self.presence = presence_of(self._parameters)
         self._consumers: list[RabbitConsumer] = []
         self._stopped = False
         self.publishing = PublishingLink(
-            self._parameters, control=self.control, declare=self.declare_at, missing=self._found_missing
+            self._parameters,
+            self.presence,
+            control=self.control,
+            declare=self.declare_at,
+            missing=self._found_missing,
         )
         self.publishing.on_ready = lambda: self.on_ready()
-        self.consuming = ConsumingLink(self, self._parameters)
+        self.consuming = ConsumingLink(self, self._parameters, self.presence)
         self.declare_queues()
 
     # ---- names ----
@@ -358,8 +372,8 @@ class RabbitConsumer(Consumer):
 class ConsumingLink(Link):
     """One channel for all queues, and one for the control exchange's messages."""
 
-    def __init__(self, broker: RabbitBroker, parameters: Any) -> None:
-        super().__init__(parameters, "consuming")
+    def __init__(self, broker: RabbitBroker, parameters: Any, presence: Presence) -> None:
+        super().__init__(parameters, "consuming", presence)
         self.cluster = ""
         self._broker = broker
         self._channel: Any = None

@@ -8,10 +8,13 @@ Builds on private names of dramatiq 2.2.1 (`do_*`, `_RedisConsumer`'s protocol):
 
 from __future__ import annotations
 
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import redis
 from dramatiq.broker import Consumer, MessageProxy
@@ -21,26 +24,110 @@ from dramatiq.errors import ConnectionClosed, DecodeError
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware
 
-from agentflow import log
+from agentflow import log, network, tls
 from agentflow.broker.doorbell import Doorbell
 from agentflow.broker.message import DeliveredMessage, message_for, queue_name
 from agentflow.jobs.model import QUEUES, Ring
+from agentflow.presence import Presence
+from agentflow.tls import Trust
 
 CANCEL: Final = "!cancel"
+CONNECT_S: Final = 5.0
 _RECONNECT_S: Final = 1.0
 
 logger = log.get(__name__)
 
 
-def connect(url: str, *, connect_timeout_s: float, client_name: str, answer_timeout_s: float = 10.0) -> redis.Redis:
-    """A client that connects at its first use. redis-py's default of 5 s for an answer is made explicit."""
-    return redis.Redis.from_url(
+def connect(
+    url: str,
+    *,
+    connect_timeout_s: float,
+    client_name: str,
+    answer_timeout_s: float = 10.0,
+    presence: Presence | None = None,
+    trust: Trust | None = None,
+) -> redis.Redis:
+    """A client that connects at its first use, to whatever address of the name answers. Every wait has an end."""
+    trust = trust or Trust()
+    scheme = urlsplit(url).scheme
+    pool = redis.ConnectionPool.from_url(
         url,
+        connection_class=_KINDS[scheme],
+        presence=presence or presence_of(url, trust),
         socket_connect_timeout=connect_timeout_s,
         socket_timeout=answer_timeout_s,
         client_name=client_name.replace(" ", "-"),
         health_check_interval=30,
+        **(trust.redis() if scheme == "rediss" else {}),
     )
+    return redis.Redis.from_pool(pool)
+
+
+def presence_of(url: str, trust: Trust, **callbacks: Any) -> Presence:
+    """For all connections of a process to the server that `url` names."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        where: dict[str, Any] = {"host": "socket", "tls": "none"}
+    else:
+        verified = "verified" if trust.verify and not tls.unverified("", url) else "not verified"
+        encrypted = verified if parts.scheme == "rediss" else "none"
+        where = {"host": parts.hostname or "localhost", "port": parts.port or 6379, "tls": encrypted}
+    return Presence("Redis", variable="REDIS_URL", where=where, **callbacks)
+
+
+class _Watched(redis.connection.AbstractConnection):
+    """Connects when the server is not known to be away, and says how that went."""
+
+    def __init__(self, *, presence: Presence, **others: Any) -> None:
+        self.presence = presence
+        super().__init__(**others)
+
+    def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
+        if self._sock:
+            return
+        if why := self.presence.begin():
+            raise redis.ConnectionError(why)
+        try:
+            super().connect_check_health(check_health, retry_socket_connect)
+        except (redis.RedisError, OSError) as error:
+            cause = error.__context__ if isinstance(error.__context__, ssl.SSLError) else None
+            why = tls.reason(cause) if cause else str(error)
+            self.presence.failed(
+                why, refused=cause is not None or isinstance(error, redis.AuthenticationError | redis.ResponseError)
+            )
+            if cause:
+                raise redis.ConnectionError(f"{self.presence.variable}: {why}") from cause
+            raise
+        except BaseException:
+            self.presence.gave_up()
+            raise
+        self.presence.came()
+
+
+class _Tcp(redis.Connection):
+    def _connect(self) -> socket.socket:
+        sock = network.connect(self.host, self.port, float(self.socket_connect_timeout or CONNECT_S))
+        sock.settimeout(self.socket_timeout)
+        return sock
+
+
+class _TcpConnection(_Watched, _Tcp):
+    pass
+
+
+class _TlsConnection(_Watched, redis.SSLConnection, _Tcp):
+    """The last base is what SSLConnection finds when it asks for a socket to wrap."""
+
+
+class _SocketConnection(_Watched, redis.UnixDomainSocketConnection):
+    pass
+
+
+_KINDS: Final[dict[str, Any]] = {
+    "redis": _TcpConnection,
+    "rediss": _TlsConnection,
+    "unix": _SocketConnection,
+}
 
 
 class BellBroker(Doorbell, RedisBroker):
@@ -147,16 +234,12 @@ class BellBroker(Doorbell, RedisBroker):
                         elif message["type"] == "message":
                             self._heard(message["data"].decode())
             except redis.RedisError as error:
-                if self.connected or self.last_error is None:
-                    logger.warning("Redis connection lost", error=str(error))
                 self.connected, self.last_error = False, str(error)
                 self._closed.wait(_RECONNECT_S)
 
     def _connected_again(self) -> None:
         if self.last_error is not None and not self.connected:
             self.reconnects += 1
-            logger.info("Redis connection ready")
-            self.on_reconnect()
         self.connected = True
         # Whoever sets the mark is the first to see a server that is new, or was emptied: its messages are gone.
         if self.client.set(f"{self.namespace}:mark", self.broker_id, nx=True):

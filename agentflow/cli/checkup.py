@@ -26,15 +26,18 @@ from pydantic import SecretStr
 from rich.console import Console
 from rich.markup import escape
 
-from agentflow import embedded, schema, settings
+from agentflow import embedded, schema, settings, tls
 from agentflow.broker import RabbitBroker
+from agentflow.broker import redis as redis_broker
 from agentflow.cli import output, running
 from agentflow.cli.errors import WRONG, Failure, one_line
 from agentflow.cli.job_commands import unserved
+from agentflow.database import connect_once
 from agentflow.jobs import statistics
 from agentflow.settings import Settings
 from agentflow.storage import StorageError
 from agentflow.system import System
+from agentflow.tls import Trust
 
 _CONNECT_S: Final = 5.0
 _LITTLE_DISK: Final = 1_000_000_000
@@ -87,7 +90,7 @@ def doctor() -> None:
                 report.run("connections", lambda: _connections(system))
         if read.direct_database_url is not None:
             url = read.direct_database_url.get_secret_value()
-            report.run("migrations", lambda: _postgres(url, "DIRECT_DATABASE_URL"))
+            report.run("migrations", lambda: _postgres(url, "DIRECT_DATABASE_URL", read.trust))
         if reachable and (read.redis_url is not None or read.embedded_redis):
             report.run("redis", lambda: _redis(system))
         if read.rabbitmq_url is not None:
@@ -260,10 +263,11 @@ def _reach(host: str, port: int, variable: str) -> None:
 def _database(system: System) -> str | Remark:
     if system.settings.embedded_database:
         return _postgres(system.database_url, "AGENTFLOW_HOME")
-    return _postgres(system.database_url, "DATABASE_URL")
+    return _postgres(system.database_url, "DATABASE_URL", system.settings.trust)
 
 
-def _postgres(url: str, variable: str) -> str | Remark:
+def _postgres(url: str, variable: str, trust: Trust | None = None) -> str | Remark:
+    trust = trust or Trust()
     try:
         parts = conninfo_to_dict(url)
     except psycopg.ProgrammingError as error:
@@ -279,8 +283,8 @@ def _postgres(url: str, variable: str) -> str | Remark:
     where = f"{parts.get('dbname', '')} at {host or 'this machine'}" if not host.startswith("/") else "by its socket"
     began = time.monotonic()
     try:
-        with psycopg.connect(
-            url, autocommit=True, prepare_threshold=None, connect_timeout=max(2, int(_CONNECT_S))
+        with connect_once(
+            url, application_name="agentflow doctor", trust=trust, variable=variable, connect_timeout_s=_CONNECT_S
         ) as conn:
             connected_ms = (time.monotonic() - began) * 1000
             began = time.monotonic()
@@ -296,6 +300,12 @@ def _postgres(url: str, variable: str) -> str | Remark:
         raise Wrong(f"Postgres {version // 10000} is too old", "15 or newer is needed")
     assert row is not None  # noqa: S101 - a select of one row
     found = f"Postgres {str(row[0]).split(' ')[0]} {where}, connected in {connected_ms:.0f} ms, answers in {answer_ms:.1f} ms"
+    mode = tls.postgres_mode(parts, verify=trust.verify)
+    if encrypted:
+        verified = "verified" if mode in tls.VERIFYING else "not verified"
+        found += f", TLS {verified} (sslmode={mode})"
+        if verified != "verified" and not tls.is_private(host.split(",")[0]):
+            return Remark(found, f"add sslmode=verify-full to {variable}, and TLS_CA_FILE for an authority of your own")
     if host and not host.startswith("/") and not encrypted and not _is_private(host):
         return Remark(f"{found}, not encrypted", f"add sslmode=require to {variable}")
     return found
@@ -313,7 +323,10 @@ def _postgres_refused(error: psycopg.OperationalError, variable: str) -> Wrong:
             f"check both in {variable}; quote @ : / # as %40 %3A %2F %23",
         )
     if "ssl" in low or "certificate" in low or "tls" in low:
-        return Wrong(f"TLS: {text}", f"check sslmode and sslrootcert in {variable}")
+        return Wrong(
+            f"TLS: {text}",
+            f"TLS_CA_FILE names the file of your own authority; sslmode=require in {variable} goes without verifying",
+        )
     if "does not exist" in low:
         return Wrong(text, f"create it, or correct the name in {variable}")
     if "too many" in low or "remaining connection slots" in low or "max clients" in low:
@@ -409,7 +422,10 @@ def _redis(system: System) -> str | Remark:
     if parts.scheme != "unix":
         _reach(parts.hostname or "localhost", parts.port or 6379, variable)
     began = time.monotonic()
-    client = redis.Redis.from_url(url, socket_connect_timeout=_CONNECT_S, socket_timeout=_CONNECT_S)
+    trust = system.settings.trust
+    client = redis_broker.connect(
+        url, connect_timeout_s=_CONNECT_S, answer_timeout_s=_CONNECT_S, client_name="agentflow doctor", trust=trust
+    )
     try:
         client.ping()
         connected_ms = (time.monotonic() - began) * 1000
@@ -420,6 +436,8 @@ def _redis(system: System) -> str | Remark:
         client.close()
     name = "Valkey" if "valkey_version" in info else "Redis"
     found = f"{name} {info.get('valkey_version') or info.get('redis_version', '?')}, answers in {connected_ms:.0f} ms"
+    if parts.scheme == "rediss":
+        found += f", TLS {redis_broker.presence_of(url, trust).where['tls']}"
     policy = info.get("maxmemory_policy", "noeviction")
     if info.get("maxmemory") and policy != "noeviction":
         return Remark(f"{found}, throws keys away when it is full ({policy})", "set its policy to noeviction")
@@ -434,7 +452,9 @@ def _redis_refused(error: redis.RedisError, scheme: str, variable: str) -> Wrong
     if isinstance(error, redis.AuthenticationError) or "noauth" in low or "wrongpass" in low or "noperm" in low:
         return Wrong(f"auth: the server refuses the password: {text}", f"check it in {variable}; quote @ : / # in it")
     if isinstance(error.__cause__, ssl.SSLError) or "ssl" in low or "certificate" in low:
-        return Wrong(f"TLS: {text}", "redis:// for a server without TLS, rediss:// for one with a valid certificate")
+        return Wrong(
+            f"TLS: {text}", "redis:// for a server without TLS; TLS_CA_FILE names the file of your own authority"
+        )
     if isinstance(error, redis.TimeoutError):
         return Wrong(
             f"timeout: connected, but it did not answer within {_CONNECT_S:g} s",
@@ -458,6 +478,8 @@ def _rabbitmq(system: System) -> str | Remark:
         f"{broker.publishing.server}, connected in {(time.monotonic() - began) * 1000:.0f} ms;"
         f" {'quorum' if broker.quorum else 'classic'} queues; a worker uses 2 connections, any other process 1"
     )
+    if broker.encrypted:
+        found += f"; TLS {broker.presence.where['tls']}"
     if not broker.encrypted and not _is_private(broker.host):
         return Remark(f"{found}, not encrypted", "use amqps:// in RABBITMQ_URL")
     return found
@@ -471,7 +493,9 @@ def _rabbitmq_refused(error: OSError) -> Wrong:
     if "vhost" in low or "not_allowed" in low or "accessdenied" in low:
         return Wrong(f"the virtual host is refused: {text}", "it is the path of RABBITMQ_URL; %2F is the default one")
     if "ssl" in low or "certificate" in low or "incompatibleprotocol" in low:
-        return Wrong(f"TLS: {text}", "amqp:// for a server without TLS, amqps:// for one with a valid certificate")
+        return Wrong(
+            f"TLS: {text}", "amqp:// for a server without TLS; TLS_CA_FILE names the file of your own authority"
+        )
     if "blocks publishers" in low:
         return Wrong(text, "the server is short of memory or disk: make room there")
     if isinstance(error, TimeoutError) or "timeout" in low or "not connected yet" in low:

@@ -10,6 +10,7 @@ from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import httpx2 as httpx
 
+from agentflow import USER_AGENT
 from agentflow.cli.errors import Failure
 
 _PIECE_BYTES: Final = 1 << 20
@@ -26,7 +27,10 @@ class Client:
         # A proxy of the environment is none of this machine's own addresses' business.
         local = urlsplit(base).hostname in ("127.0.0.1", "::1", "localhost")
         self._http = httpx.Client(
-            headers={"Authorization": f"Bearer {key}"}, timeout=_TIMEOUT, trust_env=not local, follow_redirects=False
+            headers={"Authorization": f"Bearer {key}", "User-Agent": USER_AGENT},
+            timeout=_TIMEOUT,
+            trust_env=not local,
+            follow_redirects=False,
         )
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ def check(read: Settings) -> Embedded | None:
     """
     stack = join(read.agentflow_home) if read.embedded_database or read.embedded_redis else None
     system = System(read, "up")
+    system.database.presence.quiet = True  # the process that it starts tells the log; a failure is the line below
     try:
         system.check_schema()
         system.admin_key()

@@ -62,15 +62,15 @@ class Loop:
             if self._conn is None or self._conn.closed:
                 self._conn = self._database.connect(answer_timeout_s=self._answer_timeout_s)
             pause_s = self.step(self._conn)
-            if self.failures:
-                logger.info("database connection ready", loop=self.name, failures=self.failures)
             self.failures = 0
             return pause_s
         except Unavailable as error:
+            # That the connection is gone and cannot be had again is said once for all loops (agentflow/presence.py).
+            refused = self._conn is not None and not self._conn.closed
             self._disconnect()
             self.failures += 1
-            if self.failures == 1:
-                logger.warning("database unavailable", loop=self.name, error=str(error).strip())
+            if self.failures == 1 and refused:
+                logger.warning("the database refused a statement", loop=self.name, error=str(error).strip())
             self.failed(error)
             return backoff_s(self.failures)
         except Exception:

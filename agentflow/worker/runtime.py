@@ -120,7 +120,6 @@ class Runtime:
         broker.give_back = self.give_back
         self.system.publisher.take_back_later = self.relay.owe
         broker.on_cancel = self.heart.wake
-        broker.on_reconnect = metrics.redis_reconnect
         broker.on_connected = self._connected_to
         broker.on_emptied = self._ring_everything_again
         broker.on_ready = self.relay.wake
