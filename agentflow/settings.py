@@ -36,6 +36,7 @@ def _split_list(value: Any) -> Any:
 StrList = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Tier = Literal["embedded", "database only", "starter", "production"]
 
 
 class Settings(BaseModel):
@@ -56,13 +57,15 @@ class Settings(BaseModel):
         None, description="A connection past the pooler, for migrations (default: `DATABASE_URL`)"
     )
     rabbitmq_url: SecretStr | None = Field(
-        None, description="RabbitMQ as the broker (also `CLOUDAMQP_URL`); unset: Redis is it"
+        None,
+        description="RabbitMQ as the broker (also `CLOUDAMQP_URL`); unset: Redis is it, or else workers poll Postgres",
     )
     rabbitmq_quorum: bool = Field(
         False, description="Quorum queues, for a RabbitMQ cluster. May be changed at any time: no job is lost by it"
     )
     redis_url: SecretStr | None = Field(
-        None, description="Redis or Valkey for the broker, results and live progress; unset: the embedded one"
+        None,
+        description="Redis or Valkey for the broker, results and live progress; unset: the embedded one, or none",
     )
     redis_host: str | None = Field(None, description="With `REDIS_PORT` and `REDIS_DB`, instead of `REDIS_URL`")
     redis_port: Annotated[int, Field(ge=1, le=65535)] = Field(6379, description="See `REDIS_HOST`")
@@ -98,7 +101,9 @@ class Settings(BaseModel):
     job_result_bytes: Annotated[int, Field(ge=1024, le=64 << 20)] = Field(
         4 << 20, description="Largest result of a job, as JSON"
     )
-    worker_polling_interval: Seconds = Field(1.0, description="Seconds between two looks of the relay for due jobs")
+    worker_polling_interval: Seconds = Field(
+        1.0, description="Seconds between two looks for due jobs: to ring for them or, without a broker, to run them"
+    )
     worker_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="How much is logged")
     shutdown_grace: Seconds = Field(
         25.0, description="Seconds that running jobs get on SIGTERM; keep 3 s below the platform's kill"
@@ -128,7 +133,20 @@ class Settings(BaseModel):
 
     @property
     def embedded_redis(self) -> bool:
-        return self.redis_url is None
+        return self.redis_url is None and self.embedded_database
+
+    @property
+    def uses_redis(self) -> bool:
+        return self.redis_url is not None or self.embedded_redis
+
+    @property
+    def tier(self) -> Tier:
+        """Its name in README's table. What is embedded and what is not may be mixed: then by its broker."""
+        if self.rabbitmq_url is not None:
+            return "production"
+        if self.redis_url is not None:
+            return "starter"
+        return "embedded" if self.embedded_database else "database only"
 
     @property
     def link_secret(self) -> bytes | None:
@@ -226,8 +244,6 @@ def load(environ: Mapping[str, str] | None = None, *, database_only: bool = Fals
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise SettingsError(str(first["loc"][0]).upper(), first["msg"]) from None
-    if read.database_url is not None and read.redis_url is None and not database_only:
-        raise SettingsError("REDIS_URL", "must be set, too, where DATABASE_URL is: the embedded Redis is one machine's")
     return read
 
 

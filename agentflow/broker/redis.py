@@ -23,11 +23,13 @@ from dramatiq.middleware import Middleware
 
 from agentflow import log
 from agentflow.broker.doorbell import Doorbell
-from agentflow.broker.message import DeliveredMessage, message_for, queue_name
+from agentflow.broker.message import DeliveredMessage, PolledMessage, message_for, queue_name
 from agentflow.jobs.model import QUEUES, Ring
 
 CANCEL: Final = "!cancel"
 _RECONNECT_S: Final = 1.0
+#: How long nothing is published after a failure: doubled from the first to the second. A try may cost the time-out.
+_LEFT_ALONE_S: Final = (1.0, 10.0)
 
 logger = log.get(__name__)
 
@@ -55,6 +57,8 @@ class BellBroker(Doorbell, RedisBroker):
         self._listening = threading.Event()
         self._closed = threading.Event()
         self.saturated = False
+        self._failed_rings = 0
+        self._publish_again_at = 0.0
         self.declare_queues()
 
     @property
@@ -77,8 +81,24 @@ class BellBroker(Doorbell, RedisBroker):
         self.client.publish(self._channel, enqueued.queue_name)
         return enqueued
 
+    def can_publish(self) -> bool:
+        return self.can_hear() and time.monotonic() >= self._publish_again_at
+
+    def can_hear(self) -> bool:
+        return self.connected or not self._listening.is_set() or self.last_error is None
+
     def ring(self, rings: Sequence[Ring]) -> None:
         """Publish a message for each, in one round trip. Raises redis.RedisError; what was sent then is unknown."""
+        try:
+            self._ring(rings)
+        except redis.RedisError:
+            first, most = _LEFT_ALONE_S
+            self._publish_again_at = time.monotonic() + min(most, first * 2.0 ** min(self._failed_rings, 10))
+            self._failed_rings += 1
+            raise
+        self._failed_rings = 0
+
+    def _ring(self, rings: Sequence[Ring]) -> None:
         dispatch = self.scripts["dispatch"]
         limit = self._max_unpack_size()  # type: ignore[no-untyped-call]
         queues = set()
@@ -149,7 +169,8 @@ class BellBroker(Doorbell, RedisBroker):
             except redis.RedisError as error:
                 if self.connected or self.last_error is None:
                     logger.warning("Redis connection lost", error=str(error))
-                self.connected, self.last_error = False, str(error)
+                self.connected, self.last_error = False, str(error) or type(error).__name__
+                self.on_unrung()  # from now on this process looks for itself
                 self._closed.wait(_RECONNECT_S)
 
     def _connected_again(self) -> None:
@@ -157,11 +178,14 @@ class BellBroker(Doorbell, RedisBroker):
             self.reconnects += 1
             logger.info("Redis connection ready")
             self.on_reconnect()
-        self.connected = True
         # Whoever sets the mark is the first to see a server that is new, or was emptied: its messages are gone.
-        if self.client.set(f"{self.namespace}:mark", self.broker_id, nx=True):
+        emptied = self.client.set(f"{self.namespace}:mark", self.broker_id, nx=True)
+        self.connected = True
+        self._failed_rings, self._publish_again_at = 0, 0.0
+        if emptied:
             self.on_emptied()
         self.on_connected(self.fingerprint)
+        self.on_ready()
 
     def _heard(self, what: str) -> None:
         if what == CANCEL:
@@ -185,8 +209,9 @@ class BellConsumer(Consumer):
         self._lock = threading.Lock()
 
     def ack(self, message: MessageProxy) -> None:
-        """From any thread, once; an acknowledgement of another consumer's message is ignored."""
-        assert isinstance(message, DeliveredMessage)  # noqa: S101 - this consumer makes no others
+        """From any thread, once; an acknowledgement of another's message is ignored."""
+        if not isinstance(message, DeliveredMessage) or message.origin is not self:
+            return
         token = message.options["redis_message_id"]
         with self._lock:
             if message.acknowledged or self._held.pop(token, None) is None:
@@ -205,7 +230,10 @@ class BellConsumer(Consumer):
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """At shutdown: the messages that no thread took go back to the list, for the other workers."""
-        tokens = [m.options["redis_message_id"] for m in messages if not getattr(m, "acknowledged", False)]
+        messages = list(messages)
+        self.broker.give_back_polled(messages)
+        own = [m for m in messages if isinstance(m, DeliveredMessage) and not isinstance(m, PolledMessage)]
+        tokens = [m.options["redis_message_id"] for m in own if not m.acknowledged]
         if tokens:
             try:
                 self.broker.do_requeue(self.queue_name, *tokens)
@@ -217,6 +245,9 @@ class BellConsumer(Consumer):
         bell = self.broker.bell(self.queue_name)
         bell.clear()  # before the fetch: a ring during it is not lost
         self._give_back_unclaimed()
+        if not self.broker.can_hear():
+            bell.wait(self.broker.idle_poll_s)  # set when the connection is there again
+            return None
         try:
             if not self._cache:
                 with self._lock:

@@ -187,21 +187,29 @@ def _children(new: NewJob, organization_id: int, max_payload_bytes: int, depth: 
     return children
 
 
-def submit(conn: Connection, organization_id: int, prepared: Prepared, *, idempotency_hours: float = 24.0) -> Submitted:
+def submit(
+    conn: Connection, organization_id: int, prepared: Prepared, *, idempotency_hours: float = 24.0, ring: bool = True
+) -> Submitted:
     """Insert one job in the caller's transaction. Raises IdempotencyConflict.
 
-    With an idempotency key that is known already the job it was used for is returned, and nothing is inserted.
+    With an idempotency key that is known already the job it was used for is returned, and nothing is inserted. Without `ring`
+    it is not stamped as sent: there is nobody to be rung, and whoever looks for due jobs finds it at once.
     """
     if prepared.new.idempotency_key is not None:
         known = _remember(conn, organization_id, prepared, idempotency_hours)
         if known is not None:
             return Submitted(known, created=False)
-    jobs, rings = _insert(conn, organization_id, [prepared], None)
+    jobs, rings = _insert(conn, organization_id, [prepared], None, ring)
     return Submitted(jobs[0], created=True, rings=tuple(rings))
 
 
 def submit_many(
-    conn: Connection, organization_id: int, prepared: Sequence[Prepared], *, batch_id: UUID | None = None
+    conn: Connection,
+    organization_id: int,
+    prepared: Sequence[Prepared],
+    *,
+    batch_id: UUID | None = None,
+    ring: bool = True,
 ) -> tuple[list[Job], list[Ring]]:
     """Insert many jobs in the caller's transaction, in one statement; with `batch_id` they are counted as a batch.
 
@@ -212,7 +220,7 @@ def submit_many(
             "insert into agentflow.batches (id, organization_id, total) values (%s, %s, %s)",
             (batch_id, organization_id, len(prepared)),
         )
-    return _insert(conn, organization_id, prepared, batch_id)
+    return _insert(conn, organization_id, prepared, batch_id, ring)
 
 
 def _remember(conn: Connection, organization_id: int, prepared: Prepared, hours: float) -> Job | None:
@@ -265,7 +273,7 @@ with input as materialized (
         ) as older, q.priority
     from (select distinct queue, priority from input) q cross join lateral (select agentflow.window_1(q.queue) as size) w
 ), placed as (
-    select i.*, (i.run_at is null or i.run_at <= clock_timestamp()) and not r.older
+    select i.*, %(ring)s and (i.run_at is null or i.run_at <= clock_timestamp()) and not r.older
         and row_number() over (partition by i.queue order by i.priority, i.n) <= r.room as now
     from input i join room r on r.queue = i.queue and r.priority = i.priority
 )
@@ -281,7 +289,7 @@ returning {JOB_COLUMNS}, j.sent_at is not null
 
 
 def _insert(
-    conn: Connection, organization_id: int, prepared: Sequence[Prepared], batch_id: UUID | None
+    conn: Connection, organization_id: int, prepared: Sequence[Prepared], batch_id: UUID | None, ring: bool
 ) -> tuple[list[Job], list[Ring]]:
     slots = {p.concurrency[0]: p.concurrency[1] for p in prepared if p.concurrency}
     if slots:
@@ -291,6 +299,7 @@ def _insert(
         {
             "organization": organization_id,
             "batch": batch_id,
+            "ring": ring,
             "ids": [p.id for p in prepared],
             "types": [p.new.type for p in prepared],
             "queues": [p.queue for p in prepared],

@@ -91,6 +91,8 @@ class WorkerProcess:
             queues=self._queues(worker),
             perform=partial(middleware.perform, self._layers),
             replace=self._replace,
+            threads_ready=partial(self._consumes, worker),
+            enqueue=lambda message: worker.consumers[message.queue_name].handle_message(message),
         )
         self.runtime.start()
 
@@ -98,6 +100,12 @@ class WorkerProcess:
         prefix = self.system.settings.job_queue_name
         wanted = worker.consumer_whitelist
         return [q for q in QUEUES if not wanted or queue_name(prefix, q) in wanted]
+
+    def _consumes(self, worker: dramatiq.Worker) -> bool:
+        """Whether Dramatiq has all its consumers: its threads look for theirs after each message."""
+        prefix = self.system.settings.job_queue_name
+        consumers = [worker.consumers.get(queue_name(prefix, queue)) for queue in self._queues(worker)]
+        return all(consumer is not None and consumer.consumer is not None for consumer in consumers)
 
     def _ready(self) -> None:
         if self._serve_probe:
