@@ -13,10 +13,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from agentflow import hosting
 from agentflow.embedded import default_home
 
 
@@ -74,6 +75,9 @@ class Settings(BaseModel):
     storage_url: str | None = Field(
         None,
         description="Where files live: `file:///folder` (default: in the home) or `s3://bucket/prefix` with `AWS_*`",
+    )
+    storage_shared: bool = Field(
+        False, description="Says that all processes see the same folder of `file://`: one machine, or a network disk"
     )
     admin_api_key: SecretStr | None = Field(
         None, description="The operator's key; unset: made once, in `admin.key` in the home"
@@ -147,6 +151,14 @@ class Settings(BaseModel):
         if self.redis_url is not None:
             return "starter"
         return "embedded" if self.embedded_database else "database only"
+
+    @property
+    def storage_folder(self) -> Path | None:
+        """Where files are kept on a disk; None where they are not."""
+        if self.storage_url is None:
+            return self.agentflow_home / "storage"
+        url = urlsplit(self.storage_url)
+        return Path(unquote(url.path)) if url.scheme == "file" else None
 
     @property
     def link_secret(self) -> bytes | None:
@@ -223,11 +235,8 @@ def encryption_key_bytes(text: str) -> bytes:
     return raw
 
 
-def load(environ: Mapping[str, str] | None = None, *, database_only: bool = False) -> Settings:
-    """Settings from `environ` (default: this process's). Empty variables count as unset. Raises SettingsError.
-
-    `database_only`: for a process that needs nothing but Postgres (migrations in a release phase).
-    """
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from `environ` (default: this process's). Empty variables count as unset. Raises SettingsError."""
     environ = os.environ if environ is None else environ
     values: dict[str, str] = {}
     for field in Settings.model_fields:
@@ -244,7 +253,35 @@ def load(environ: Mapping[str, str] | None = None, *, database_only: bool = Fals
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise SettingsError(str(first["loc"][0]).upper(), first["msg"]) from None
+    platform = hosting.ephemeral_platform(environ)
+    if read.database_url is None and platform and not hosting.survives(read.agentflow_home, platform, environ):
+        disk = "" if platform == "Heroku" else ", or put AGENTFLOW_HOME on a disk that is mounted"
+        raise SettingsError(
+            "DATABASE_URL",
+            f"must be set: {platform} throws this disk away, and all jobs with it; set it to a Postgres{disk}",
+        )
     return read
+
+
+def check_files(read: Settings, environ: Mapping[str, str] | None = None, *, alone: bool = False) -> None:
+    """For a process that keeps files for others, or reads theirs. Raises SettingsError where the others would not see them.
+
+    `alone`: web, worker and schedule are all in this process, so that a folder of this machine will do, if it lasts.
+    """
+    folder = read.storage_folder
+    if read.embedded_database or folder is None or read.storage_shared:
+        return
+    environ = os.environ if environ is None else environ
+    platform = hosting.ephemeral_platform(environ)
+    lasts = platform is None or hosting.survives(folder, platform, environ)
+    if alone and lasts:
+        return
+    where = f"the folder {folder} is this machine's own" if lasts else f"{platform} throws the folder {folder} away"
+    raise SettingsError(
+        "STORAGE_URL",
+        f"must be shared by all processes, as s3://bucket/prefix is: {where};"
+        " where all of them do see it, set STORAGE_SHARED=true",
+    )
 
 
 def _derive_redis_url(environ: Mapping[str, str], values: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from agentflow import embedded, schema, settings
 
 def main() -> int:
     try:
-        read = settings.load(database_only=True)
+        read = settings.load()
     except settings.SettingsError as error:
         return _fail(str(error), 2)
     try:

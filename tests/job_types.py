@@ -74,4 +74,17 @@ def gate(context: JobContext, payload: Gate) -> dict[str, Any]:
     return {}
 
 
+@job("test_halfway", payload=Gate)
+def halfway(context: JobContext, payload: Gate) -> dict[str, Any]:
+    """Says how far it is, and waits for a file."""
+    context.progress(0.5, "halfway")
+    return gate(context, payload)
+
+
+@job("test_narrow", payload=Gate, process_limit=lambda _settings: 1)
+def narrow(context: JobContext, payload: Gate) -> dict[str, Any]:
+    """One at a time in a process; waits for a file."""
+    return gate(context, payload)
+
+
 actors.worker.declare_actors()

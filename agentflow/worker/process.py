@@ -72,6 +72,11 @@ class WorkerProcess:
         """In a process of `dramatiq`'s: logging, embedded servers, schema. Exits with one clear line when that fails."""
         log.configure(self.system.settings, "worker")
         try:
+            settings.check_files(self.system.settings)
+        except settings.SettingsError as error:
+            print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - as other wrong settings, which end the import
+            raise SystemExit(2) from None
+        try:
             for warning in self.system.settings.warnings():
                 logger.warning(warning)
             self.system.join_embedded()
