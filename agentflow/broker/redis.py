@@ -20,6 +20,8 @@ from dramatiq.common import current_millis
 from dramatiq.errors import ConnectionClosed, DecodeError
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from agentflow import log
 from agentflow.broker.doorbell import Doorbell
@@ -27,6 +29,9 @@ from agentflow.broker.message import DeliveredMessage, PolledMessage, message_fo
 from agentflow.jobs.model import QUEUES, Ring
 
 CANCEL: Final = "!cancel"
+#: For a connection that the server closed while it was idle. Upstream's default, three times with pauses and on time-outs, too,
+#: makes a frozen server cost four times the time-out.
+_ONCE_MORE: Final = Retry(NoBackoff(), 1, (redis.ConnectionError,))
 _RECONNECT_S: Final = 1.0
 #: How long nothing is published after a failure: doubled from the first to the second. A try may cost the time-out.
 _LEFT_ALONE_S: Final = (1.0, 10.0)
@@ -42,6 +47,7 @@ def connect(url: str, *, connect_timeout_s: float, client_name: str, answer_time
         socket_timeout=answer_timeout_s,
         client_name=client_name.replace(" ", "-"),
         health_check_interval=30,
+        retry=_ONCE_MORE,
     )
 
 
@@ -82,10 +88,12 @@ class BellBroker(Doorbell, RedisBroker):
         return enqueued
 
     def can_publish(self) -> bool:
-        return self.can_hear() and time.monotonic() >= self._publish_again_at
+        return self.can_hear()
 
     def can_hear(self) -> bool:
-        return self.connected or not self._listening.is_set() or self.last_error is None
+        """A failed ring counts, too: it finds a frozen server before the listening connection does."""
+        unknown = not self._listening.is_set() or self.last_error is None
+        return (self.connected or unknown) and time.monotonic() >= self._publish_again_at
 
     def ring(self, rings: Sequence[Ring]) -> None:
         """Publish a message for each, in one round trip. Raises redis.RedisError; what was sent then is unknown."""
@@ -158,6 +166,8 @@ class BellBroker(Doorbell, RedisBroker):
             try:
                 with self.client.pubsub(ignore_subscribe_messages=True) as pubsub:
                     pubsub.subscribe(self._channel)
+                    # It would connect and subscribe anew by itself, without our knowing that rings may have been missed.
+                    pubsub.connection.retry = Retry(NoBackoff(), 0)
                     self._connected_again()
                     self._ring_all_bells()
                     while not self._closed.is_set():
