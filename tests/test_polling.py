@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import urllib.request
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx2
 import psycopg
 import pytest
 from flask.testing import FlaskClient
@@ -19,13 +23,14 @@ from agentflow.jobs.model import QUEUES, Job
 from agentflow.system import System
 from tests import core_support, job_types  # noqa: F401 - registers the tests' job types
 from tests.core_support import ORGANIZATION, column
-from tests.processes import Process, eventually, free_port, worker
+from tests.processes import ROOT, Process, eventually, free_port, worker
 from tests.test_kills import (  # noqa: F401 - run again here, in this tier
     assert_each_ended_once,
     open_jobs,
     submit_pings,
     test_sigterm_hands_running_jobs_back_without_spending_an_attempt,
 )
+from tests.test_up import AUTH, running_up
 from tests.test_worker import (  # noqa: F401 - run again here, in this tier
     ended,
     outcomes,
@@ -298,3 +303,28 @@ def test_every_queue_gets_its_share_of_the_room(
         eventually(lambda: {read(system, job.id).state for job in rest} == {"succeeded"})
 
         assert open_jobs(conn) > 0
+
+
+def test_all_in_one_process_starts_jobs_at_once_and_the_doctor_names_the_tier(
+    environment: dict[str, str], system: System, tmp_path: Path
+) -> None:
+    hour = {**environment, "WORKER_POLLING_INTERVAL": "3600"}
+    with running_up(hour, tmp_path / "up.log") as up:
+        chain = {"type": "ping", "payload": {}, "then": [{"type": "ping", "payload": {}}]}
+        with httpx2.Client(base_url=up.url, headers=AUTH, timeout=30) as api:
+            first = api.post("/api/jobs", json=chain).json()["id"]
+
+            assert api.get(f"/api/jobs/{first}?wait=25").json()["state"] == "succeeded"
+            eventually(lambda: {job["state"] for job in api.get("/api/jobs").json()["jobs"]} == {"succeeded"})
+        assert "no broker" in up.text()
+        said = subprocess.run(
+            [sys.executable, "-m", "agentflow.cli", "doctor"],
+            env={"PATH": os.environ["PATH"], **environment},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert re.search(r"^\S+ tier +database only: .* every 0\.2 s$", said.stdout, re.MULTILINE), said.stdout
+    assert said.returncode == 0, said.stdout
