@@ -88,9 +88,7 @@ class Relay(Loop):
         pause_s = self._poll_s * random.uniform(0.8, 1.2)  # so that the processes do not ask in step
         if self._draining():
             return pause_s  # others ring: this process may be the last one to know this broker
-        if (
-            self._can_publish()
-        ):  # else rows that stay due are rung at once when the broker is back; stamped ones would wait
+        if self._can_publish():  # else rows stay due, and are rung at once when it is back; stamped ones would wait
             for queue in self._queues:
                 rings, due_in_s = dispatch.pick_due(conn, queue)  # committed: no lock is held while publishing
                 self._publish(rings)
