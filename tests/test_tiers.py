@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import psycopg
@@ -159,18 +160,19 @@ def test_a_brokers_url_changes_in_the_middle_of_the_work(
     tmp_path: Path,
 ) -> None:
     """Jobs are queued, running and parked; old and new processes overlap; the old broker is gone with the old ones."""
+    vhost = uuid4().hex
     tiers = {
         "nothing": {},
         "redis": {"REDIS_URL": valkeys[0].url},
         "other redis": {"REDIS_URL": valkeys[1].url},
         "rabbitmq": {"RABBITMQ_URL": rabbitmq.url, "REDIS_URL": valkeys[0].url},
         "rabbitmq alone": {"RABBITMQ_URL": rabbitmq.url},
-        "other rabbitmq": {"RABBITMQ_URL": rabbitmq.url.replace("%2F", "other"), "REDIS_URL": valkeys[0].url},
+        "other rabbitmq": {"RABBITMQ_URL": rabbitmq.url.replace("%2F", vhost), "REDIS_URL": valkeys[0].url},
     }
     old, new = base | tiers[before], base | tiers[after]
     if after == "other rabbitmq":
-        rabbitmq.ctl("add_vhost", "other")
-        rabbitmq.ctl("set_permissions", "-p", "other", "guest", ".*", ".*", ".*")
+        rabbitmq.ctl("add_vhost", vhost)
+        rabbitmq.ctl("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
     with ExitStack() as stack:
         old_web = stack.enter_context(submitting(old))
         old_worker = stack.enter_context(worker({**old, "JOB_CONCURRENCY": "4"}, tmp_path / "old.log"))
