@@ -113,7 +113,7 @@ class Health:
     @property
     def uses_redis(self) -> bool:
         system = self._system()
-        return system is not None and (system.settings.redis_url is not None or system.settings.embedded_redis)
+        return system is not None and system.settings.uses_redis
 
     @property
     def uses_rabbitmq(self) -> bool:

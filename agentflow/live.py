@@ -24,6 +24,10 @@ PROGRESS_TTL_S: Final = 120
 #: A result larger than this is not copied to Redis; the row has it.
 MAX_RESULT_CHARS: Final = 64 << 10
 _ROW_POLL_S: Final = 0.5
+#: A wait at Redis; its client gives up on an answer a little later (System.live).
+_BLOCK_S: Final = 1.0
+#: After a failure the rows alone are asked for so long: each try may cost seconds of somebody's wait.
+_PAUSE_S: Final = 5.0
 
 
 #: A job's id and the fence of one claim of it.
@@ -47,13 +51,14 @@ class Finished(NamedTuple):
 
 
 class Live:
-    """Reads and writes through one client with short timeouts; each call may raise redis.RedisError."""
+    """Reads and writes through one client with short timeouts; each call may raise redis.RedisError, but for `wait_finished`."""
 
     def __init__(self, client: redis.Redis, waiting_client: redis.Redis, *, prefix: str) -> None:
         self._client = client
         self._prefix = prefix
         self._results = RedisBackend(client=client)
         self._waiting = waiting_client
+        self._waiting_again_at = 0.0
 
     def write_progress(self, changed: Sequence[tuple[Claim, Progress]]) -> None:
         with self._client.pipeline(transaction=False) as pipe:
@@ -86,19 +91,41 @@ class Live:
         return current
 
     def _wait_some(self, job: Job, left_s: float) -> None:
-        """Until the result is there, at most a few seconds: the row is looked at in between, in case Redis lost it."""
+        """Until the result is there, at most a second: the row is looked at in between, in case Redis lost it."""
+        if time.monotonic() < self._waiting_again_at:
+            time.sleep(min(_ROW_POLL_S, left_s))
+            return
         key = self._results.build_message_key(self._message(job.id, job.queue, job.type))
         try:
-            if self._waiting.brpoplpush(key, key, timeout=min(left_s, 5.0)) is not None:
+            if self._waiting.brpoplpush(key, key, timeout=min(left_s, _BLOCK_S)) is not None:
                 time.sleep(0.002)  # of an earlier life of the same id, or ahead of a replica: do not spin
         except redis.RedisError:
-            time.sleep(min(_ROW_POLL_S, left_s))
+            self._waiting_again_at = time.monotonic() + _PAUSE_S
 
     def _message(self, job_id: UUID, queue: str, type_: str) -> Message[Any]:
         return message_for(Ring(job_id, queue, type_), self._prefix)
 
     def _key(self, job_id: UUID, fence: int) -> str:
         return f"{self._prefix}:progress:{job_id}:{fence}"
+
+
+class Rows(Live):
+    """Where there is no Redis: nothing is kept beside the rows, whose progress is as old as the last heartbeat."""
+
+    def __init__(self) -> None:
+        """Nothing to connect to."""
+
+    def write_progress(self, changed: Sequence[tuple[Claim, Progress]]) -> None:
+        """The heartbeat does."""
+
+    def progress(self, job: Job) -> Progress | None:
+        return None
+
+    def write_finished(self, finished: Sequence[Finished]) -> None:
+        """The rows have it."""
+
+    def _wait_some(self, job: Job, left_s: float) -> None:
+        time.sleep(min(_ROW_POLL_S, left_s))
 
 
 class JobFailed(Exception):

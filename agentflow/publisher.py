@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 from uuid import UUID
@@ -16,7 +17,6 @@ from uuid import UUID
 import redis
 
 from agentflow import log
-from agentflow.broker import BrokerAway
 from agentflow.database import Database, Unavailable
 from agentflow.jobs import dispatch
 from agentflow.jobs.model import Ring
@@ -27,9 +27,15 @@ logger = log.get(__name__)
 _BATCH: Final = 500
 _MOST_WAITING: Final = 50_000
 CLOSE_S: Final = 2.0
+#: Results and progress are not written for so long after Redis failed: each try costs its time-out, and rings wait behind it.
+_LIVE_PAUSE_S: Final = 5.0
 
 
 class Rings(Protocol):
+    on_unrung: Callable[[], None]
+
+    def can_publish(self) -> bool: ...
+
     def ring(self, rings: Sequence[Ring]) -> None: ...
 
     def tell_cancel(self) -> None: ...
@@ -48,7 +54,8 @@ class Publisher:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._failures = 0
+        self._failures: Counter[str] = Counter()
+        self._live_again_at = 0.0
 
     def ring(self, rings: Sequence[Ring]) -> None:
         for ring in rings:
@@ -98,36 +105,45 @@ class Publisher:
         changed = [item for item in batch if isinstance(item, tuple) and not isinstance(item, Finished)]
         calls = [item for item in batch if callable(item)]
         work: list[tuple[str, Callable[[], None]]] = []  # each by itself: the broker may be away while Redis is there
-        if rings:
+        if rings and self._broker.can_publish():
             work.append(("rings", lambda: self._broker.ring(rings)))
-        if ends:
-            work.append(("results", lambda: self._live.write_finished(ends)))
-        if changed:
-            work.append(("progress", lambda: self._live.write_progress(changed)))
+        elif rings:
+            self._take_back(rings, 0.0)
+        if time.monotonic() >= self._live_again_at:
+            if ends:
+                work.append(("results", lambda: self._live.write_finished(ends)))
+            if changed:
+                work.append(("progress", lambda: self._live.write_progress(changed)))
         work += [("cancel", call) for call in calls]
-        failed = 0
+        slept_for = 0
         for what, write in work:
+            kind = "redis" if what in ("results", "progress") else "broker"
             try:
                 write()
+                self._failures[kind] = 0
             except Exception as error:  # noqa: BLE001 - clients raise more than their documented errors; the thread must live
-                failed += 1
-                self._failed(what, rings if what == "rings" else [], error)
-        if not failed:
-            self._failures = 0
-        elif not self._closing.is_set():
-            time.sleep(min(2.0, 0.05 * 2.0 ** min(self._failures, 6)))
+                self._failures[kind] += 1
+                slept_for = max(slept_for, self._failures[kind])
+                self._failed(what, self._failures[kind], rings if what == "rings" else [], error)
+        if slept_for and not self._closing.is_set():
+            time.sleep(min(2.0, 0.05 * 2.0 ** min(slept_for, 6)))
 
-    def _failed(self, what: str, rings: Sequence[Ring], error: Exception) -> None:
+    def _failed(self, what: str, times: int, rings: Sequence[Ring], error: Exception) -> None:
         """Whether the rings arrived is unknown; ringing again does no harm."""
-        self._failures += 1
         log_it = logger.warning if isinstance(error, redis.RedisError | OSError) else logger.exception
-        if self._failures == 1:
+        if times == 1:
             log_it("could not publish; the relay will ring again", what=what, error=str(error), rings=len(rings))
+        if what in ("results", "progress"):
+            self._live_again_at = time.monotonic() + _LIVE_PAUSE_S
         if rings:
-            # A broker that is known to be away is waited for by the relay; else the row waits, that it is not tried in vain.
-            delay_s = 0.5 if isinstance(error, BrokerAway) else min(30.0, 0.5 * 2.0 ** min(self._failures, 6))
-            try:
-                with self._database.connection() as conn:
-                    dispatch.take_back(conn, [ring.job_id for ring in rings], delay_s)
-            except Unavailable:
-                self.take_back_later([ring.job_id for ring in rings])
+            # Those that wait are found at once by whoever can ring, or run them; later, so as not to be tried in vain, where
+            # the broker is not known to be away.
+            self._take_back(rings, 0.5 if self._broker.can_publish() else 0.0)
+
+    def _take_back(self, rings: Sequence[Ring], delay_s: float) -> None:
+        try:
+            with self._database.connection() as conn:
+                dispatch.take_back(conn, [ring.job_id for ring in rings], delay_s)
+        except Unavailable:
+            self.take_back_later([ring.job_id for ring in rings])
+        self._broker.on_unrung()

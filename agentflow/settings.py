@@ -14,11 +14,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from agentflow import tls
+from agentflow import hosting, tls
 from agentflow.embedded import default_home
 from agentflow.tls import Trust
 
@@ -39,6 +39,7 @@ def _split_list(value: Any) -> Any:
 StrList = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Tier = Literal["embedded", "database only", "starter", "production"]
 
 
 class Settings(BaseModel):
@@ -59,13 +60,15 @@ class Settings(BaseModel):
         None, description="A connection past the pooler, for migrations (default: `DATABASE_URL`)"
     )
     rabbitmq_url: SecretStr | None = Field(
-        None, description="RabbitMQ as the broker (also `CLOUDAMQP_URL`); unset: Redis is it"
+        None,
+        description="RabbitMQ as the broker (also `CLOUDAMQP_URL`); unset: Redis is it, or else workers poll Postgres",
     )
     rabbitmq_quorum: bool = Field(
         False, description="Quorum queues, for a RabbitMQ cluster. May be changed at any time: no job is lost by it"
     )
     redis_url: SecretStr | None = Field(
-        None, description="Redis or Valkey for the broker, results and live progress; unset: the embedded one"
+        None,
+        description="Redis or Valkey for the broker, results and live progress; unset: the embedded one, or none",
     )
     redis_host: str | None = Field(None, description="With `REDIS_PORT` and `REDIS_DB`, instead of `REDIS_URL`")
     redis_port: Annotated[int, Field(ge=1, le=65535)] = Field(6379, description="See `REDIS_HOST`")
@@ -80,6 +83,9 @@ class Settings(BaseModel):
     storage_url: str | None = Field(
         None,
         description="Where files live: `file:///folder` (default: in the home) or `s3://bucket/prefix` with `AWS_*`",
+    )
+    storage_shared: bool = Field(
+        False, description="Says that all processes see the same folder of `file://`: one machine, or a network disk"
     )
     admin_api_key: SecretStr | None = Field(
         None, description="The operator's key; unset: made once, in `admin.key` in the home"
@@ -115,12 +121,14 @@ class Settings(BaseModel):
     job_result_bytes: Annotated[int, Field(ge=1024, le=64 << 20)] = Field(
         4 << 20, description="Largest result of a job, as JSON"
     )
-    worker_polling_interval: Seconds = Field(1.0, description="Seconds between two looks of the relay for due jobs")
+    worker_polling_interval: Seconds = Field(
+        1.0, description="Seconds between two looks for due jobs: to ring for them or, without a broker, to run them"
+    )
     worker_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="How much is logged")
     shutdown_grace: Seconds = Field(
         25.0, description="Seconds that running jobs get on SIGTERM; keep 3 s below the platform's kill"
     )
-    database_pool_size: Count = Field(5, description="Connections of a process's pool (a worker uses 3 more)")
+    database_pool_size: Count = Field(5, description="Most connections of a process's pool (a worker uses 5 more)")
     retain_succeeded_hours: Seconds = Field(24.0, description="Succeeded jobs are kept while younger than this …")
     retain_succeeded_count: Annotated[int, Field(ge=0)] = Field(1000, description="… or among the newest of these")
     retain_failed_hours: Seconds = Field(168.0, description="Failed and cancelled jobs: the same …")
@@ -145,7 +153,28 @@ class Settings(BaseModel):
 
     @property
     def embedded_redis(self) -> bool:
-        return self.redis_url is None
+        return self.redis_url is None and self.embedded_database
+
+    @property
+    def uses_redis(self) -> bool:
+        return self.redis_url is not None or self.embedded_redis
+
+    @property
+    def tier(self) -> Tier:
+        """Its name in README's table. What is embedded and what is not may be mixed: then by its broker."""
+        if self.rabbitmq_url is not None:
+            return "production"
+        if self.redis_url is not None:
+            return "starter"
+        return "embedded" if self.embedded_database else "database only"
+
+    @property
+    def storage_folder(self) -> Path | None:
+        """Where files are kept on a disk; None where they are not."""
+        if self.storage_url is None:
+            return self.agentflow_home / "storage"
+        url = urlsplit(self.storage_url)
+        return Path(unquote(url.path)) if url.scheme == "file" else None
 
     @property
     def trust(self) -> Trust:
@@ -248,11 +277,8 @@ def encryption_key_bytes(text: str) -> bytes:
     return raw
 
 
-def load(environ: Mapping[str, str] | None = None, *, database_only: bool = False) -> Settings:
-    """Settings from `environ` (default: this process's). Empty variables count as unset. Raises SettingsError.
-
-    `database_only`: for a process that needs nothing but Postgres (migrations in a release phase).
-    """
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from `environ` (default: this process's). Empty variables count as unset. Raises SettingsError."""
     environ = os.environ if environ is None else environ
     values: dict[str, str] = {}
     for field in Settings.model_fields:
@@ -269,9 +295,35 @@ def load(environ: Mapping[str, str] | None = None, *, database_only: bool = Fals
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise SettingsError(str(first["loc"][0]).upper(), first["msg"]) from None
-    if read.database_url is not None and read.redis_url is None and not database_only:
-        raise SettingsError("REDIS_URL", "must be set, too, where DATABASE_URL is: the embedded Redis is one machine's")
+    platform = hosting.ephemeral_platform(environ)
+    if read.database_url is None and platform and not hosting.survives(read.agentflow_home, platform, environ):
+        disk = "" if platform == "Heroku" else ", or put AGENTFLOW_HOME on a disk that is mounted"
+        raise SettingsError(
+            "DATABASE_URL",
+            f"must be set: {platform} throws this disk away, and all jobs with it; set it to a Postgres{disk}",
+        )
     return read
+
+
+def check_files(read: Settings, environ: Mapping[str, str] | None = None, *, alone: bool = False) -> None:
+    """For a process that keeps files for others, or reads theirs. Raises SettingsError where the others would not see them.
+
+    `alone`: web, worker and schedule are all in this process, so that a folder of this machine will do, if it lasts.
+    """
+    folder = read.storage_folder
+    if read.embedded_database or folder is None or read.storage_shared:
+        return
+    environ = os.environ if environ is None else environ
+    platform = hosting.ephemeral_platform(environ)
+    lasts = platform is None or hosting.survives(folder, platform, environ)
+    if alone and lasts:
+        return
+    where = f"the folder {folder} is this machine's own" if lasts else f"{platform} throws the folder {folder} away"
+    raise SettingsError(
+        "STORAGE_URL",
+        f"must be shared by all processes, as s3://bucket/prefix is: {where};"
+        " where all of them do see it, set STORAGE_SHARED=true",
+    )
 
 
 def _derive_redis_url(environ: Mapping[str, str], values: dict[str, str]) -> None:

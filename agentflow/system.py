@@ -18,14 +18,14 @@ import redis
 from dramatiq.middleware import Middleware
 
 from agentflow import embedded, log, metrics, schema
-from agentflow.broker import BellBroker, Doorbell, RabbitBroker
+from agentflow.broker import BellBroker, Doorbell, PollingBroker, RabbitBroker
 from agentflow.broker import redis as redis_broker
 from agentflow.database import Connection, Database, Unavailable
 from agentflow.jobs import dispatch, intake, records
 from agentflow.jobs.intake import NewJob, Prepared, Submitted
 from agentflow.jobs.model import Job, Ring, State
 from agentflow.links import Links
-from agentflow.live import Live
+from agentflow.live import Live, Rows
 from agentflow.presence import Presence
 from agentflow.publisher import Publisher
 from agentflow.secrets import Sealer
@@ -52,12 +52,14 @@ class Transaction:
 
     def submit_prepared(self, organization_id: int, prepared: Prepared) -> Submitted:
         hours = self.system.settings.retain_idempotency_hours
-        submitted = intake.submit(self.conn, organization_id, prepared, idempotency_hours=hours)
+        ring = self.system.broker.can_publish()
+        submitted = intake.submit(self.conn, organization_id, prepared, idempotency_hours=hours, ring=ring)
         self.rings.extend(submitted.rings)
         return submitted
 
     def submit_many(self, organization_id: int, prepared: list[Prepared], *, batch_id: UUID | None = None) -> list[Job]:
-        jobs, rings = intake.submit_many(self.conn, organization_id, prepared, batch_id=batch_id)
+        ring = self.system.broker.can_publish()
+        jobs, rings = intake.submit_many(self.conn, organization_id, prepared, batch_id=batch_id, ring=ring)
         self.rings.extend(rings)
         return jobs
 
@@ -86,7 +88,7 @@ class System:
         return system
 
     def join_embedded(self) -> None:
-        if self._embedded is None and (self.settings.embedded_database or self.settings.embedded_redis):
+        if self._embedded is None and self.settings.embedded_database:
             self._embedded = embedded.join(self.home)
 
     def check_schema(self) -> None:
@@ -106,6 +108,7 @@ class System:
 
     @property
     def redis_url(self) -> str:
+        """Not to be asked where `settings.uses_redis` is false."""
         url = self.settings.redis_url
         return url.get_secret_value() if url else embedded.redis_url(self.home)
 
@@ -129,16 +132,18 @@ class System:
     def new_broker(self, middleware: list[Middleware]) -> Doorbell:
         """The broker that the settings name, connected to nothing yet."""
         settings, prefix = self.settings, self.settings.job_queue_name
-        if settings.rabbitmq_url is None:
-            return BellBroker(self.redis_client(), prefix=prefix, middleware=middleware)
-        return RabbitBroker(
-            settings.rabbitmq_url.get_secret_value(),
-            prefix=prefix,
-            middleware=middleware,
-            client_name=self.application_name,
-            quorum=settings.rabbitmq_quorum,
-            trust=settings.trust,
-        )
+        if settings.rabbitmq_url is not None:
+            return RabbitBroker(
+                settings.rabbitmq_url.get_secret_value(),
+                prefix=prefix,
+                middleware=middleware,
+                client_name=self.application_name,
+                quorum=settings.rabbitmq_quorum,
+                trust=settings.trust,
+            )
+        if settings.uses_redis:
+            return BellBroker(self.redis_client(answer_timeout_s=5.0), prefix=prefix, middleware=middleware)
+        return PollingBroker(prefix=prefix, middleware=middleware)
 
     def ring_everything_again(self) -> None:
         """The broker is another, a new or an emptied one: whatever was sent to its predecessor is due now."""
@@ -187,9 +192,13 @@ class System:
 
     @cached_property
     def live(self) -> Live:
-        # Of their own and quick to give up: a status request must not hang on Redis. Waiting blocks for up to 5 s.
-        client = self.redis_client(answer_timeout_s=2.0, connect_timeout_s=2.0)
-        return Live(client, self.redis_client(answer_timeout_s=10.0), prefix=self.settings.job_queue_name)
+        if not self.settings.uses_redis:
+            return Rows()
+        # Of their own and quick to give up: a status request must not hang on Redis. Waiting blocks for a second.
+        client, waiting = (
+            self.redis_client(answer_timeout_s=answer_s, connect_timeout_s=2.0) for answer_s in (2.0, 3.0)
+        )
+        return Live(client, waiting, prefix=self.settings.job_queue_name)
 
     @cached_property
     def publisher(self) -> Publisher:
@@ -223,7 +232,10 @@ class System:
         with self.database.transaction() as conn:
             transaction = Transaction(self, conn)
             yield transaction
-        self.publisher.ring(transaction.rings)
+        if transaction.rings:
+            self.publisher.ring(transaction.rings)
+        elif not self.broker.can_publish():
+            self.broker.on_unrung()
 
     def submit(self, organization_id: int, new: NewJob, *, public_only: bool = False) -> Submitted:
         """One job in a transaction of its own."""

@@ -13,7 +13,7 @@ from agentflow.settings import Settings
 
 def main() -> int:
     try:
-        read = settings.load(database_only=True)
+        read = settings.load()
     except settings.SettingsError as error:
         return _fail(str(error), 2)
     try:

@@ -19,6 +19,7 @@ logger = log.get(__name__)
 def main() -> int:
     try:
         read = settings.current()
+        settings.check_files(read)
     except settings.SettingsError as error:
         print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - before there is a log
         return 2

@@ -82,6 +82,7 @@ def environment(stack: embedded.Embedded, database_url: str, tmp_path: Path) -> 
         "DATABASE_URL": database_url,
         "REDIS_URL": stack.redis_url,
         "STORAGE_URL": (tmp_path / "storage").as_uri(),
+        "STORAGE_SHARED": "true",  # one machine
         "ADMIN_API_KEY": ADMIN_KEY,
         "JOB_QUEUE_NAME": f"t{os.getpid()}-{next(_numbers)}",
         "JOB_CONCURRENCY": "8",

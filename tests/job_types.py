@@ -86,5 +86,18 @@ def on_gpu_at_once(context: JobContext, payload: Keyed) -> dict[str, Any]:
     return {}
 
 
+@job("test_halfway", payload=Gate)
+def halfway(context: JobContext, payload: Gate) -> dict[str, Any]:
+    """Says how far it is, and waits for a file."""
+    context.progress(0.5, "halfway")
+    return gate(context, payload)
+
+
+@job("test_narrow", payload=Gate, process_limit=lambda _settings: 1)
+def narrow(context: JobContext, payload: Gate) -> dict[str, Any]:
+    """One at a time in a process; waits for a file."""
+    return gate(context, payload)
+
+
 statements.install_in_a_process_of_a_test()
 actors.worker.declare_actors()

@@ -373,7 +373,11 @@ class Broker:
 
     def __init__(self, watcher: Connection) -> None:
         self.rung: list[tuple[UUID, int]] = []
+        self.on_unrung = lambda: None
         self._watcher = watcher
+
+    def can_publish(self) -> bool:
+        return True
 
     def ring(self, rings: Any) -> None:
         self.rung.extend((ring.job_id, jobs(self._watcher)) for ring in rings)

@@ -720,6 +720,12 @@ def test_a_submitter_rings_after_the_commit(system: system.System, conn: Connect
     rung = []
 
     class Broker:
+        def on_unrung(self) -> None:
+            pass
+
+        def can_publish(self) -> bool:
+            return True
+
         def ring(self, rings: Sequence[Any]) -> None:
             rung.extend((ring.job_id, value(conn, "select count(*) from agentflow.jobs")) for ring in rings)
 

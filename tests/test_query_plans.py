@@ -184,6 +184,21 @@ def _submit_many(conn: Connection) -> Act:
     return lambda: intake.submit_many(conn, ORGANIZATION, [prepared() for _ in range(50)])
 
 
+def _poll(conn: Connection) -> Act:
+    submit(conn)
+    return lambda: dispatch.poll(conn, "default", 8, 2, ["test"])
+
+
+def _poll_again(conn: Connection) -> Act:
+    """Nothing of the queue is due, and some of it was sent long ago."""
+    conn.execute(
+        "update agentflow.jobs set queue = 'gpu', wake_at = clock_timestamp() + interval '1 h',"
+        " sent_at = clock_timestamp() - interval '1 h' where id in"
+        " (select id from agentflow.jobs where state = 'queued' and sent_at is not null order by id limit 200)"
+    )
+    return lambda: dispatch.poll(conn, "gpu", 8, 2, ["test"])
+
+
 def _take_back(conn: Connection) -> Act:
     ids = ids_of(conn, "state = 'queued' and sent_at is not null")
     return lambda: dispatch.take_back(conn, ids, 1.0)
@@ -228,6 +243,8 @@ HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
     "finish with a key": (_settle_keyed, True, {PKEY, LINE, SLOT, RUNNING}),
     "heartbeat": (_heartbeat, True, {PKEY, RUNNING}),
     "relay": (_relay, True, {PKEY, READY, SENT}),
+    "poll": (_poll, True, {PKEY, READY, SENT}),
+    "poll for what nobody claimed": (_poll_again, True, {PKEY, READY, SENT}),
     "rescue": (_rescue, True, {PKEY, RUNNING}),
     "submit": (_submit, False, {READY, SENT}),
     "submit many": (_submit_many, False, {READY, SENT}),

@@ -233,15 +233,6 @@ def test_a_broker_killed_in_a_burst_loses_nothing_and_holds_up_nothing_while_it_
         seen: dict[str, Any] = health.report(system, "test")[0]["rabbitmq"]
         return seen
 
-    def are_due_and_unsent(jobs: list[Job]) -> bool:
-        # Stamped as sent, or with a clock of their own, they would wait when the broker is back.
-        row = conn.execute(
-            "select count(*) from agentflow.jobs where id = any (%s) and sent_at is null"
-            " and wake_at < clock_timestamp() + interval '1 s'",
-            ([job.id for job in jobs],),
-        ).fetchone()
-        return bool(row and row[0] == len(jobs))
-
     with worker(environment, tmp_path / "worker.log"):
         running = pings(system, 3, sleep_ms=4000)
         eventually(lambda: all(read(system, job.id).state == "running" for job in running))
@@ -256,16 +247,9 @@ def test_a_broker_killed_in_a_burst_loses_nothing_and_holds_up_nothing_while_it_
         eventually(lambda: not view()["connected"])
         eventually(lambda: "refused" in view()["lastError"])
         while_away = pings(system, 20)
-        eventually(lambda: are_due_and_unsent(while_away), within_s=8)
-        for _ in range(20):
-            assert are_due_and_unsent(while_away)
-            time.sleep(0.1)
+        done = all_done(system, running + jobs + while_away, within_s=60)  # workers look for them in Postgres
 
         rabbitmq.start()
-        back = time.monotonic()
-        done = all_done(system, running + jobs + while_away, within_s=60)
-        # Sooner than the 30 s after which a ring counts as lost: the relay waited for the broker, not for a clock.
-        assert time.monotonic() - back < 20
         eventually(lambda: view()["connected"])
 
     assert broker_of(system).reconnects == 1

@@ -98,12 +98,21 @@ def test_upstash_without_its_token_names_the_token() -> None:
         settings.load({"UPSTASH_REDIS_REST_URL": "https://eu1-x.upstash.io"})
 
 
-def test_a_database_elsewhere_needs_a_redis_elsewhere_but_not_for_migrations() -> None:
-    only = {"DATABASE_URL": "postgresql://db/x"}
+@pytest.mark.parametrize(
+    ("variables", "tier"),
+    [
+        ({}, "embedded"),
+        ({"DATABASE_URL": "postgresql://db/x"}, "database only"),
+        ({"DATABASE_URL": "postgresql://db/x", "REDIS_URL": "redis://r"}, "starter"),
+        ({"DATABASE_URL": "postgresql://db/x", "REDIS_URL": "redis://r", "RABBITMQ_URL": "amqp://q"}, "production"),
+        ({"DATABASE_URL": "postgresql://db/x", "RABBITMQ_URL": "amqp://q"}, "production"),
+    ],
+)
+def test_what_is_set_names_the_tier(variables: dict[str, str], tier: str) -> None:
+    read = settings.load(variables)
 
-    with pytest.raises(SettingsError, match="REDIS_URL: must be set"):
-        settings.load(only)
-    assert settings.load(only, database_only=True).database_url is not None
+    assert read.tier == tier
+    assert read.uses_redis == ("REDIS_URL" in variables or tier == "embedded")
 
 
 @pytest.mark.parametrize("key", ["0123456789abcdef0123456789abcdef", base64.b64encode(bytes(range(32))).decode()])

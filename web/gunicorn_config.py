@@ -7,13 +7,15 @@ import sys
 from typing import Any
 
 from agentflow import log
-from agentflow.settings import SettingsError, current
+from agentflow.settings import SettingsError, check_files, current
 from web import server
 
 
 def _settings() -> Any:
     try:
-        return current()
+        read = current()
+        check_files(read)
+        return read
     except SettingsError as error:
         print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - logging needs the settings
         raise SystemExit(3) from None  # gunicorn's own code for "cannot start": platforms do not take it for a crash

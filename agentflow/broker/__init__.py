@@ -7,8 +7,19 @@ and the relay rings again (agentflow/jobs/dispatch.py).
 from __future__ import annotations
 
 from agentflow.broker.doorbell import BrokerAway, Doorbell
-from agentflow.broker.message import DeliveredMessage, message_for, queue_name
+from agentflow.broker.message import DeliveredMessage, PolledMessage, message_for, queue_name
+from agentflow.broker.polling import PollingBroker
 from agentflow.broker.rabbitmq import RabbitBroker
 from agentflow.broker.redis import BellBroker
 
-__all__ = ["BellBroker", "BrokerAway", "DeliveredMessage", "Doorbell", "RabbitBroker", "message_for", "queue_name"]
+__all__ = [
+    "BellBroker",
+    "BrokerAway",
+    "DeliveredMessage",
+    "Doorbell",
+    "PolledMessage",
+    "PollingBroker",
+    "RabbitBroker",
+    "message_for",
+    "queue_name",
+]

@@ -74,6 +74,9 @@ class Link:
         self.reconnects = 0
         self.server = ""  # product and version
         self.failures = 0  # since it was ready the last time
+        self.silent = (
+            False  # the last connection was dropped because the peer, which still takes connections, did not answer
+        )
         self._parameters = parameters
         self._was_ready = False
         self._connection: Any = None
@@ -87,6 +90,11 @@ class Link:
     @property
     def started(self) -> bool:
         return self._thread is not None
+
+    @property
+    def away(self) -> bool:
+        """Known to be lost, as opposed to not tried yet, or lost a moment ago and about to be made anew."""
+        return (self.failures > 1 or self.silent) and not self.ready.is_set()
 
     def start(self) -> None:
         with self._lock:
@@ -120,7 +128,7 @@ class Link:
         self.presence.came(self.purpose)
         if self._was_ready and self.failures:
             self.reconnects += 1
-        self.failures, self._was_ready = 0, True
+        self.failures, self.silent, self._was_ready = 0, False, True
         self.ready.set()
 
     def drop(self, error: Exception) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dramatiq.broker import Broker
 
-from agentflow.broker.message import DeliveredMessage, queue_name
+from agentflow.broker.message import DeliveredMessage, PolledMessage, queue_name
 from agentflow.jobs.model import QUEUES, Ring
 
 
@@ -38,6 +38,8 @@ class Doorbell(Broker):
         self.on_connected: Callable[[str], None] = lambda _fingerprint: None
         self.on_emptied: Callable[[], None] = lambda: None
         self.on_ready: Callable[[], None] = lambda: None
+        #: Jobs became due that nobody rings for: a worker in this process looks for them at once.
+        self.on_unrung: Callable[[], None] = lambda: None
 
     def declare_queues(self) -> None:
         for queue in QUEUES:
@@ -64,12 +66,21 @@ class Doorbell(Broker):
         raise NotImplementedError
 
     def can_publish(self) -> bool:
-        """False while the broker is known to take nothing."""
+        """False while the broker is known to take nothing: who submits does not stamp, and the relay rings for nobody."""
+        return True
+
+    def can_hear(self) -> bool:
+        """False while the broker is known to bring nothing: this worker looks for due jobs itself."""
         return True
 
     def nudge(self) -> None:
         """Room was made: consumers that held back look again."""
         raise NotImplementedError
+
+    def give_back_polled(self, messages: Iterable[Any]) -> None:
+        """Of these, what no broker delivered and no thread took: other workers may find it at once."""
+        if polled := [m for m in messages if isinstance(m, PolledMessage) and not m.acknowledged]:
+            self.give_back(polled, 0.0)
 
     def stop_consuming(self) -> None:
         """The process is draining: what nobody has claimed goes to other workers, and no more comes."""

@@ -66,3 +66,18 @@ class DeliveredMessage(MessageProxy):
     def pass_on(self) -> bool:
         """Let the broker offer it to another consumer. False where that is not to be had: it is to be given back."""
         return self.origin.pass_on(self)
+
+
+class PolledMessage(DeliveredMessage):
+    """What a worker told itself: it found the job in Postgres, and no broker knows of it."""
+
+    def __init__(self, ring: Ring, prefix: str) -> None:
+        super().__init__(message_for(ring, prefix), _Nobody())
+
+
+class _Nobody:
+    def ack(self, message: Any) -> None:
+        message.acknowledged = True
+
+    def pass_on(self, message: Any) -> bool:
+        return False

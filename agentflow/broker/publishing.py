@@ -73,8 +73,8 @@ class PublishingLink(Link):
 
     @property
     def away(self) -> bool:
-        """Known to be lost or refusing, as opposed to not tried yet."""
-        return self._blocked is not None or (self.failures > 1 and not self.ready.is_set())
+        """Known to be lost or refusing."""
+        return self._blocked is not None or super().away
 
     def publish(self, letters: Sequence[Letter], timeout_s: float = CONFIRM_S) -> None:
         """Returns when all are confirmed. Raises BrokerAway (nothing was sent), ConnectionError, TimeoutError (unknown)."""
@@ -88,6 +88,7 @@ class PublishingLink(Link):
                     raise BrokerAway(self.last_error or "the connection is lost")
                 if not batch.done.wait(timeout_s):
                     late = TimeoutError(f"RabbitMQ did not confirm within {timeout_s:g} s")
+                    self.silent = True
                     self.call(partial(self.drop, late))
                     raise late
                 if batch.error is not None:

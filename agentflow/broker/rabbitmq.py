@@ -136,6 +136,9 @@ class RabbitBroker(Doorbell):
     def can_publish(self) -> bool:
         return not self.publishing.away
 
+    def can_hear(self) -> bool:
+        return not (self.publishing.away or self.consuming.away)
+
     def check(self, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
         self.publishing.check(timeout_s)
@@ -257,9 +260,8 @@ class RabbitConsumer(Consumer):
         return None
 
     def ack(self, message: MessageProxy) -> None:
-        """From any thread, once, and to the channel that delivered: tags begin anew on the next one."""
-        assert isinstance(message, RabbitMessage)  # noqa: S101 - this consumer makes no others
-        if self._let_go(message):
+        """From any thread, once, and to the channel that delivered: tags begin anew on the next one. Others' are none of ours."""
+        if isinstance(message, RabbitMessage) and self._let_go(message):
             self.broker.consuming.settle(message)
             self.broker.nudge()
 
@@ -275,6 +277,8 @@ class RabbitConsumer(Consumer):
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """At shutdown: the messages that no thread took."""
+        messages = list(messages)
+        self.broker.give_back_polled(messages)
         for message in messages:
             if isinstance(message, RabbitMessage) and self._let_go(message):
                 self.broker.consuming.settle(message, requeue=True)

@@ -23,17 +23,24 @@ from dramatiq.common import current_millis
 from dramatiq.errors import ConnectionClosed, DecodeError
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from agentflow import log, network, tls
 from agentflow.broker.doorbell import Doorbell
-from agentflow.broker.message import DeliveredMessage, message_for, queue_name
+from agentflow.broker.message import DeliveredMessage, PolledMessage, message_for, queue_name
 from agentflow.jobs.model import QUEUES, Ring
 from agentflow.presence import Presence
 from agentflow.tls import Trust
 
 CANCEL: Final = "!cancel"
 CONNECT_S: Final = 5.0
+#: For a connection that the server closed while it was idle. Upstream's default, three times with pauses and on time-outs, too,
+#: makes a frozen server cost four times the time-out.
+_ONCE_MORE: Final = Retry(NoBackoff(), 1, (redis.ConnectionError,))
 _RECONNECT_S: Final = 1.0
+#: How long nothing is published after a failure: doubled from the first to the second. A try may cost the time-out.
+_LEFT_ALONE_S: Final = (1.0, 10.0)
 
 logger = log.get(__name__)
 
@@ -59,6 +66,7 @@ def connect(
         client_name=client_name.replace(" ", "-"),
         health_check_interval=30,
         **(trust.redis() if scheme == "rediss" else {}),
+        retry=_ONCE_MORE,
     )
     return redis.Redis.from_pool(pool)
 
@@ -142,6 +150,8 @@ class BellBroker(Doorbell, RedisBroker):
         self._listening = threading.Event()
         self._closed = threading.Event()
         self.saturated = False
+        self._failed_rings = 0
+        self._publish_again_at = 0.0
         self.declare_queues()
 
     @property
@@ -164,8 +174,26 @@ class BellBroker(Doorbell, RedisBroker):
         self.client.publish(self._channel, enqueued.queue_name)
         return enqueued
 
+    def can_publish(self) -> bool:
+        return self.can_hear()
+
+    def can_hear(self) -> bool:
+        """A failed ring counts, too: it finds a frozen server before the listening connection does."""
+        unknown = not self._listening.is_set() or self.last_error is None
+        return (self.connected or unknown) and time.monotonic() >= self._publish_again_at
+
     def ring(self, rings: Sequence[Ring]) -> None:
         """Publish a message for each, in one round trip. Raises redis.RedisError; what was sent then is unknown."""
+        try:
+            self._ring(rings)
+        except redis.RedisError:
+            first, most = _LEFT_ALONE_S
+            self._publish_again_at = time.monotonic() + min(most, first * 2.0 ** min(self._failed_rings, 10))
+            self._failed_rings += 1
+            raise
+        self._failed_rings = 0
+
+    def _ring(self, rings: Sequence[Ring]) -> None:
         dispatch = self.scripts["dispatch"]
         limit = self._max_unpack_size()  # type: ignore[no-untyped-call]
         queues = set()
@@ -225,6 +253,8 @@ class BellBroker(Doorbell, RedisBroker):
             try:
                 with self.client.pubsub(ignore_subscribe_messages=True) as pubsub:
                     pubsub.subscribe(self._channel)
+                    # It would connect and subscribe anew by itself, without our knowing that rings may have been missed.
+                    pubsub.connection.retry = Retry(NoBackoff(), 0)
                     self._connected_again()
                     self._ring_all_bells()
                     while not self._closed.is_set():
@@ -234,17 +264,21 @@ class BellBroker(Doorbell, RedisBroker):
                         elif message["type"] == "message":
                             self._heard(message["data"].decode())
             except redis.RedisError as error:
-                self.connected, self.last_error = False, str(error)
+                self.connected, self.last_error = False, str(error) or type(error).__name__
+                self.on_unrung()  # from now on this process looks for itself
                 self._closed.wait(_RECONNECT_S)
 
     def _connected_again(self) -> None:
         if self.last_error is not None and not self.connected:
             self.reconnects += 1
-        self.connected = True
         # Whoever sets the mark is the first to see a server that is new, or was emptied: its messages are gone.
-        if self.client.set(f"{self.namespace}:mark", self.broker_id, nx=True):
+        emptied = self.client.set(f"{self.namespace}:mark", self.broker_id, nx=True)
+        self.connected = True
+        self._failed_rings, self._publish_again_at = 0, 0.0
+        if emptied:
             self.on_emptied()
         self.on_connected(self.fingerprint)
+        self.on_ready()
 
     def _heard(self, what: str) -> None:
         if what == CANCEL:
@@ -268,8 +302,9 @@ class BellConsumer(Consumer):
         self._lock = threading.Lock()
 
     def ack(self, message: MessageProxy) -> None:
-        """From any thread, once; an acknowledgement of another consumer's message is ignored."""
-        assert isinstance(message, DeliveredMessage)  # noqa: S101 - this consumer makes no others
+        """From any thread, once; an acknowledgement of another's message is ignored."""
+        if not isinstance(message, DeliveredMessage) or message.origin is not self:
+            return
         token = message.options["redis_message_id"]
         with self._lock:
             if message.acknowledged or self._held.pop(token, None) is None:
@@ -288,7 +323,10 @@ class BellConsumer(Consumer):
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """At shutdown: the messages that no thread took go back to the list, for the other workers."""
-        tokens = [m.options["redis_message_id"] for m in messages if not getattr(m, "acknowledged", False)]
+        messages = list(messages)
+        self.broker.give_back_polled(messages)
+        own = [m for m in messages if isinstance(m, DeliveredMessage) and not isinstance(m, PolledMessage)]
+        tokens = [m.options["redis_message_id"] for m in own if not m.acknowledged]
         if tokens:
             try:
                 self.broker.do_requeue(self.queue_name, *tokens)
@@ -300,6 +338,9 @@ class BellConsumer(Consumer):
         bell = self.broker.bell(self.queue_name)
         bell.clear()  # before the fetch: a ring during it is not lost
         self._give_back_unclaimed()
+        if not self.broker.can_hear():
+            bell.wait(self.broker.idle_poll_s)  # set when the connection is there again
+            return None
         try:
             if not self._cache:
                 with self._lock:

@@ -34,7 +34,7 @@ from agentflow.cli.errors import WRONG, Failure, one_line
 from agentflow.cli.job_commands import unserved
 from agentflow.database import connect_once
 from agentflow.jobs import statistics
-from agentflow.settings import Settings
+from agentflow.settings import Settings, Tier
 from agentflow.storage import StorageError
 from agentflow.system import System
 from agentflow.tls import Trust
@@ -74,10 +74,11 @@ def doctor() -> None:
     system = System(read, "doctor")
     with report.check("settings"):
         report.good(_settings(read))
+    report.run("tier", lambda: _tier(read))
     report.run("home", lambda: _home(read))
     stack = None
     reachable = True
-    if read.embedded_database or read.embedded_redis:
+    if read.embedded_database:
         with report.check("servers"):
             stack = embedded.join(read.agentflow_home)
             report.good(f"Postgres and Valkey of its own run in {read.agentflow_home}")
@@ -91,7 +92,7 @@ def doctor() -> None:
         if read.direct_database_url is not None:
             url = read.direct_database_url.get_secret_value()
             report.run("migrations", lambda: _postgres(url, "DIRECT_DATABASE_URL", read.trust))
-        if reachable and (read.redis_url is not None or read.embedded_redis):
+        if reachable and read.uses_redis:
             report.run("redis", lambda: _redis(system))
         if read.rabbitmq_url is not None:
             report.run("rabbitmq", lambda: _rabbitmq(system))
@@ -187,6 +188,24 @@ def _settings(read: Settings) -> str | Remark:
     if warnings:
         return Remark("; ".join(warnings), "change it unless it is meant")
     return f"read; set are {', '.join(given)}" if given else "none set: everything runs on this machine"
+
+
+_TIERS: Final[dict[Tier, str]] = {
+    "embedded": "embedded: Postgres and Valkey of its own, on this machine",
+    "database only": "database only: no broker and no Redis, workers look into Postgres every {poll:g} s",
+    "starter": "starter: Redis rings, and keeps results and live progress",
+    "production": "production: RabbitMQ rings, {redis}",
+}
+
+
+def _tier(read: Settings) -> str | Remark:
+    redis = "Redis keeps results and live progress" if read.uses_redis else "results and progress are in Postgres alone"
+    found = _TIERS[read.tier].format(poll=read.worker_polling_interval, redis=redis)
+    try:
+        settings.check_files(read)
+    except settings.SettingsError as error:
+        return Remark(f"{found}; for `agentflow up` alone", str(error))
+    return found
 
 
 def _home(read: Settings) -> str | Remark:

@@ -49,6 +49,7 @@ _RETRY_S: Final = 2.0
 def up(host: str | None, port: int | None, announce: int | None) -> None:
     """Runs until a signal ends it. Raises Failure, SettingsError, EmbeddedError, SchemaError before anything is served."""
     read = settings.current()
+    settings.check_files(read, alone=True)
     by_platform = bool(os.environ.get("PORT"))
     address = (
         host or ("0.0.0.0" if by_platform else "127.0.0.1"),  # noqa: S104 - a platform routes to all addresses
@@ -324,9 +325,13 @@ def _print_banner(url: str, read: Settings) -> None:
 
 def _tier(read: Settings) -> str:
     home: Path = read.agentflow_home
-    if read.embedded_database and read.embedded_redis:
+    if read.tier == "embedded":
         return f"Postgres and Valkey of its own, in {home}"
-    if read.embedded_database:
-        return f"Postgres of its own, in {home}; the Redis of REDIS_URL"
-    broker = "; the RabbitMQ of RABBITMQ_URL" if read.rabbitmq_url else ""
-    return "the Postgres of DATABASE_URL" + (" and the Redis of REDIS_URL" if read.redis_url else "") + broker
+    parts = [f"Postgres of its own, in {home}" if read.embedded_database else "the Postgres of DATABASE_URL"]
+    if read.redis_url is not None:
+        parts.append("the Redis of REDIS_URL")
+    if read.rabbitmq_url is not None:
+        parts.append("the RabbitMQ of RABBITMQ_URL")
+    if read.tier == "database only":
+        parts.append("no broker: it looks for work there")
+    return "; ".join(parts)

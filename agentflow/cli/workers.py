@@ -45,6 +45,7 @@ def work(number: int, names: Sequence[str], threads: int | None, module: str) ->
         queues = served_queues(names, read.job_queue_name)
     except UnknownQueue as error:
         raise Failure(str(error), USAGE) from None
+    settings.check_files(read)
     log.configure(read, "workers")
     for warning in read.warnings():
         logger.warning(warning)

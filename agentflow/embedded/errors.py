@@ -7,4 +7,4 @@ class EmbeddedError(RuntimeError):
     """The embedded servers cannot be had. The message is one line that tells what to do."""
 
 
-ELSEWHERE = "or set DATABASE_URL and REDIS_URL to servers of your own"
+ELSEWHERE = "or set DATABASE_URL to a Postgres of your own"

@@ -1,4 +1,4 @@
-"""Ringing the broker for due jobs: the relay's one step, and taking a ring back."""
+"""Finding due jobs: to ring the broker for them (the relay's one step), to run them here, and taking that back."""
 
 from __future__ import annotations
 
@@ -20,6 +20,21 @@ def pick_due(conn: Connection, queue: str) -> tuple[list[Ring], float | None]:
     return rings, next((row[3] for row in rows if row[0] is None), None)
 
 
+def poll(
+    conn: Connection, queue: str, room: int, reserved: int, types: Sequence[str]
+) -> tuple[list[Ring], float | None]:
+    """Stamp due jobs of a queue as taken by this process, for `room` free threads, of which `reserved` are for critical jobs.
+
+    Fair as `pick_due` is. Returns them, and, when there were none, in how many seconds the next one is due (None: the queue is
+    empty; negative: what is due is not for here).
+    """
+    rows = conn.execute(
+        "select * from agentflow.poll_1(%s, %s, %s, %s)", (queue, room, reserved, list(types))
+    ).fetchall()
+    rings = [Ring(row[0], queue, row[1], row[2]) for row in rows if row[0] is not None]
+    return rings, next((row[3] for row in rows if row[0] is None), None)
+
+
 def take_back(conn: Connection, ids: Sequence[UUID], delay_s: float) -> None:
     """Say that these jobs were not sent after all (the publish failed, or no thread was free): the relay rings again."""
     conn.execute(
@@ -32,7 +47,10 @@ def take_back(conn: Connection, ids: Sequence[UUID], delay_s: float) -> None:
 
 
 def ring_everything_again(conn: Connection, batch: int = 5_000) -> int:
-    """Bring forward the next ring of every job that was sent: the broker is a new or an emptied one. Returns how many."""
+    """Bring forward the next ring of every job that was sent: the broker is a new or an emptied one. Returns how many.
+
+    Counted anew: how often the other broker was told says nothing of when to tell this one again.
+    """
     rung = 0
     while done := _ring_some_again(conn, batch):
         rung += done
@@ -43,6 +61,6 @@ def _ring_some_again(conn: Connection, limit: int) -> int:
     return conn.execute(
         "with picked as materialized (select id from agentflow.jobs where state = 'queued' and sent_at is not null"
         " order by id limit %s for update skip locked)"
-        " update agentflow.jobs j set wake_at = clock_timestamp(), sent_at = null from picked where j.id = picked.id",
+        " update agentflow.jobs j set wake_at = clock_timestamp(), sent_at = null, sends = 0 from picked where j.id = picked.id",
         (limit,),
     ).rowcount

@@ -214,11 +214,14 @@ def _children(new: NewJob, organization_id: int, max_payload_bytes: int, depth: 
     return children
 
 
-def submit(conn: Connection, organization_id: int, prepared: Prepared, *, idempotency_hours: float = 24.0) -> Submitted:
+def submit(
+    conn: Connection, organization_id: int, prepared: Prepared, *, idempotency_hours: float = 24.0, ring: bool = True
+) -> Submitted:
     """Insert one job in the caller's transaction. Raises IdempotencyConflict.
 
     With an idempotency key that is known already the job it was used for is returned, and nothing is inserted; where another
-    job answers for a unique key, that one.
+    job answers for a unique key, that one. Without `ring` it is not stamped as sent: there is nobody to be rung, and whoever
+    looks for due jobs finds it at once.
     """
     if prepared.new.idempotency_key is not None:
         known = _remember(conn, organization_id, prepared, idempotency_hours)
@@ -226,7 +229,7 @@ def submit(conn: Connection, organization_id: int, prepared: Prepared, *, idempo
             return Submitted(known, created=False)
     placed = _place(conn, organization_id, [prepared])
     if placed.new:
-        jobs, rings = _insert(conn, organization_id, placed.new, None)
+        jobs, rings = _insert(conn, organization_id, placed.new, None, ring)
         return Submitted(jobs[0], created=True, rings=tuple(rings))
     job = placed.known[prepared.id]
     if prepared.new.idempotency_key is not None:
@@ -244,6 +247,7 @@ def submit_many(
     *,
     batch_id: UUID | None = None,
     callback_url: str | None = None,
+    ring: bool = True,
 ) -> tuple[list[Job], list[Ring]]:
     """Insert many jobs in the caller's transaction, in one statement; with `batch_id` they are counted as a batch.
 
@@ -257,7 +261,7 @@ def submit_many(
             " values (%(id)s, %(organization)s, %(total)s, %(url)s, case when %(total)s = 0 then clock_timestamp() end)",
             {"id": batch_id, "organization": organization_id, "total": len(placed.new), "url": callback_url},
         )
-    jobs, rings = _insert(conn, organization_id, placed.new, batch_id) if placed.new else ([], [])
+    jobs, rings = _insert(conn, organization_id, placed.new, batch_id, ring) if placed.new else ([], [])
     made = {job.id: job for job in jobs}
     return [placed.known.get(p.id) or made[placed.same.get(p.id, p.id)] for p in prepared], rings
 
@@ -392,7 +396,7 @@ with input as materialized (
         ) as older, q.priority
     from (select distinct queue, priority from input) q cross join lateral (select agentflow.window_1(q.queue) as size) w
 ), placed as (
-    select i.*, (i.run_at is null or i.run_at <= clock_timestamp()) and not r.older
+    select i.*, %(ring)s and (i.run_at is null or i.run_at <= clock_timestamp()) and not r.older
         and row_number() over (partition by i.queue order by i.priority, i.n) <= r.room as now
     from input i join room r on r.queue = i.queue and r.priority = i.priority
 )
@@ -408,7 +412,7 @@ returning {JOB_COLUMNS}, j.sent_at is not null
 
 
 def _insert(
-    conn: Connection, organization_id: int, prepared: Sequence[Prepared], batch_id: UUID | None
+    conn: Connection, organization_id: int, prepared: Sequence[Prepared], batch_id: UUID | None, ring: bool
 ) -> tuple[list[Job], list[Ring]]:
     slots = {p.concurrency[0]: p.concurrency[1] for p in prepared if p.concurrency}
     if slots:
@@ -418,6 +422,7 @@ def _insert(
         {
             "organization": organization_id,
             "batch": batch_id,
+            "ring": ring,
             "ids": [p.id for p in prepared],
             "types": [p.new.type for p in prepared],
             "queues": [p.queue for p in prepared],

@@ -1,11 +1,15 @@
-"""What any worker process does for all: ring for due jobs (one leads per queue), and take what the dead left behind."""
+"""What any worker process does for all: ring for due jobs (one leads per queue), and take what the dead left behind.
+
+Where no broker brings this process anything, it looks for due jobs itself, for its own free threads.
+"""
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID
 
 from agentflow import log
@@ -21,8 +25,23 @@ _SOONEST_S: Final = 0.005
 _MOST_OWED: Final = 10_000
 
 
+class Room(NamedTuple):
+    """What a process has room for: threads, of which some for critical jobs only, and the types that may run here now."""
+
+    threads: int
+    reserved: int
+    types: Sequence[str]
+
+
+NO_ROOM: Final = Room(0, 0, ())
+
+
 class Relay(Loop):
-    """Rings for due rows. Runs again at once while it finds some, and when the window may have room (`wake`)."""
+    """Rings for due rows. Runs again at once while it finds some, and when the window may have room (`wake`).
+
+    While the broker takes nothing it rings for nobody; while it brings nothing, or there is none, rows are picked for the free
+    threads of this process and handed over by `deliver`: again at once while there are some, and when a thread becomes free.
+    """
 
     def __init__(
         self,
@@ -32,32 +51,63 @@ class Relay(Loop):
         poll_s: float,
         publish: Callable[[Sequence[Ring]], None],
         can_publish: Callable[[], bool] = lambda: True,
+        can_hear: Callable[[], bool] = lambda: True,
+        room: Callable[[], Room] = lambda: NO_ROOM,
+        deliver: Callable[[Sequence[Ring]], None] = lambda _rings: None,
+        draining: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__("relay", database)
         self._can_publish = can_publish
+        self._can_hear = can_hear
+        self._room = room
+        self._deliver = deliver
+        self._draining = draining
         self._queues = queues
         self._poll_s = poll_s
         self._publish = publish
         self._owed: list[UUID] = []
         self._lock = threading.Lock()
+        self._turn = 0
+
+    @property
+    def polling(self) -> bool:
+        return not self._can_hear()
 
     def owe(self, ids: Sequence[UUID]) -> None:
         """Rings that were to be taken back while the database was away: done first when it is there again."""
         with self._lock:
             self._owed = (self._owed + list(ids))[-_MOST_OWED:]
 
+    def room_made(self) -> None:
+        """A thread is free again: there may be work for it that was left for want of room."""
+        if self.polling:
+            self.wake()
+
     def step(self, conn: BoundedConnection) -> float:
         self._take_back_owed(conn)
         pause_s = self._poll_s * random.uniform(0.8, 1.2)  # so that the processes do not ask in step
-        if not self._can_publish():
-            return pause_s  # rows that stay due are rung at once when the broker is back; stamped ones would wait
-        for queue in self._queues:
-            rings, due_in_s = dispatch.pick_due(conn, queue)  # committed: no lock is held while publishing
-            self._publish(rings)
-            if rings:
-                pause_s = min(pause_s, _SOONEST_S)
-            elif due_in_s is not None and due_in_s > 0:
-                pause_s = min(pause_s, due_in_s + 0.001)
+        if self._draining():
+            return pause_s  # others ring: this process may be the last one to know this broker
+        if self._can_publish():  # else rows stay due, and are rung at once when it is back; stamped ones would wait
+            for queue in self._queues:
+                rings, due_in_s = dispatch.pick_due(conn, queue)  # committed: no lock is held while publishing
+                self._publish(rings)
+                pause_s = min(pause_s, _pause_s(rings, due_in_s))
+        if self.polling:
+            pause_s = min(pause_s, self._poll(conn))
+        return pause_s
+
+    def _poll(self, conn: BoundedConnection) -> float:
+        pause_s = math.inf
+        self._turn += 1  # each queue is the first one now and then: they share the room
+        for n in range(len(self._queues)):
+            room = self._room()
+            if room.threads <= 0:
+                break  # until `room_made`
+            queue = self._queues[(self._turn + n) % len(self._queues)]
+            rings, due_in_s = dispatch.poll(conn, queue, room.threads, room.reserved, room.types)
+            self._deliver(rings)
+            pause_s = min(pause_s, _pause_s(rings, due_in_s))
         return pause_s
 
     def _take_back_owed(self, conn: BoundedConnection) -> None:
@@ -69,6 +119,12 @@ class Relay(Loop):
             except Unavailable:
                 self.owe(owed)
                 raise
+
+
+def _pause_s(rings: Sequence[Ring], due_in_s: float | None) -> float:
+    if rings:
+        return _SOONEST_S
+    return due_in_s + 0.001 if due_in_s is not None and due_in_s > 0 else math.inf
 
 
 class Rescue(Loop):

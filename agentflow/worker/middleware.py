@@ -37,6 +37,8 @@ logger = log.get(__name__)
 
 Call = Callable[[], Any]
 _DATABASE_AWAY_S: Final = 5.0
+#: Redis is left alone for so long after it failed: each try may cost seconds.
+_REDIS_PAUSE_S: Final = 5.0
 _TRACEBACK_LINES: Final = 30
 
 
@@ -126,14 +128,17 @@ class Results(Layer):
 class RateLimits(Layer):
     """Inside Results and Retries, which park what is over the limit; outside TimeLimits, so that no limit runs while it asks.
 
-    A type's `rate` holds per organization over all workers (sliding window in Redis). Redis away: each process counts alone.
+    A type's `rate` holds per organization over all workers (sliding window in Redis). Redis away, or none: each process
+    counts alone.
     """
 
-    def __init__(self, client: redis.Redis, prefix: str) -> None:
-        # The pool is what counts; the URL only tells the library which kind of server it is.
-        storage = RedisStorage("redis://", connection_pool=client.connection_pool, key_prefix=f"{prefix}:rate")
-        self._shared = SlidingWindowCounterRateLimiter(storage)
-        self._alone = SlidingWindowCounterRateLimiter(MemoryStorage())
+    def __init__(self, client: redis.Redis | None, prefix: str) -> None:
+        self._alone = self._shared = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._shared_again_at = 0.0
+        if client is not None:
+            # The pool is what counts; the URL only tells the library which kind of server it is.
+            storage = RedisStorage("redis://", connection_pool=client.connection_pool, key_prefix=f"{prefix}:rate")
+            self._shared = SlidingWindowCounterRateLimiter(storage)
 
     def around(self, running: Running, call: Call) -> Any:
         job = running.job
@@ -141,10 +146,11 @@ class RateLimits(Layer):
         if rate is not None:
             item = RateLimitItemPerSecond(rate.amount, rate.per_s)
             key = (job.type, str(job.organization_id))
+            limiter = self._shared if time.monotonic() >= self._shared_again_at else self._alone
             try:
-                limiter = self._shared
                 free = limiter.hit(item, *key)
             except redis.RedisError:
+                self._shared_again_at = time.monotonic() + _REDIS_PAUSE_S
                 limiter = self._alone
                 free = limiter.hit(item, *key)
             if not free:
@@ -187,7 +193,7 @@ def layers(system: System) -> list[Layer]:
     return [
         Retries(),
         Results(settings.job_result_bytes),
-        RateLimits(system.redis_client(answer_timeout_s=2.0), settings.job_queue_name),
+        RateLimits(system.redis_client(answer_timeout_s=2.0) if settings.uses_redis else None, settings.job_queue_name),
         TimeLimits(),
     ]
 

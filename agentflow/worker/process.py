@@ -103,6 +103,11 @@ class WorkerProcess:
         parent = self._parent or (master.pid if master is not None else None)
         Signals(stop=self._drain_early, hurry=self.hurry, parent=parent)
         try:
+            settings.check_files(self.system.settings)
+        except settings.SettingsError as error:
+            print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - as other wrong settings, which end the import
+            raise SystemExit(2) from None
+        try:
             for warning in self.system.settings.warnings():
                 logger.warning(warning)
             self.system.join_embedded()
@@ -125,6 +130,8 @@ class WorkerProcess:
             queues=queues,
             perform=partial(middleware.perform, self._layers),
             replace=self._replace,
+            threads_ready=partial(self._consumes, worker),
+            enqueue=lambda message: worker.consumers[message.queue_name].handle_message(message),
         )
         self.runtime.start()
 
@@ -140,6 +147,12 @@ class WorkerProcess:
             raise SystemExit(USAGE) from None
         worker.consumer_whitelist = {queue_name(prefix, queue) for queue in queues}
         return queues
+
+    def _consumes(self, worker: dramatiq.Worker) -> bool:
+        """Whether Dramatiq has all its consumers: its threads look for theirs after each message."""
+        prefix = self.system.settings.job_queue_name
+        consumers = [worker.consumers.get(queue_name(prefix, queue)) for queue in self._queues(worker)]
+        return all(consumer is not None and consumer.consumer is not None for consumer in consumers)
 
     def _ready(self) -> None:
         if self._serve_probe:

@@ -8,6 +8,7 @@ import random
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,13 +17,13 @@ from uuid import UUID, uuid4
 import structlog
 
 from agentflow import __version__, log, metrics
-from agentflow.broker import DeliveredMessage
+from agentflow.broker import DeliveredMessage, PolledMessage
 from agentflow.database import Unavailable
 from agentflow.jobs import dispatch, leases, registry
-from agentflow.jobs.model import QUEUES, Settled, State, Verdict
+from agentflow.jobs.model import QUEUES, Ring, Settled, State, Verdict
 from agentflow.live import Finished
 from agentflow.system import System
-from agentflow.worker.chores import Relay, Rescue
+from agentflow.worker.chores import NO_ROOM, Relay, Rescue, Room
 from agentflow.worker.claimer import ClaimAbandoned, Claimer
 from agentflow.worker.heart import Heart
 from agentflow.worker.running import JobContext, Running
@@ -36,10 +37,12 @@ _HAND_BACK_S: Final = 4.0
 _HURRY_LOOK_S: Final = 0.1
 _REPLACED_AT_MOST_EVERY_S: Final = 60.0
 _UNKNOWN_TYPE_S: Final = 30.0
+_ALONE_RENEW_S: Final = 2.0
 
 
 class Runtime:
-    """One per process. `threads` is how many jobs run at once; `replace` is how the process gets a successor."""
+    """One per process. `threads` is how many jobs run at once; `replace` is how the process gets a successor; `enqueue` puts
+    a message before the threads, past the broker, once they are ready."""
 
     def __init__(
         self,
@@ -50,6 +53,8 @@ class Runtime:
         queues: Sequence[str] = QUEUES,
         perform: Callable[[Running, JobContext], Verdict],
         replace: Callable[[], None],
+        threads_ready: Callable[[], bool],
+        enqueue: Callable[[PolledMessage], None],
         stuck_grace_s: float = GRACE_S,
     ) -> None:
         settings = system.settings
@@ -62,6 +67,10 @@ class Runtime:
         self.hurried = False
         self._perform = perform
         self._replace = replace
+        self._threads_ready = threads_ready
+        self._enqueue = enqueue
+        self._polled: dict[str, int] = {}  # given to the threads, not taken up yet
+        self._polled_regular = 0
         self._started = time.monotonic()
         self._held: dict[tuple[UUID, int], Running] = {}
         self._lock = threading.Lock()
@@ -81,7 +90,8 @@ class Runtime:
             system.database,
             self.id,
             lease_s=lease_s,
-            renew_s=settings.job_lease_renew,
+            # Where no Redis shows progress and nobody tells of a cancellation, the heartbeat does both.
+            renew_s=settings.job_lease_renew if settings.uses_redis else min(settings.job_lease_renew, _ALONE_RENEW_S),
             held=self.held,
             facts=self._facts,
             unsure_of=self.claimer.unsure_of,
@@ -94,6 +104,10 @@ class Runtime:
             poll_s=settings.worker_polling_interval,
             publish=system.publisher.ring,
             can_publish=system.broker.can_publish,
+            can_hear=system.broker.can_hear,
+            room=self.room,
+            deliver=self._deliver,
+            draining=lambda: self.draining,
         )
         self.rescue = Rescue(
             system.database,
@@ -122,7 +136,7 @@ class Runtime:
         broker.on_cancel = self.heart.wake
         broker.on_connected = self._connected_to
         broker.on_emptied = self._ring_everything_again
-        broker.on_ready = self.relay.wake
+        broker.on_ready = broker.on_unrung = self.relay.wake
         metrics.known_types(registry.every())
         for part in (self.heart, self.claimer, self.settler, self.relay, self.rescue, self.watchdog):
             part.start()
@@ -184,10 +198,11 @@ class Runtime:
         if message.given_back:
             metrics.message_dropped("given_back")
             return
-        if self.draining or not self._enter(message):
+        if not self._enter(message):
             message.given_back = True
             if not message.pass_on():
-                self.give_back([message], 0.0 if self.draining else 1.0)
+                # What was picked here is not picked again while its type has no room.
+                self.give_back([message], 0.0 if self.draining or isinstance(message, PolledMessage) else 1.0)
             return
         try:
             self._handle(message)
@@ -213,7 +228,8 @@ class Runtime:
             metrics.message_dropped("not_claimable")
             return
         self._claims += 1
-        self.relay.wake()
+        if not self.relay.polling:
+            self.relay.wake()
         self.run(running)
 
     def run(self, running: Running) -> None:
@@ -306,6 +322,30 @@ class Runtime:
         """Of those, how many only critical jobs may have."""
         return max(0, self.threads // 4 - (sum(self._busy.values()) - self._busy_regular))
 
+    def room(self) -> Room:
+        """What may be picked for this process's threads now: as many as are free, and of no type that has its limit."""
+        settings = self.system.settings
+        with self._lock:
+            if self.draining or not self._threads_ready():
+                return NO_ROOM
+            taken = Counter(self._busy)
+            taken.update(self._polled)
+            regular = self.threads - self.threads // 4 - self._busy_regular - self._polled_regular
+            free = self.threads - taken.total()
+        types = [
+            t.name for t in registry.every() if t.process_limit is None or taken[t.name] < t.process_limit(settings)
+        ]
+        return Room(free, free - min(free, max(0, regular)), types)
+
+    def _deliver(self, rings: Sequence[Ring]) -> None:
+        """Put jobs that were picked for this process before its threads."""
+        with self._lock:
+            for ring in rings:
+                self._polled[ring.type] = self._polled.get(ring.type, 0) + 1
+                self._polled_regular += ring.priority != 0
+        for ring in rings:
+            self._enqueue(PolledMessage(ring, self.system.settings.job_queue_name))
+
     def give_back(self, messages: Sequence[DeliveredMessage], delay_s: float) -> None:
         """Acknowledge messages that nobody here can claim; the relay rings another for each after `delay_s`."""
         ids = []
@@ -334,7 +374,10 @@ class Runtime:
         name, critical = message.actor_name, message.options.get("priority") == 0
         limit = registry.get(name).process_limit if registry.known(name) else None
         with self._lock:
-            if limit is not None and self._busy.get(name, 0) >= limit(self.system.settings):
+            if isinstance(message, PolledMessage):
+                self._polled[name] -= 1
+                self._polled_regular -= not critical
+            if self.draining or (limit is not None and self._busy.get(name, 0) >= limit(self.system.settings)):
                 return False
             if not critical and self._busy_regular >= self.threads - self.threads // 4:
                 return False
@@ -347,6 +390,7 @@ class Runtime:
             self._busy[message.actor_name] -= 1
             self._busy_regular -= message.options.get("priority") != 0
         self.system.broker.nudge()
+        self.relay.room_made()
 
     def _claims_per_s(self) -> float:
         """A moving average over about a second."""
