@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 from uuid import UUID
 
@@ -19,6 +20,7 @@ logger = log.get(__name__)
 _RESCUE_BATCH: Final = 200
 _SOONEST_S: Final = 0.005
 _MOST_OWED: Final = 10_000
+_CHARGE_S: Final = 0.5
 
 
 class Relay(Loop):
@@ -32,8 +34,11 @@ class Relay(Loop):
         poll_s: float,
         publish: Callable[[Sequence[Ring]], None],
         can_publish: Callable[[], bool] = lambda: True,
+        work_done: Callable[[], Mapping[tuple[str, int], tuple[int, float]]] = dict,
     ) -> None:
         super().__init__("relay", database)
+        self._work_done = work_done
+        self._charged_at = 0.0
         self._can_publish = can_publish
         self._queues = queues
         self._poll_s = poll_s
@@ -48,6 +53,7 @@ class Relay(Loop):
 
     def step(self, conn: BoundedConnection) -> float:
         self._take_back_owed(conn)
+        self._charge(conn)
         pause_s = self._poll_s * random.uniform(0.8, 1.2)  # so that the processes do not ask in step
         if not self._can_publish():
             return pause_s  # rows that stay due are rung at once when the broker is back; stamped ones would wait
@@ -56,9 +62,15 @@ class Relay(Loop):
             self._publish(rings)
             if rings:
                 pause_s = min(pause_s, _SOONEST_S)
-            elif due_in_s is not None and due_in_s > 0:
-                pause_s = min(pause_s, due_in_s + 0.001)
+            elif due_in_s is not None and due_in_s >= 0:
+                pause_s = min(pause_s, max(_SOONEST_S, due_in_s + 0.001))
         return pause_s
+
+    def _charge(self, conn: BoundedConnection) -> None:
+        """Now and then, since each organization's turn is one row for all workers. What is lost with an error is an estimate."""
+        if time.monotonic() - self._charged_at > _CHARGE_S:
+            self._charged_at = time.monotonic()
+            dispatch.charge(conn, self._work_done())
 
     def _take_back_owed(self, conn: BoundedConnection) -> None:
         with self._lock:
