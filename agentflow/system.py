@@ -21,9 +21,10 @@ from agentflow import embedded, log, metrics, schema
 from agentflow.broker import BellBroker, Doorbell, PollingBroker, RabbitBroker
 from agentflow.broker import redis as redis_broker
 from agentflow.database import Connection, Database, Unavailable
-from agentflow.jobs import dispatch, intake, records
+from agentflow.jobs import dispatch, intake, records, rules, statistics
 from agentflow.jobs.intake import NewJob, Prepared, Submitted
 from agentflow.jobs.model import Job, Ring, State
+from agentflow.limits import Limits
 from agentflow.links import Links
 from agentflow.live import Live, Rows
 from agentflow.presence import Presence
@@ -199,6 +200,23 @@ class System:
             self.redis_client(answer_timeout_s=answer_s, connect_timeout_s=2.0) for answer_s in (2.0, 3.0)
         )
         return Live(client, waiting, prefix=self.settings.job_queue_name)
+
+    @cached_property
+    def rules(self) -> rules.Known:
+        return rules.Known(self.database)
+
+    @cached_property
+    def limits(self) -> Limits:
+        client = self.redis_client(answer_timeout_s=2.0, connect_timeout_s=2.0) if self.settings.uses_redis else None
+        return Limits(client, self.settings.job_queue_name, workers=self._live_workers)
+
+    def _live_workers(self) -> int:
+        """For who has to take a share because Redis is away. Without Postgres as well it takes all: nobody gets work then."""
+        try:
+            with self.database.connection() as conn:
+                return len(statistics.workers(conn))
+        except Unavailable:
+            return 1
 
     @cached_property
     def publisher(self) -> Publisher:

@@ -48,6 +48,18 @@ def limited(context: JobContext, payload: Limited) -> dict[str, Any]:
     return {"at": time.time()}
 
 
+class Stamped(Payload):
+    sleep_ms: int = 0
+
+
+@job("test_stamped", payload=Stamped)
+def stamped(context: JobContext, payload: Stamped) -> dict[str, Any]:
+    """Says when it was at work."""
+    began = time.time()
+    context.sleep(payload.sleep_ms / 1000)
+    return {"began": began, "ended": time.time()}
+
+
 class Unstorable(Payload):
     kind: str
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from uuid import UUID
 
 from agentflow.database import Connection
@@ -13,9 +13,9 @@ def pick_due(conn: Connection, queue: str) -> tuple[list[Ring], float | None]:
     """Stamp due jobs of a queue as sent, fairly, while its window has room. Publish them after the commit, not before.
 
     Returns them, and, when there were none, in how many seconds the next one is due (None: the queue is empty, or another
-    process leads; negative: the window is full).
+    process leads; negative: the window is full, or what is due is paused; 0: look again at once).
     """
-    rows = conn.execute("select * from agentflow.relay_1(%s)", (queue,)).fetchall()
+    rows = conn.execute("select * from agentflow.relay_2(%s)", (queue,)).fetchall()
     rings = [Ring(row[0], queue, row[1], row[2]) for row in rows if row[0] is not None]
     return rings, next((row[3] for row in rows if row[0] is None), None)
 
@@ -26,13 +26,25 @@ def poll(
     """Stamp due jobs of a queue as taken by this process, for `room` free threads, of which `reserved` are for critical jobs.
 
     Fair as `pick_due` is. Returns them, and, when there were none, in how many seconds the next one is due (None: the queue is
-    empty; negative: what is due is not for here).
+    empty; negative: what is due is not for here, or paused; 0: look again at once).
     """
     rows = conn.execute(
-        "select * from agentflow.poll_1(%s, %s, %s, %s)", (queue, room, reserved, list(types))
+        "select * from agentflow.poll_2(%s, %s, %s, %s)", (queue, room, reserved, list(types))
     ).fetchall()
     rings = [Ring(row[0], queue, row[1], row[2]) for row in rows if row[0] is not None]
     return rings, next((row[3] for row in rows if row[0] is None), None)
+
+
+def charge(conn: Connection, work: Mapping[tuple[str, int], tuple[int, float]]) -> None:
+    """What was done for (queue, organization): jobs and their seconds. Whose turn it is follows from that."""
+    done = sorted(
+        (queue, organization, jobs, seconds) for (queue, organization), (jobs, seconds) in work.items() if jobs
+    )
+    if done:
+        conn.execute(
+            "select agentflow.charge_1(%s::text[], %s::bigint[], %s::integer[], %s::float8[])",
+            tuple(list(column) for column in zip(*done, strict=True)),
+        )
 
 
 def take_back(conn: Connection, ids: Sequence[UUID], delay_s: float) -> None:

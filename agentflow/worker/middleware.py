@@ -17,11 +17,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import dramatiq
-import redis
 from dramatiq.middleware import CurrentMessage, Middleware
-from limits import RateLimitItemPerSecond
-from limits.storage import MemoryStorage, RedisStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
 from pydantic import BaseModel, ValidationError
 
 from agentflow import log
@@ -30,6 +26,7 @@ from agentflow.errors import JobError, Permanent, Transient, Wait
 from agentflow.jobs import registry
 from agentflow.jobs.model import Verdict
 from agentflow.jobs.text import storable_json
+from agentflow.limits import Bucket, Window
 from agentflow.system import System
 from agentflow.worker.running import JobContext, Running, Stopped
 
@@ -62,11 +59,8 @@ class Retries(Layer):
             return Verdict(*running.key, "succeeded", result=call())
         except Stopped:
             return self.verdict_for_stop(running)
-        except Wait as wait:
-            logger.info("parked", reason=wait.reason, seconds=round(wait.seconds, 3))
-            return Verdict(*running.key, "wait", delay_s=max(0.0, wait.seconds), reason=wait.reason)
-        except Unavailable as error:  # our own database: not the job's fault, no attempt spent
-            return Verdict(*running.key, "wait", delay_s=_DATABASE_AWAY_S, reason="database", error=described(error))
+        except (Wait, *Unavailable) as error:
+            return self.verdict_for_wait(running, error)
         except Permanent as error:
             logger.info("failed for good", error=str(error), code=error.code)
             return Verdict(*running.key, "failed", error=described(error))
@@ -84,6 +78,14 @@ class Retries(Layer):
             exc_info=not isinstance(error, JobError),
         )
         return Verdict(*running.key, "retry", delay_s=delay_s, reason="retry", error=described(error))
+
+    @staticmethod
+    def verdict_for_wait(running: Running, error: Exception) -> Verdict:
+        """How a job is parked. Without our own database too: that is not the job's fault, no attempt is spent."""
+        if isinstance(error, Wait):
+            logger.info("parked", reason=error.reason, seconds=round(error.seconds, 3))
+            return Verdict(*running.key, "wait", delay_s=max(0.0, error.seconds), reason=error.reason)
+        return Verdict(*running.key, "wait", delay_s=_DATABASE_AWAY_S, reason="database", error=described(error))
 
     @staticmethod
     def verdict_for_stop(running: Running) -> Verdict:
@@ -128,48 +130,22 @@ class Results(Layer):
 class RateLimits(Layer):
     """Inside Results and Retries, which park what is over the limit; outside TimeLimits, so that no limit runs while it asks.
 
-    A type's `rate` holds per organization over all workers (sliding window in Redis). Redis away, or none: each process
-    counts alone.
+    A type's `rate` holds per organization over all workers; `agentflow limits` may set another one, of `type:NAME`.
     """
 
-    def __init__(self, client: redis.Redis | None, prefix: str) -> None:
-        self._alone = self._shared = SlidingWindowCounterRateLimiter(MemoryStorage())
-        self._shared_again_at = 0.0
-        if client is not None:
-            # The pool is what counts; the URL only tells the library which kind of server it is.
-            storage = RedisStorage("redis://", connection_pool=client.connection_pool, key_prefix=f"{prefix}:rate")
-            self._shared = SlidingWindowCounterRateLimiter(storage)
+    def __init__(self, system: System) -> None:
+        self._system = system
 
     def around(self, running: Running, call: Call) -> Any:
         job = running.job
-        rate = registry.get(job.type).rate
-        if rate is not None:
-            item = RateLimitItemPerSecond(rate.amount, rate.per_s)
-            key = (job.type, str(job.organization_id))
-            limiter = self._shared if time.monotonic() >= self._shared_again_at else self._alone
-            try:
-                free = limiter.hit(item, *key)
-            except redis.RedisError:
-                self._shared_again_at = time.monotonic() + _REDIS_PAUSE_S
-                limiter = self._alone
-                free = limiter.hit(item, *key)
-            if not free:
-                raise Wait(self._seconds(limiter, item, key, rate), "limit")
+        windows = self._system.rules.now().limit_of(job.organization_id, f"type:{job.type}")
+        if windows is None and (rate := registry.get(job.type).rate) is not None:
+            windows = (Window(rate.amount, rate.per_s),)
+        if windows:
+            bucket = Bucket(f"type:{job.type}:{job.organization_id}", windows)
+            if (seconds := self._system.limits.take([bucket], str(job.id))) > 0:
+                raise Wait(seconds, "limit")
         return call()
-
-    @staticmethod
-    def _seconds(
-        limiter: SlidingWindowCounterRateLimiter,
-        item: RateLimitItemPerSecond,
-        key: tuple[str, str],
-        rate: registry.Rate,
-    ) -> float:
-        """Until the window moves on, spread over one more token's time, so that the parked do not wake at once."""
-        try:
-            reset = limiter.get_window_stats(item, *key).reset_time - time.time()
-        except redis.RedisError:
-            reset = rate.per_s
-        return float(min(max(reset, 0.05), rate.per_s) + random.uniform(0, rate.per_s / rate.amount))
 
 
 class TimeLimits(Layer):
@@ -193,7 +169,7 @@ def layers(system: System) -> list[Layer]:
     return [
         Retries(),
         Results(settings.job_result_bytes),
-        RateLimits(system.redis_client(answer_timeout_s=2.0) if settings.uses_redis else None, settings.job_queue_name),
+        RateLimits(system),
         TimeLimits(),
     ]
 

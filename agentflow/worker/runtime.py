@@ -19,10 +19,12 @@ import structlog
 from agentflow import __version__, log, metrics
 from agentflow.broker import DeliveredMessage, PolledMessage
 from agentflow.database import Unavailable
+from agentflow.errors import Wait
 from agentflow.jobs import dispatch, leases, registry
 from agentflow.jobs.model import QUEUES, Ring, Settled, State, Verdict
 from agentflow.live import Finished
 from agentflow.system import System
+from agentflow.worker.admission import Admission
 from agentflow.worker.chores import NO_ROOM, Relay, Rescue, Room
 from agentflow.worker.claimer import ClaimAbandoned, Claimer
 from agentflow.worker.heart import Heart
@@ -84,6 +86,7 @@ class Runtime:
         self._all_ended: bool | None = None
 
         lease_s, crashes = settings.job_lease, settings.job_max_crashes
+        self.admission = Admission(system.database, system.rules, threads)
         self.claimer = Claimer(system.database, self.id, lease_s, self._hold)
         self.settler = Settler(system.database, self.id, lease_s, crashes, self._settled, self._after_settle)
         self.heart = Heart(
@@ -108,6 +111,7 @@ class Runtime:
             room=self.room,
             deliver=self._deliver,
             draining=lambda: self.draining,
+            work_done=self.admission.work_done,
         )
         self.rescue = Rescue(
             system.database,
@@ -242,7 +246,10 @@ class Runtime:
         with structlog.contextvars.bound_contextvars(job_id=str(job.id), job_type=job.type, attempt=job.attempt):
             metrics.job_started(job.type, job.queue, _pickup_s(running))
             try:
-                verdict = self._perform(running, JobContext(running, self.system))
+                with self.admission.admitted(job):
+                    verdict = self._perform(running, JobContext(running, self.system))
+            except (Wait, *Unavailable) as error:
+                verdict = _parked(running, error)
             except BaseException as error:
                 logger.exception("a job came to no verdict")
                 said = json.dumps({"code": "internal", "message": f"{type(error).__name__}: {error}"})
@@ -274,6 +281,7 @@ class Runtime:
             return
         seconds = time.monotonic() - running.started
         metrics.job_ended(running.job.type, running.job.queue, state, seconds)
+        self.admission.done(running.job, seconds)
         if state is None:
             metrics.lease_lost()
             logger.warning(
@@ -428,6 +436,12 @@ class Runtime:
             time.sleep(young_s)
         time.sleep(random.uniform(0, 2.0))  # so that a bad input does not take all processes down in step
         self._replace()
+
+
+def _parked(running: Running, error: Exception) -> Verdict:
+    from agentflow.worker.middleware import Retries
+
+    return Retries.verdict_for_wait(running, error)
 
 
 def _overdue_verdict(running: Running) -> Verdict:

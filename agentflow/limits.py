@@ -1,0 +1,279 @@
+"""How often an outside service may be called, over all workers: one decision over all windows of all buckets of a call.
+
+A bucket (an organization's calls to a provider, a credential) is the exact log of the calls that were let through, as long as its
+largest window: never more than `amount` calls within any `per_s` seconds. Who is refused is told when to come back: places are
+handed out in order, one calls' distance apart, so that a thousand who wait do not come at once, and who comes later does not
+overtake them. A place is a time and no token: who never comes back uses nothing up.
+
+Limits learn: a 429 closes the bucket for all workers until the time that the vendor names, and lowers what is let through
+by a little, since the vendor counts by another clock; it recovers within the hour.
+
+Own code, because no kept library decides over several windows and buckets in one step and hands out times (`limits` and
+`pyrate-limiter` count one window at a time, or answer only yes or no).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import redis
+
+from agentflow import log
+
+logger = log.get(__name__)
+
+#: The log of a bucket is as long as its largest window; ten bytes a call.
+MOST_CALLS: Final = 1_000_000
+_KEEP_PLACE_S: Final = 600
+#: Who has a place and comes this much early, or finds those before him late, keeps it; else he goes to the end of the line.
+_PATIENCE_MS: Final = 250
+_LOWERED_MOST: Final = 0.05
+#: While Redis is away it is asked so seldom, since each try may take its whole timeout.
+_AWAY_S: Final = 2.0
+_RECOVERS_PER_S: Final = 1.0 / 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """At most `amount` calls within any `per_s` seconds."""
+
+    amount: int
+    per_s: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.amount <= MOST_CALLS or self.per_s <= 0:
+            raise ValueError(f"a window allows 1 to {MOST_CALLS} calls in more than 0 seconds, not {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What is counted together. `name` is stable and holds no secret; without windows a bucket can only be closed."""
+
+    name: str
+    windows: tuple[Window, ...] = ()
+
+    @property
+    def pace_ms(self) -> float:
+        """The distance of two who wait."""
+        return min((w.per_s * 1000 / w.amount for w in self.windows), default=0.0)
+
+
+class Limits:
+    """Safe in threads. Without Redis each process counts alone, and takes its share: `workers()` says among how many."""
+
+    def __init__(self, client: redis.Redis | None, prefix: str, *, workers: Callable[[], int] = lambda: 1) -> None:
+        self._client = client
+        # In one slot of a cluster: the script looks at several buckets at once.
+        self._prefix = f"{{{prefix}:limits}}"
+        self._workers = workers
+        self._alone = _Alone()
+        self._away_since: float | None = None
+        self._ask_again_at = 0.0
+        if client is not None:
+            self._take = client.register_script(_TAKE)
+            self._refuse = client.register_script(_REFUSE)
+
+    def take(self, buckets: Sequence[Bucket], holder: str) -> float:
+        """Let a call through now (0.0), or say in how many seconds `holder` should ask again. Nothing is counted then."""
+        if self._client is None or time.monotonic() < self._ask_again_at:
+            return self._alone.take(buckets, holder, self._workers())
+        try:
+            waits_ms = self._take(
+                keys=[key for bucket in buckets for key in self._keys(bucket)] + [f"{self._prefix}:place:{holder}"],
+                args=[_PATIENCE_MS, _KEEP_PLACE_S * 1000, _RECOVERS_PER_S, len(buckets), *self._described(buckets)],
+            )
+        except redis.RedisError as error:
+            self._away(error)
+            return self._alone.take(buckets, holder, self._workers())
+        self._back()
+        return float(waits_ms) / 1000
+
+    def refused(self, bucket: Bucket, retry_after_s: float | None = None) -> None:
+        """The vendor answered 429: closed for all workers until then (None: for one call's distance), and a little slower."""
+        closed_ms = max(1.0, retry_after_s * 1000 if retry_after_s is not None else min(bucket.pace_ms, 60_000.0))
+        self._alone.refused(bucket, closed_ms)
+        if self._client is None or time.monotonic() < self._ask_again_at:
+            return
+        try:
+            self._refuse(keys=self._keys(bucket)[1:], args=[int(closed_ms), _LOWERED_MOST, _RECOVERS_PER_S])
+        except redis.RedisError as error:
+            self._away(error)
+
+    def _keys(self, bucket: Bucket) -> list[str]:
+        return [f"{self._prefix}:calls:{bucket.name}", f"{self._prefix}:state:{bucket.name}"]
+
+    @staticmethod
+    def _described(buckets: Sequence[Bucket]) -> list[Any]:
+        told: list[Any] = []
+        for bucket in buckets:
+            told += [bucket.pace_ms, len(bucket.windows)]
+            for window in bucket.windows:
+                told += [window.amount, int(window.per_s * 1000)]
+        return told
+
+    def _away(self, error: Exception) -> None:
+        self._ask_again_at = time.monotonic() + _AWAY_S
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            logger.warning("Redis is away: each process keeps to its share of the limits", error=str(error))
+
+    def _back(self) -> None:
+        if self._away_since is not None:
+            logger.info("Redis is back: limits are shared", seconds=round(time.monotonic() - self._away_since, 1))
+            self._away_since = None
+
+
+# KEYS: two for each bucket (calls: a list of times in ms; state: a hash), and the holder's place.
+# ARGV: patience in ms, how long a place is kept in ms, recovery per s, number of buckets, then for each its pace in ms, its
+# number of windows, and for each of those the amount and its length in ms.
+# The hash: closed, the time until which nothing is let through; line, the last place that was handed out; factor and
+# lowered, what a 429 left of the amounts and when.
+_TAKE: Final = """
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local patience, keep, recovers, buckets = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local place = KEYS[#KEYS]
+local at, line, pace, closed = now, now, 0, false
+local longest, arg = {}, 5
+for b = 1, buckets do
+    local calls, state = KEYS[2 * b - 1], KEYS[2 * b]
+    local h = redis.call('HMGET', state, 'closed', 'line', 'factor', 'lowered')
+    if h[1] and tonumber(h[1]) > now then
+        closed = true
+        at = math.max(at, tonumber(h[1]))
+    end
+    line = math.max(line, tonumber(h[2] or 0))
+    local factor = 1
+    if h[3] then
+        factor = math.min(1, tonumber(h[3]) + (now - tonumber(h[4])) / 1000 * recovers)
+    end
+    local bucket_pace, windows = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1])
+    pace = math.max(pace, bucket_pace / factor)
+    arg = arg + 2
+    longest[b] = {0, 0}
+    for _ = 1, windows do
+        local amount, length = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1])
+        arg = arg + 2
+        longest[b] = {math.max(longest[b][1], amount), math.max(longest[b][2], length)}
+        amount = math.max(1, math.floor(amount * factor))
+        local before = redis.call('LINDEX', calls, -amount)
+        if before then
+            at = math.max(at, tonumber(before) + length)
+        end
+    end
+end
+local held = not closed and redis.call('EXISTS', place) == 1
+if at <= now and (held or line <= now) then
+    for b = 1, buckets do
+        if longest[b][1] > 0 then
+            redis.call('RPUSH', KEYS[2 * b - 1], now)
+            redis.call('LTRIM', KEYS[2 * b - 1], -longest[b][1], -1)
+            redis.call('PEXPIRE', KEYS[2 * b - 1], longest[b][2] + 1000)
+        end
+    end
+    redis.call('DEL', place)
+    return 0
+end
+if not held or at - now > patience then
+    at = math.max(at, line + pace)
+    for b = 1, buckets do
+        redis.call('HSET', KEYS[2 * b], 'line', at)
+        if redis.call('PTTL', KEYS[2 * b]) < at - now + 3600000 then
+            redis.call('PEXPIRE', KEYS[2 * b], math.ceil(at - now) + 3600000)
+        end
+    end
+end
+redis.call('SET', place, 1, 'PX', math.ceil(at - now) + keep)
+return math.max(1, math.ceil(at - now))
+"""
+
+# KEYS: the bucket's state. ARGV: closed for so many ms, the share that a refusal takes off, recovery per s.
+# Many calls may be under way when the vendor begins to refuse: they count as one refusal within a tenth of a second.
+_REFUSE: Final = """
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local h = redis.call('HMGET', KEYS[1], 'closed', 'factor', 'lowered')
+local closed = math.max(tonumber(h[1] or 0), now + tonumber(ARGV[1]))
+redis.call('HSET', KEYS[1], 'closed', closed)
+local lowered = tonumber(h[3] or 0)
+if now - lowered > 100 then
+    local factor = math.min(1, tonumber(h[2] or 1) + (now - lowered) / 1000 * tonumber(ARGV[3]))
+    if not h[2] then factor = 1 end
+    redis.call('HSET', KEYS[1], 'factor', math.max(0.01, factor * (1 - tonumber(ARGV[2]))), 'lowered', now)
+end
+redis.call('PEXPIRE', KEYS[1], math.max(3600000, closed - now + 3600000))
+return 0
+"""
+
+
+@dataclass
+class _State:
+    calls: deque[float] = field(default_factory=deque)
+    closed: float = 0.0
+    line: float = 0.0
+    seen: float = 0.0
+
+
+class _Alone:
+    """The same for one process, in memory, with its share of each window. Forgets what was not asked for lately."""
+
+    _MOST_BUCKETS: Final = 1000
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._states: dict[str, _State] = {}
+        self._places: dict[str, float] = {}
+
+    def take(self, buckets: Sequence[Bucket], holder: str, workers: int) -> float:
+        now = time.monotonic() * 1000
+        share = 1.0 / max(1, workers)
+        with self._lock:
+            states = [self._state(bucket.name, now) for bucket in buckets]
+            at = max([now, *(state.closed for state in states)])
+            closed = at > now
+            for bucket, state in zip(buckets, states, strict=True):
+                for window in bucket.windows:
+                    amount = max(1, int(window.amount * share))
+                    if len(state.calls) >= amount:
+                        at = max(at, state.calls[-amount] + window.per_s * 1000)
+            line = max([now, *(state.line for state in states)])
+            held = not closed and self._places.get(holder, 0.0) > now
+            if at <= now and (held or line <= now):
+                for bucket, state in zip(buckets, states, strict=True):
+                    state.calls.append(now)
+                    most = max((w.amount for w in bucket.windows), default=0)
+                    while len(state.calls) > most:
+                        state.calls.popleft()
+                self._places.pop(holder, None)
+                return 0.0
+            if not held or at - now > _PATIENCE_MS:
+                at = max(at, line + max((b.pace_ms for b in buckets), default=0.0) / share)
+                for state in states:
+                    state.line = at
+            self._keep_place(holder, at + _KEEP_PLACE_S * 1000, now)
+            return max(0.001, (at - now) / 1000)
+
+    def refused(self, bucket: Bucket, closed_ms: float) -> None:
+        now = time.monotonic() * 1000
+        with self._lock:
+            state = self._state(bucket.name, now)
+            state.closed = max(state.closed, now + closed_ms)
+
+    def _state(self, name: str, now: float) -> _State:
+        state = self._states.get(name)
+        if state is None:
+            if len(self._states) >= self._MOST_BUCKETS:
+                del self._states[min(self._states, key=lambda n: self._states[n].seen)]
+            state = self._states[name] = _State()
+        state.seen = now
+        return state
+
+    def _keep_place(self, holder: str, until: float, now: float) -> None:
+        if len(self._places) > 50_000:
+            self._places = {name: end for name, end in self._places.items() if end > now}
+        self._places[holder] = until

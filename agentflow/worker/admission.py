@@ -1,0 +1,79 @@
+"""Whether a claimed job may run now. The relay holds back what may not; a message may be older than the rule, though."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from agentflow.database import Database
+from agentflow.errors import Wait
+from agentflow.jobs import rules
+from agentflow.jobs.model import Job
+
+#: Of a process's threads, where several organizations share them: no organization has all.
+SHARE: Final = 0.8
+_PAUSED_S: Final = 3600.0
+_BUSY_S: Final = 300.0
+
+
+class Admission:
+    """One per worker process. `work_done` is what the relay charges."""
+
+    def __init__(self, database: Database, known: rules.Known, threads: int) -> None:
+        self._database = database
+        self._known = known
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._running: Counter[int] = Counter()
+        self._done: dict[tuple[str, int], tuple[int, float]] = {}
+
+    @contextmanager
+    def admitted(self, job: Job) -> Iterator[None]:
+        """Raises Wait when the job has to wait; no attempt is spent by that."""
+        now = self._known.now()
+        with self._lock:
+            if now.shared and self._running[job.organization_id] >= max(1, int(self._threads * SHARE)):
+                raise Wait(random.uniform(0.2, 1.0), "busy", message="the organization has its share of the threads")
+            self._running[job.organization_id] += 1
+        try:
+            self._ask(now, job)
+            yield
+        finally:
+            with self._lock:
+                self._running[job.organization_id] -= 1
+
+    def _ask(self, now: rules.Rules, job: Job) -> None:
+        if now.pause_of(job.organization_id, job.queue, job.type) and (
+            pause := self._known.anew().pause_of(job.organization_id, job.queue, job.type)
+        ):
+            raise Wait(_later(_PAUSED_S), "paused", message=f"the {pause.kind} is paused")
+        for type_ in (job.type, ""):
+            cap = now.cap_of(job.organization_id, type_)
+            if cap is not None:
+                with self._database.connection() as conn:
+                    before = rules.running_before(conn, job.organization_id, type_, job.id)
+                if before >= cap:
+                    raise Wait(0.0 if type_ else _later(1.0), "busy", message="as many run as may run at once")
+
+    def done(self, job: Job, seconds: float) -> None:
+        with self._lock:
+            key = (job.queue, job.organization_id)
+            jobs, before = self._done.get(key, (0, 0.0))
+            self._done[key] = (jobs + 1, before + seconds)
+
+    def work_done(self) -> dict[tuple[str, int], tuple[int, float]]:
+        """Since it was asked last; nothing where one organization has all to itself."""
+        with self._lock:
+            done, self._done = self._done, {}
+        return done if self._known.now().shared else {}
+
+
+def _later(seconds: float) -> float:
+    return seconds * random.uniform(1.0, 1.1)
+
+
+__all__ = ["Admission"]
