@@ -22,7 +22,7 @@ from agentflow.database import BoundedConnection
 FOLDER: Final = "AGENTFLOW_TEST_STATEMENTS"
 
 #: What belongs to no organization, or says itself whose it is.
-SHARED: Final = frozenset({"organizations", "installation", "migrations", "workers", "concurrency_keys", "window_1"})
+SHARED: Final = frozenset({"organizations", "installation", "migrations", "workers", "concurrency_keys", "window_1", "share_1"})
 
 #: Statements for all organizations at once, by a piece of their text (of functions without their version), each with its reason.
 SYSTEM_WIDE: Final[Mapping[str, str]] = {
@@ -36,6 +36,10 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "select * from agentflow.heartbeat_": "the leases of a worker's jobs, by worker, id and fence",
     "select * from agentflow.rescue_": "rescue: leases that ran out, whoever's they are",
     "select * from agentflow.relay_": "the relay: fair among all organizations",
+    "from agentflow.pauses order by": "the rules of the installation, which every process knows",
+    "from agentflow.caps order by": "the same",
+    "from agentflow.rate_limits order by": "the same",
+    "select agentflow.charge_": "what was done, for whose turn it is: by organization inside",
     "from agentflow.poll_": "polling without a broker: the relay and the claim in one, for all",
     "with locked as materialized (select id from agentflow.jobs where id = any (%s)": "a ring that is taken back, by ids",
     "with picked as materialized (select id from agentflow.jobs where state = 'queued' and sent_at": "a broker was emptied",

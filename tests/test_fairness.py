@@ -275,6 +275,14 @@ def state(system: System, job: Job) -> tuple[str, str | None, int]:
     return found.state, found.wait_reason, found.attempt
 
 
+@pytest.fixture(params=["rung for", "polling"])
+def environment(request: pytest.FixtureRequest, environment: dict[str, str]) -> dict[str, str]:
+    """With a broker, and with Postgres alone."""
+    if request.param == "polling":
+        del environment["REDIS_URL"]
+    return environment
+
+
 def test_a_message_that_is_older_than_the_pause_runs_nothing(
     system: System, conn: Connection, environment: dict[str, str], tmp_path: Path
 ) -> None:
