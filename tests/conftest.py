@@ -20,6 +20,8 @@ from agentflow.system import System
 # Here and not in the modules that use them: imported there, each module would get a node of its own.
 from tests.rabbitmq import rabbitmq, rabbitmq_node  # noqa: F401
 
+pytest.register_assert_rewrite("tests.plant")  # it asserts, and is no test module
+
 _numbers = itertools.count(1)
 TEMPLATE = "agentflow_template"
 ADMIN_KEY = "test-operator-key-0123456789"
