@@ -56,7 +56,7 @@ def main() -> int:
         figures = run(options.minutes, options.out)
     figures = json.loads(options.out.read_text())
     figures["verdict"] = verdict(figures["samples"])
-    options.out.write_text(json.dumps(figures, indent=1) + "\n")
+    options.out.write_text(json.dumps(figures) + "\n")
     options.out.with_suffix(".svg").write_text(chart(figures))
     grown = table(figures)
     return 1 if grown else 0
@@ -85,7 +85,7 @@ def run(minutes: int, out: Path) -> dict[str, Any]:
                 name: Counter(line.split('"event": "')[-1].split('"')[0][:60] for line in m.process.text().splitlines())
                 for name, m in members.members.items()
             }
-            out.write_text(json.dumps(figures, indent=1) + "\n")
+            out.write_text(json.dumps(figures) + "\n")
     return figures
 
 
@@ -96,7 +96,7 @@ def watch(servers: Servers, members: Fleet, minutes: int, figures: dict[str, Any
         ask_until(members, began + 60 * minute)
         figures["samples"].append(sample(servers, members, minute, cpu))
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+        out.write_text(json.dumps(figures) + "\n")
         print(summary(figures["samples"][-1]), flush=True)
         if minute % RESTART_EVERY_MINUTES == 0 and minute < minutes:
             ask_until(members, began + 60 * minute + RESTART_AFTER_S)
