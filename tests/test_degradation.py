@@ -217,7 +217,7 @@ def test_a_crowd_that_meets_a_frozen_postgres_is_answered_and_leaves_a_thread_fo
         problem(answer, 503)
         assert "Retry-After" in answer.headers
     assert lives == [200] * 5
-    assert took_s < all_in_vain_s
+    assert took_s < all_in_vain_s / 2, "they waited"
     plant.web.wait_ready()
     accepted = eventually(lambda: answer if (answer := one(0)).status_code == 202 else None)
     assert httpx2.get(plant.web.url + accepted.headers["Location"], headers=AUTH, timeout=60).status_code == 200
