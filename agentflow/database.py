@@ -157,6 +157,10 @@ class Database:
         self._pool: ConnectionPool[BoundedConnection] | None = None
         self._opening = threading.Lock()
         self.presence = Presence("Postgres", variable=variable, where=_where(url, self._trust))
+        #: How long a statement on a connection of the pool may take.
+        self.answer_timeout_s = ANSWER_TIMEOUT_S
+        self._away = False
+        self._asking = threading.Lock()
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -187,23 +191,47 @@ class Database:
                     # After giving up the pool tries anew when somebody asks.
                     reconnect_timeout=3.0,
                     check=_refuse_closed,
+                    configure=self._configure,
                     open=True,
                     name="agentflow",
                 )
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
-        """A connection of the pool, in autocommit mode: each statement by itself."""
+        """A connection of the pool, in autocommit mode: each statement by itself.
+
+        Of a server that does not answer one caller at a time finds out whether it is back; the others are told at once that
+        it is not. Else each of a crowd would wait for seconds, and there would be no thread left for anything else.
+        """
         self.open()
         assert self._pool is not None  # noqa: S101 - set by open()
-        with self._pool.connection() as conn:
-            yield conn
+        asking = self._away and self._asking.acquire(blocking=False)
+        if self._away and not asking:
+            raise psycopg.OperationalError("the database did not answer the last time")
+        conn = None
+        try:
+            with self._pool.connection() as conn:
+                if asking:
+                    conn.execute("select 1")  # a frozen server leaves its connections standing
+                    self._away = False
+                    self._asking.release()
+                    asking = False
+                yield conn
+        except Unavailable:
+            self._away = self._away or conn is None or conn.closed
+            raise
+        finally:
+            if asking:
+                self._asking.release()
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
         """A connection of the pool inside a transaction: committed at the end, rolled back by an exception."""
         with self.connection() as conn, conn.transaction():
             yield conn
+
+    def _configure(self, conn: BoundedConnection) -> None:
+        conn.answer_timeout_s = self.answer_timeout_s
 
     def close(self) -> None:
         if self._pool is not None:

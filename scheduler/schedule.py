@@ -1,9 +1,11 @@
-"""The whole schedule on one page. Each entry runs in one process at a time, by a try-lock in Postgres."""
+"""The whole schedule on one page. Each entry runs in one process at a time, by a try-lock in Postgres, and once per interval
+however many processes there are and however often they are started anew: Postgres remembers the last tick."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Final
 
 from apscheduler.schedulers.background import BackgroundScheduler
@@ -24,11 +26,17 @@ _LEFTOVER_AGE_S: Final = 86_400.0
 
 
 def start(system: System) -> BackgroundScheduler:
-    """Start the schedule in a thread. A tick that was missed (the process was down or busy) runs once, late."""
+    """Start the schedule in a thread. A tick that was missed, since the process was down or busy, runs once, late."""
     scheduler = BackgroundScheduler(
         timezone="UTC", job_defaults={"coalesce": True, "misfire_grace_time": None, "max_instances": 1}
     )
-    scheduler.add_job(_guarded(system, "clean_up", clean_up), "interval", seconds=CLEAN_UP_EVERY_S, jitter=30)
+    scheduler.add_job(
+        _guarded(system, "clean_up", clean_up, CLEAN_UP_EVERY_S),
+        "interval",
+        seconds=CLEAN_UP_EVERY_S,
+        jitter=30,
+        next_run_time=datetime.now(UTC),  # whatever was missed while nobody was there; else Postgres says no
+    )
     scheduler.add_job(system.heartbeat, "interval", seconds=HEARTBEAT_EVERY_S)
     scheduler.start()
     return scheduler
@@ -67,13 +75,14 @@ def _in_batches(delete: Callable[[], int]) -> int:
     return total
 
 
-def _guarded(system: System, name: str, work: Callable[[System], dict[str, int]]) -> Callable[[], None]:
-    """Run by one process at a time; an outage of the database is one line, and the next tick tries again."""
+def _guarded(system: System, name: str, work: Callable[[System], dict[str, int]], every_s: float) -> Callable[[], None]:
+    """Run by one process at a time, and not sooner than it is due; an outage of the database is one line, and the next tick
+    tries again."""
 
     def run() -> None:
         try:
             with system.database.connection() as conn, conn.transaction():
-                if not _try_lock(conn, name):
+                if not _try_lock(conn, name) or not _is_due(conn, name, every_s):
                     return
                 done = work(system)
             logger.info("schedule ran", schedule=name, **done)
@@ -90,3 +99,17 @@ def _try_lock(conn: Connection, name: str) -> bool:
         "select pg_try_advisory_xact_lock(hashtextextended(%s, 7))", (f"agentflow.schedule:{name}",)
     ).fetchone()
     return bool(row and row[0])
+
+
+def _is_due(conn: Connection, name: str, every_s: float) -> bool:
+    """Whether the last tick, anybody's, is an interval ago; if so this one is noted, unless the transaction is rolled back."""
+    return (
+        conn.execute(
+            "insert into agentflow.installation as i (name, value)"
+            " values (%s, extract(epoch from clock_timestamp())::text) on conflict (name) do update"
+            " set value = excluded.value where i.value::float8 < excluded.value::float8 - %s",
+            # The jitter of two ticks, either way, must not skip one.
+            (f"schedule.{name}", every_s * 0.8),
+        ).rowcount
+        > 0
+    )

@@ -22,6 +22,8 @@ from tests import statements
 from tests.connection_support import authority, names, said, servers, stranger  # noqa: F401
 from tests.rabbitmq import rabbitmq, rabbitmq_node  # noqa: F401
 
+pytest.register_assert_rewrite("tests.plant")  # it asserts, and is no test module
+
 _numbers = itertools.count(1)
 TEMPLATE = "agentflow_template"
 ADMIN_KEY = "test-operator-key-0123456789"

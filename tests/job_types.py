@@ -81,9 +81,12 @@ class Gate(Payload):
 
 @job("test_gate", payload=Gate)
 def gate(context: JobContext, payload: Gate) -> dict[str, Any]:
-    """Waits for a file."""
+    """Waits for a file, and leaves one beside it for each time that it came through. Says so when it is half way."""
     while not Path(payload.file).exists():
+        if Path(f"{payload.file}.half").exists():
+            context.progress(0.5, "half")
         context.sleep(0.02)
+    Path(f"{payload.file}.{context.job.id}.{context.job.fence}").touch()
     return {}
 
 
@@ -109,6 +112,19 @@ def halfway(context: JobContext, payload: Gate) -> dict[str, Any]:
 def narrow(context: JobContext, payload: Gate) -> dict[str, Any]:
     """One at a time in a process; waits for a file."""
     return gate(context, payload)
+
+
+class Effect(Payload):
+    folder: str
+    sleep_ms: int
+
+
+@job("test_effect", payload=Effect)
+def effect(context: JobContext, payload: Effect) -> dict[str, Any]:
+    """Does something outside, each time that it comes to its end; says with which claim."""
+    context.sleep(payload.sleep_ms / 1000)
+    Path(payload.folder, f"{context.job.id}.{context.job.fence}").touch()
+    return {"fence": context.job.fence}
 
 
 statements.install_in_a_process_of_a_test()

@@ -38,14 +38,15 @@ _ADVANCED = "[{rabbit, [{consumer_timeout, 5000}, {channel_tick_interval, 1000}]
 class Node:
     """`url` is a user's; the methods are the operator's and the fate's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
         self.folder = folder
+        self.address = address
         self.port = free_port()
         self._epmd_port = free_port()
         self._popen: subprocess.Popen[bytes] | None = None
         for name in ("db", "log"):
             (folder / name).mkdir()
-        (folder / "rabbitmq.conf").write_text(_CONF)
+        (folder / "rabbitmq.conf").write_text(_CONF + f"loopback_users.guest = {str(address == '127.0.0.1').lower()}\n")
         (folder / "advanced.config").write_text(_ADVANCED)
         (folder / "plugins").write_text("[].\n")
         cookie = folder / ".erlang.cookie"
@@ -59,7 +60,7 @@ class Node:
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODENAME": f"af{os.getpid()}@localhost",
-            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_IP_ADDRESS": address,
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_DIST_PORT": str(free_port()),
             "RABBITMQ_CTL_DIST_PORT_MIN": str(first),
@@ -78,9 +79,13 @@ class Node:
 
     @property
     def url(self) -> str:
-        return f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
+        return f"amqp://guest:guest@{self.address}:{self.port}/%2F"
 
     def start(self) -> None:
+        self.launch()
+        self.wait_started()
+
+    def launch(self) -> None:
         with (self.folder / "out").open("ab") as out:
             self._popen = subprocess.Popen(
                 [str(BIN / "rabbitmq-server")],
@@ -90,7 +95,9 @@ class Node:
                 stderr=out,
                 start_new_session=True,
             )
-        eventually(self.answers, within_s=60, every_s=0.2)
+
+    def wait_started(self) -> None:
+        eventually(self.answers, within_s=120, every_s=0.2)
 
     def answers(self) -> bool:
         assert self._popen is None or self._popen.poll() is None, (self.folder / "out").read_text()[-2000:]
@@ -107,7 +114,7 @@ class Node:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -153,6 +160,11 @@ class Node:
         self.ctl("stop_app")
         self.ctl("reset")
         self.ctl("start_app")
+
+    def forget(self) -> None:
+        """What a stopped node kept on its disk is gone."""
+        shutil.rmtree(self.folder / "db")
+        (self.folder / "db").mkdir()
 
     def mend(self) -> None:
         """As a test expects it: running, thawed, no alarm."""

@@ -22,7 +22,9 @@ from agentflow.database import BoundedConnection
 FOLDER: Final = "AGENTFLOW_TEST_STATEMENTS"
 
 #: What belongs to no organization, or says itself whose it is.
-SHARED: Final = frozenset({"organizations", "installation", "migrations", "workers", "concurrency_keys", "window_1", "share_1"})
+SHARED: Final = frozenset(
+    {"organizations", "installation", "migrations", "workers", "concurrency_keys", "window_1", "share_1"}
+)
 
 #: Statements for all organizations at once, by a piece of their text (of functions without their version), each with its reason.
 SYSTEM_WIDE: Final[Mapping[str, str]] = {

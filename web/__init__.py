@@ -9,6 +9,7 @@ web.server      gunicorn's side: its worker, start and stop of a process
 from __future__ import annotations
 
 import time
+from typing import Final
 
 from flask import Flask, Response, g, request
 
@@ -21,9 +22,13 @@ from web.waiting import Seats
 
 __all__ = ["create_app"]
 
+#: A request's statement takes milliseconds. Callers, and the platform's checks of health behind them, wait for seconds only.
+ANSWER_TIMEOUT_S: Final = 8.0
+
 
 def create_app(system: System) -> Flask:
     """A WSGI application over `system`. Connects to nothing before the first request that needs it."""
+    system.database.answer_timeout_s = ANSWER_TIMEOUT_S
     app = Flask("web", static_folder=None)
     app.url_map.merge_slashes = False  # a key with `//` is another key, not a redirect
     app.url_map.strict_slashes = False
