@@ -341,7 +341,7 @@ begin
     ), heads as (
         select l.priority, l.organization_id, h.id, h.type, h.wake_at, h.turn
         from lanes l cross join lateral (
-            select q.id, q.wake_at, row_number() over (order by q.wake_at) as turn from (
+            select q.id, q.type, q.wake_at, row_number() over (order by q.wake_at) as turn from (
                 select j.id, j.type, j.wake_at from agentflow.jobs j
                 where j.queue = p_queue and j.priority = l.priority and j.organization_id = l.organization_id
                     and j.state = 'queued' and j.wake_at <= clock_timestamp() and j.type = any (p_types)

@@ -300,7 +300,6 @@ def test_the_plans_that_a_session_keeps_from_an_empty_table_are_good_for_a_large
 @pytest.mark.parametrize(
     ("function", "rest", "statement"),
     [
-        ("relay_2", "and j.wake_at <= clock_timestamp() order by j.id", "relay"),
         ("wake_line_1", "and j.wait_reason = 'busy'", "finish with a key"),
     ],
 )
