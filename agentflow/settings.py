@@ -121,6 +121,28 @@ class Settings(BaseModel):
     video_max_pixels: Count = Field(8192 * 4320, description="Largest frame of a video, in pixels")
     video_max_hours: Seconds = Field(6.0, description="Longest video, in hours")
     metrics_token: SecretStr | None = Field(None, description="Where set, `/metrics` wants it as a bearer token")
+    openrouter_api_key: SecretStr | None = Field(None, description="OpenRouter for everything that has no server below")
+    openrouter_base_url: str = Field(
+        "https://openrouter.ai/api/v1", description="Another address of OpenRouter's API, such as a gateway's"
+    )
+    openrouter_referer: str | None = Field(None, description="Your product's URL, for OpenRouter's statistics")
+    openrouter_title: Annotated[str, Field(max_length=100)] = Field("AgentFlow", description="And its name")
+    llm_base_url: str | None = Field(
+        None, description="An OpenAI-compatible server for chat and pictures: `http://127.0.0.1:11434/v1` is Ollama's"
+    )
+    llm_api_key: SecretStr | None = Field(None, description="Its key, where it wants one")
+    llm_model: str | None = Field(None, description="Its model; at OpenRouter `openai/gpt-4o-mini`")
+    vision_model: str | None = Field(None, description="The model for questions with pictures (default: `LLM_MODEL`)")
+    llm_structured_output: Literal["json_schema", "json_object", "none"] = Field(
+        "json_schema", description="How JSON is asked for: `json_object` or `none` for servers that refuse schemas"
+    )
+    llm_timeout: Seconds = Field(180.0, description="Seconds until a model's answer is given up")
+    embeddings_base_url: str | None = Field(None, description="An OpenAI-compatible server for embeddings")
+    embeddings_api_key: SecretStr | None = Field(None, description="Its key, where it wants one")
+    embeddings_model: str | None = Field(None, description="Its model; at OpenRouter `openai/text-embedding-3-small`")
+    transcription_base_url: str | None = Field(None, description="An OpenAI-compatible server for speech")
+    transcription_api_key: SecretStr | None = Field(None, description="Its key, where it wants one")
+    transcription_model: str | None = Field(None, description="Its model; at OpenRouter `openai/whisper-1`")
 
     @property
     def embedded_database(self) -> bool:
@@ -154,6 +176,12 @@ class Settings(BaseModel):
             host, _, port = entry.rpartition(":")
             if not host or not port.isdigit():
                 raise SettingsError("FETCH_ALLOW", f"{entry!r} is not host:port")
+        for kind in ("llm", "embeddings", "transcription"):
+            if getattr(self, f"{kind}_base_url") and not getattr(self, f"{kind}_model"):
+                raise SettingsError(
+                    f"{kind}_model".upper(),
+                    f"must be set where {kind.upper()}_BASE_URL is: it names the server's model",
+                )
         if self.admin_api_key is not None and len(self.admin_api_key.get_secret_value()) < 16:
             raise SettingsError("ADMIN_API_KEY", "must have at least 16 characters")
         return self
@@ -174,6 +202,10 @@ _SCHEMES: dict[str, tuple[str, ...]] = {
     "rabbitmq_url": ("amqp", "amqps"),
     "redis_url": ("redis", "rediss", "unix"),
     "storage_url": ("file", "s3"),
+    "openrouter_base_url": ("https", "http"),
+    "llm_base_url": ("http", "https"),
+    "embeddings_base_url": ("http", "https"),
+    "transcription_base_url": ("http", "https"),
 }
 
 _SENSIBLE: dict[str, tuple[float, float, str]] = {

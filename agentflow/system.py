@@ -26,6 +26,7 @@ from agentflow.jobs.intake import NewJob, Prepared, Submitted
 from agentflow.jobs.model import Job, Ring, State
 from agentflow.links import Links
 from agentflow.live import Live
+from agentflow.models import Models
 from agentflow.publisher import Publisher
 from agentflow.settings import Settings
 from agentflow.storage import Storage
@@ -186,6 +187,10 @@ class System:
         return Storage.open(url)
 
     @cached_property
+    def models(self) -> Models:
+        return Models(self.settings)
+
+    @cached_property
     def links(self) -> Links:
         return Links(self.settings.link_secret or self._installation_secret("links"))
 
@@ -247,6 +252,8 @@ class System:
             self.publisher.close()
         if "broker" in self.__dict__:
             self.broker.close()
+        if "models" in self.__dict__:
+            self.models.close()
         if "database" in self.__dict__:
             self.database.close()
         if self._embedded is not None:
