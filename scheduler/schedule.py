@@ -12,6 +12,7 @@ from agentflow import log
 from agentflow.database import Connection, Unavailable
 from agentflow.jobs import retention
 from agentflow.jobs.retention import Keep
+from agentflow.models import answers
 from agentflow.storage import StorageError
 from agentflow.system import System
 
@@ -47,6 +48,7 @@ def clean_up(system: System) -> dict[str, int]:
                 lambda: retention.delete_idempotency_keys(conn, hours=settings.retain_idempotency_hours)
             ),
             "batches": _in_batches(lambda: retention.delete_batches(conn, hours=settings.retain_failed_hours)),
+            "model_answers": _in_batches(lambda: answers.delete_old(conn, hours=settings.retain_failed_hours)),
             "workers": retention.delete_workers(conn),
         }
     try:

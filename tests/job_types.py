@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import actors
+from agentflow.errors import Permanent, Wait
 from agentflow.jobs.registry import Payload, Rate, job
 from agentflow.worker.running import JobContext
 
@@ -71,6 +72,22 @@ def gate(context: JobContext, payload: Gate) -> dict[str, Any]:
     """Waits for a file."""
     while not Path(payload.file).exists():
         context.sleep(0.02)
+    return {}
+
+
+class Spender(Payload):
+    then: str = "succeed"
+
+
+@job("test_spender", payload=Spender)
+def spender(context: JobContext, payload: Spender) -> dict[str, Any]:
+    """Spends, and ends as it is told to."""
+    context.spent(usd=0.25, tokens_in=100)
+    context.spent(usd=0.5, gpu_s=1.5)
+    if payload.then == "fail":
+        raise Permanent("it went wrong")
+    if payload.then == "wait" and context.job.fence == 1:
+        raise Wait(0.0, "asked")
     return {}
 
 

@@ -66,7 +66,7 @@ def search(
 def attempts(conn: Connection, job_id: UUID) -> list[Attempt]:
     """The ended attempts of a job, the first one first."""
     rows = conn.execute(
-        "select fence, attempt, worker, started_at, ended_at, outcome, error from agentflow.job_attempts"
+        "select fence, attempt, worker, started_at, ended_at, outcome, error, usage from agentflow.job_attempts"
         " where job_id = %s order by fence",
         (job_id,),
     ).fetchall()
