@@ -40,16 +40,8 @@ class Caller(Protocol):
 class NotConfigured(Permanent):
     """No server for this kind of question is set."""
 
-    def __init__(self, kind: Kind) -> None:
-        super().__init__(f"not configured: set {_WANTED[kind]}", code="not_configured")
-
-
-_WANTED: Final[dict[Kind, str]] = {
-    "chat": "OPENROUTER_API_KEY or LLM_BASE_URL",
-    "vision": "OPENROUTER_API_KEY or LLM_BASE_URL",
-    "embeddings": "OPENROUTER_API_KEY or EMBEDDINGS_BASE_URL",
-    "transcription": "OPENROUTER_API_KEY or TRANSCRIPTION_BASE_URL",
-}
+    def __init__(self, wanted: str) -> None:
+        super().__init__(f"not configured: set {wanted}", code="not_configured")
 
 
 @dataclass(frozen=True)
@@ -139,14 +131,17 @@ class Models:
                 settings.transcription_model,
             ),
         }[kind]
-        if own_url is not None:
-            secret = own_key.get_secret_value() if own_key else None
-            return Endpoint(own_url.rstrip("/"), secret, model or "", openrouter=False)
-        if settings.openrouter_api_key is None:
-            raise NotConfigured(kind)
-        secret = settings.openrouter_api_key.get_secret_value()
-        model = model or _OPENROUTER_MODELS[kind]
-        return Endpoint(settings.openrouter_base_url.rstrip("/"), secret, model, openrouter=True)
+        if own_url is None and settings.openrouter_api_key is not None:
+            secret = settings.openrouter_api_key.get_secret_value()
+            model = model or _OPENROUTER_MODELS[kind]
+            return Endpoint(settings.openrouter_base_url.rstrip("/"), secret, model, openrouter=True)
+        if own_url is None:  # one server for everything
+            own_url, own_key = settings.llm_base_url, settings.llm_api_key
+        if own_url is None:
+            raise NotConfigured("OPENROUTER_API_KEY or LLM_BASE_URL")
+        if model is None:
+            raise NotConfigured(f"{kind.upper()}_MODEL to one that LLM_BASE_URL has, or OPENROUTER_API_KEY")
+        return Endpoint(own_url.rstrip("/"), own_key.get_secret_value() if own_key else None, model, openrouter=False)
 
     def chat(
         self,
@@ -207,7 +202,7 @@ class Models:
         return vectors
 
     def transcribe(self, caller: Caller, sound: Path, *, language: str | None = None) -> Transcription:
-        """What is said in a sound file of at most a few minutes (WAV of 16 kHz mono is understood everywhere)."""
+        """What is said in a sound file of at most a few minutes (WAV or FLAC, 16 kHz mono, is understood everywhere)."""
         endpoint = self.endpoint("transcription")
         form = {
             "model": endpoint.model,
@@ -216,7 +211,7 @@ class Models:
             **({"language": language} if language else {}),
         }
         with sound.open("rb") as file:
-            files = {"file": (f"sound{sound.suffix}", file, "audio/wav")}
+            files = {"file": (f"sound{sound.suffix}", file, f"audio/{sound.suffix.removeprefix('.')}")}
             document = self._ask(caller, endpoint, "/audio/transcriptions", "", data=form, files=files)
         return _transcription(document)
 
