@@ -43,8 +43,8 @@ class Asked:
     @property
     def schema(self) -> str | None:
         """The name of the schema that the answer is to have."""
-        wanted = self.body.get("response_format") or {}
-        return (wanted.get("json_schema") or {}).get("name")
+        wanted = self.body.get("response_format")
+        return (wanted.get("json_schema") or {}).get("name") if isinstance(wanted, dict) else None
 
     @property
     def streams(self) -> bool:

@@ -18,8 +18,9 @@ from typing import Any, Final
 from actors.analyze_video.understanding.asking import Answer, Asking, status_of
 from agentflow.models import Transcription, Word, answers
 
-#: How far two hearings of a word may lie apart.
+#: How far two hearings of a word may lie apart; and how far outside of what both chunks have one may seem to lie.
 _APART_S: Final = 0.6
+_BESIDE_S: Final = 0.3
 #: A segment, as a subtitle is read: ends with a sentence or in a pause, and lasts at most so long.
 _PAUSE_S: Final = 0.8
 _LONGEST_S: Final = 8.0
@@ -164,22 +165,33 @@ def _seam(before: Sequence[Word], chunk: Heard) -> tuple[int, int]:
     """How many of the words before stay, and from which of the chunk's words on it goes on."""
     until_s = chunk.start_s + chunk.overlap_s
     middle_s = chunk.start_s + chunk.overlap_s / 2
-    first = next((i for i, word in enumerate(before) if _middle(word) >= chunk.start_s - _APART_S), len(before))
+    first = next((i for i, word in enumerate(before) if _middle(word) >= chunk.start_s - _BESIDE_S), len(before))
     ours = before[first:]
-    theirs = [word for word in chunk.words if _middle(word) <= until_s + _APART_S]
-    matcher = SequenceMatcher(None, [_bare(w.text) for w in ours], [_bare(w.text) for w in theirs], autojunk=False)
-    pairs = [
-        (block.a + i, block.b + i)
-        for block in matcher.get_matching_blocks()
-        for i in range(block.size)
-        if abs(_middle(ours[block.a + i]) - _middle(theirs[block.b + i])) <= _APART_S
-    ]
-    if pairs:
+    theirs = [word for word in chunk.words if _middle(word) <= until_s + _BESIDE_S]
+    if pairs := _pairs(ours, theirs):
         a, b = min(pairs, key=lambda pair: abs(_middle(ours[pair[0]]) - middle_s))
         return first + a + 1, b + 1
     left = next((i for i, word in enumerate(before) if _middle(word) >= middle_s), len(before))
     right = next((i for i, word in enumerate(chunk.words) if _middle(word) >= middle_s), len(chunk.words))
     return left, right
+
+
+def _pairs(ours: Sequence[Word], theirs: Sequence[Word]) -> list[tuple[int, int]]:
+    """Which words are the same ones: the common subsequence of the greatest weight, where what is closer in time counts more; so
+    a word that is said three times is not taken for its neighbour."""
+    best: dict[tuple[int, int], tuple[float, list[tuple[int, int]]]] = {}
+    nothing: tuple[float, list[tuple[int, int]]] = (0.0, [])
+    for i, ours_one in enumerate(ours):
+        for j, theirs_one in enumerate(theirs):
+            found = max(best.get((i - 1, j), nothing), best.get((i, j - 1), nothing), key=lambda each: each[0])
+            apart_s = abs(_middle(ours_one) - _middle(theirs_one))
+            if apart_s < _APART_S and _bare(ours_one.text) == _bare(theirs_one.text):
+                score, before = best.get((i - 1, j - 1), nothing)
+                weight = score + 1 - apart_s / _APART_S
+                if weight > found[0]:
+                    found = (weight, [*before, (i, j)])
+            best[i, j] = found
+    return best.get((len(ours) - 1, len(theirs) - 1), nothing)[1]
 
 
 def _middle(word: Word) -> float:
