@@ -72,6 +72,14 @@ class Settings(BaseModel):
         None,
         description="Where files live: `file:///folder` (default: in the home) or `s3://bucket/prefix` with `AWS_*`",
     )
+    supabase_url: str | None = Field(
+        None, description="With a key, and without `STORAGE_URL`: files live in this project's Supabase Storage"
+    )
+    supabase_secret_key: SecretStr | None = Field(None, description="A secret key of the project, `sb_secret_…`")
+    supabase_service_role_key: SecretStr | None = Field(None, description="The old kind of key, used if there is none")
+    supabase_bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{1,62}$")] = Field(
+        "agentflow", description="The bucket there, made at the first write; private"
+    )
     admin_api_key: SecretStr | None = Field(
         None, description="The operator's key; unset: made once, in `admin.key` in the home"
     )
@@ -153,6 +161,12 @@ class Settings(BaseModel):
         return self.redis_url is None
 
     @property
+    def supabase_key(self) -> str | None:
+        """The key for Supabase Storage, where files live in it; else None."""
+        key = self.supabase_secret_key or self.supabase_service_role_key
+        return key.get_secret_value() if key and self.supabase_url and not self.storage_url else None
+
+    @property
     def link_secret(self) -> bytes | None:
         """The key material of ENCRYPTION_KEY, 32 bytes."""
         return encryption_key_bytes(self.encryption_key.get_secret_value()) if self.encryption_key else None
@@ -176,6 +190,11 @@ class Settings(BaseModel):
             host, _, port = entry.rpartition(":")
             if not host or not port.isdigit():
                 raise SettingsError("FETCH_ALLOW", f"{entry!r} is not host:port")
+        for name in ("supabase_secret_key", "supabase_service_role_key"):
+            if (secret := getattr(self, name)) and secret.get_secret_value().startswith("sb_publishable_"):
+                raise SettingsError(
+                    name.upper(), "is a publishable key, which may not write; it begins with sb_secret_"
+                )
         for kind in ("llm", "embeddings", "transcription"):
             if getattr(self, f"{kind}_base_url") and not getattr(self, f"{kind}_model"):
                 raise SettingsError(
@@ -202,6 +221,7 @@ _SCHEMES: dict[str, tuple[str, ...]] = {
     "rabbitmq_url": ("amqp", "amqps"),
     "redis_url": ("redis", "rediss", "unix"),
     "storage_url": ("file", "s3"),
+    "supabase_url": ("https", "http"),
     "openrouter_base_url": ("https", "http"),
     "llm_base_url": ("http", "https"),
     "embeddings_base_url": ("http", "https"),

@@ -30,6 +30,7 @@ from agentflow.models import Models
 from agentflow.publisher import Publisher
 from agentflow.settings import Settings
 from agentflow.storage import Storage
+from agentflow.storage.supabase import SupabaseStorage
 
 logger = log.get(__name__)
 
@@ -183,7 +184,10 @@ class System:
 
     @cached_property
     def storage(self) -> Storage:
-        url = self.settings.storage_url or (self.home / "storage").resolve().as_uri()
+        settings = self.settings
+        if settings.supabase_key is not None and settings.supabase_url is not None:
+            return SupabaseStorage(settings.supabase_url, settings.supabase_key, settings.supabase_bucket)
+        url = settings.storage_url or (self.home / "storage").resolve().as_uri()
         return Storage.open(url)
 
     @cached_property
