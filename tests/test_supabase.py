@@ -16,11 +16,12 @@ import pytest
 from flask.testing import FlaskClient
 
 from agentflow import settings
+from agentflow.cli.client import Client
 from agentflow.storage import NotStored, Storage, StorageError
 from agentflow.storage import supabase as supabase_module
 from agentflow.storage.supabase import PIECE_BYTES, SupabaseStorage
 from agentflow.system import System
-from tests.http_server import Reply, Request
+from tests.http_server import Reply, Request, serve
 from tests.supabase_server import LEGACY, SECRET, SupabaseServer, supabase_server
 from tests.web_support import client  # noqa: F401 - a fixture
 
@@ -294,3 +295,15 @@ def test_the_secret_key_is_preferred_and_storage_url_wins(server: SupabaseServer
 def test_a_publishable_key_is_refused_by_name() -> None:
     with pytest.raises(settings.SettingsError, match="SUPABASE_SECRET_KEY: is a publishable key"):
         settings.load({"SUPABASE_URL": "https://x.supabase.co", "SUPABASE_SECRET_KEY": "sb_publishable_1"})
+
+
+def test_the_command_line_follows_a_download_to_the_store_without_its_key(tmp_path: Path) -> None:
+    with serve() as store, serve() as api:
+        store.on("/film", Reply(body=b"data"))
+        api.on("/artefacts/film", Reply(302, headers={"Location": store.url("/film")}))
+
+        Client(api.url(""), "the-operators-key").download("/artefacts/film", tmp_path / "film")
+
+        assert (tmp_path / "film").read_bytes() == b"data"
+        assert api.requests[0].headers["authorization"] == "Bearer the-operators-key"
+        assert "authorization" not in store.requests[0].headers
