@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from actors.analyze_video import understanding
 from actors.analyze_video.understanding import story
 from actors.analyze_video.understanding.transcript import Heard, grouped, stitch, timed_words, webvtt
-from agentflow import settings
+from agentflow import settings, videos
 from agentflow.errors import Transient, Wait
 from agentflow.jobs import claims, records
 from agentflow.jobs.intake import NewJob
+from agentflow.jobs.model import Job
 from agentflow.models import Word
 from agentflow.system import System
 from agentflow.worker.running import JobContext, Running
@@ -253,7 +254,7 @@ def test_without_a_model_every_part_says_what_to_set(system: System, conn: psyco
     assert fields == dict.fromkeys(parts, NOT_CONFIGURED)
 
 
-def test_a_long_video_is_condensed_before_it_is_told(film: Film, vendor: ModelServer, monkeypatch: Any) -> None:
+def test_a_long_video_is_condensed_before_it_istold(film: Film, vendor: ModelServer, monkeypatch: Any) -> None:
     monkeypatch.setattr(story, "_MOST_CHARS", 800)
     monkeypatch.setattr(story, "_WINDOW_CHARS", 300)
     told = vendor.reply
@@ -271,12 +272,10 @@ def test_a_long_video_is_condensed_before_it_is_told(film: Film, vendor: ModelSe
 # ---- in a worker ----
 
 
-def _submit_film(system: System, folder: Path) -> tuple[Any, str]:
-    path = clips.write_film(folder / "film.mp4", clips.film([30, 30, 30]))
-    from agentflow import videos
-
+def submit_film(system: System, path: Path) -> tuple[Job, str]:
+    """A job to analyse an uploaded film, and where the film lies."""
     video_id = videos.new_id()
-    key = videos.upload_key(ORGANIZATION, video_id, "film.mp4")
+    key = videos.upload_key(ORGANIZATION, video_id, path.name)
     size = system.storage.put_file(key, path)
     with system.database.connection() as conn:
         videos.create_upload(
@@ -284,7 +283,7 @@ def _submit_film(system: System, folder: Path) -> tuple[Any, str]:
             ORGANIZATION,
             video_id,
             storage_key=key,
-            filename="film.mp4",
+            filename=path.name,
             content_type="video/mp4",
             size_bytes=size,
         )
@@ -292,19 +291,23 @@ def _submit_film(system: System, folder: Path) -> tuple[Any, str]:
     return job, key
 
 
-def _with_models(environment: dict[str, str], vendor: ModelServer, **more: str) -> dict[str, str]:
+def short_film(folder: Path) -> Path:
+    return clips.write_film(folder / "film.mp4", clips.film([30, 30, 30]))
+
+
+def with_models(environment: dict[str, str], vendor: ModelServer, **more: str) -> dict[str, str]:
     return {**environment, "OPENROUTER_API_KEY": KEY, "OPENROUTER_BASE_URL": vendor.url, **more}
 
 
-def _told(asked: Asked) -> Any:
+def told(asked: Asked) -> Any:
     return {"caption": "a scene", "text": []} if asked.schema == "seen" else says(asked)
 
 
 def test_a_limit_parks_the_job_and_what_was_done_before_is_not_done_again(
     environment: dict[str, str], system: System, conn: psycopg.Connection, vendor: ModelServer, tmp_path: Path
 ) -> None:
-    vendor.reply = _told
-    job, key = _submit_film(system, tmp_path)
+    vendor.reply = told
+    job, key = submit_film(system, short_film(tmp_path))
 
     def limited(asked: Asked) -> Any:
         system.storage.delete(key)  # a second look at the file would be its end
@@ -312,7 +315,7 @@ def test_a_limit_parks_the_job_and_what_was_done_before_is_not_done_again(
 
     vendor.fault(limited, when=lambda asked: asked.schema == "chapters")
 
-    with worker(_with_models(environment, vendor), tmp_path / "worker.log"):
+    with worker(with_models(environment, vendor), tmp_path / "worker.log"):
         ended = eventually(
             lambda: now if (now := records.get(conn, None, job.id)) and now.terminal else None, within_s=90
         )
@@ -334,10 +337,10 @@ def test_a_limit_parks_the_job_and_what_was_done_before_is_not_done_again(
 def test_a_killed_worker_has_not_paid_in_vain(
     environment: dict[str, str], system: System, conn: psycopg.Connection, vendor: ModelServer, tmp_path: Path
 ) -> None:
-    vendor.reply = _told
-    job, _ = _submit_film(system, tmp_path)
+    vendor.reply = told
+    job, _ = submit_film(system, short_film(tmp_path))
     vendor.fault(faults.slow(600), when=lambda asked: asked.schema == "chapters")
-    environment = _with_models(environment, vendor, JOB_LEASE="3", JOB_LEASE_RENEW="1")
+    environment = with_models(environment, vendor, JOB_LEASE="3", JOB_LEASE_RENEW="1")
 
     with worker(environment, tmp_path / "first.log") as first:
         kept = "select count(*) from agentflow.model_answers"
