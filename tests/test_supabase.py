@@ -248,6 +248,21 @@ def test_a_download_goes_to_the_store_where_a_browser_can_reach_it(
     assert asked == [("o/1/film.mp4", 60, "f.mp4")]
 
 
+def test_an_upload_above_the_plans_limit_is_the_callers_413(
+    client: FlaskClient,  # noqa: F811
+    system: System,
+    server: SupabaseServer,
+    storage: Storage,
+) -> None:
+    server.limit = MB
+    system.__dict__["storage"] = storage
+
+    answer = client.post("/api/videos", data=bytes(2 * MB), content_type="application/octet-stream")
+
+    assert (answer.status_code, answer.json["title"]) == (413, "Request Entity Too Large"), answer.text
+    assert client.post("/api/videos", data=b"small", content_type="application/octet-stream").status_code == 201
+
+
 UPLOADER = """
     import resource, sys
     from agentflow.storage.supabase import SupabaseStorage

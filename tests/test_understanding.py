@@ -215,6 +215,17 @@ def test_what_a_second_run_needs_is_not_asked_again(film: Film, vendor: ModelSer
     assert len(vendor.asked) == asked
 
 
+def test_pictures_that_are_alike_are_one_question(film: Film, vendor: ModelServer) -> None:
+    shots = film.pictures(4)
+    for n in range(4):
+        (film.folder / f"{n}.jpg").write_bytes(b"black 0")
+
+    fields = film.understand({"shots": shots, "speech": None})
+
+    assert [item["caption"] for item in fields["captions"]["items"]] == ["caption 0"] * 4
+    assert len([asked for asked in vendor.asked if asked.images]) == 1
+
+
 def test_the_last_attempt_ends_with_what_there_is(film: Film, vendor: ModelServer) -> None:
     vendor.fault(faults.status(502), when=lambda asked: bool(asked.images), times=100)
     vendor.fault(faults.status(502), when=lambda asked: asked.schema == "summary", times=100)

@@ -28,6 +28,10 @@ class NotStored(StorageError):
     """Nothing stands under this key."""
 
 
+class TooLarge(StorageError):
+    """The store takes no file of this size."""
+
+
 @dataclass(frozen=True)
 class Stored:
     key: str

@@ -21,7 +21,7 @@ from urllib.parse import quote, urlsplit
 import httpx2
 
 from agentflow import USER_AGENT
-from agentflow.storage.contract import NotStored, Storage, StorageError, Stored, Writer
+from agentflow.storage.contract import NotStored, Storage, StorageError, Stored, TooLarge, Writer
 
 #: Exactly this, but for the last piece: https://supabase.com/docs/guides/storage/uploads/resumable-uploads
 PIECE_BYTES: Final = 6 << 20
@@ -271,6 +271,8 @@ class SupabaseStorage(Storage):
         except _Refused as refused:
             if refused.status == 404:
                 raise NotStored(f"nothing is stored under {key!r}") from refused
+            if refused.status == 413:
+                raise TooLarge(f"storage failed at {key!r}: {refused}") from refused
             raise StorageError(f"storage failed at {key!r}: {refused}") from refused
         except httpx2.TransportError as error:
             raise StorageError(f"storage failed at {key!r}: {str(error) or type(error).__name__}") from error

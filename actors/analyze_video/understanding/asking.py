@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -43,9 +44,16 @@ class Asking:
         self._lock = threading.Lock()
         self._refusals: list[Permanent] = []
         self._transients: list[Transient] = []
+        self._one_at_a_time: defaultdict[bytes, threading.Lock] = defaultdict(threading.Lock)
 
     def one(self, key: bytes, ask: Callable[[], Any]) -> Answer:
         """The kept answer to the question of this key, or else `ask()`'s, which is kept. Raises Wait."""
+        with self._lock:
+            turn = self._one_at_a_time[key]
+        with turn:  # two keyframes alike are one question
+            return self._one(key, ask)
+
+    def _one(self, key: bytes, ask: Callable[[], Any]) -> Answer:
         organization = self.context.job.organization_id
         with self.context.system.database.connection() as conn:
             found = answers.find(conn, organization, key)
