@@ -126,7 +126,7 @@ class Running:
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
-        """While the block runs, `stop` calls the killers and raises nothing: what must be cleaned up is. Raises Stopped at its end."""
+        """While the block runs, `stop` calls the killers and raises nothing in it. Raises Stopped at the block's end."""
         with self._lock:
             self.check()
             thread, self._thread = self._thread, None
