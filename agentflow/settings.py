@@ -87,6 +87,14 @@ class Settings(BaseModel):
     storage_shared: bool = Field(
         False, description="Says that all processes see the same folder of `file://`: one machine, or a network disk"
     )
+    supabase_url: str | None = Field(
+        None, description="With a key, and without `STORAGE_URL`: files live in this project's Supabase Storage"
+    )
+    supabase_secret_key: SecretStr | None = Field(None, description="A secret key of the project, `sb_secret_…`")
+    supabase_service_role_key: SecretStr | None = Field(None, description="The old kind of key, used if there is none")
+    supabase_bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{1,62}$")] = Field(
+        "agentflow", description="The bucket there, made at the first write; private"
+    )
     admin_api_key: SecretStr | None = Field(
         None, description="The operator's key; unset: made once, in `admin.key` in the home"
     )
@@ -146,6 +154,28 @@ class Settings(BaseModel):
     video_max_pixels: Count = Field(8192 * 4320, description="Largest frame of a video, in pixels")
     video_max_hours: Seconds = Field(6.0, description="Longest video, in hours")
     metrics_token: SecretStr | None = Field(None, description="Where set, `/metrics` wants it as a bearer token")
+    openrouter_api_key: SecretStr | None = Field(None, description="OpenRouter for everything that has no server below")
+    openrouter_base_url: str = Field(
+        "https://openrouter.ai/api/v1", description="Another address of OpenRouter's API, such as a gateway's"
+    )
+    openrouter_referer: str | None = Field(None, description="Your product's URL, for OpenRouter's statistics")
+    openrouter_title: Annotated[str, Field(max_length=100)] = Field("AgentFlow", description="And its name")
+    llm_base_url: str | None = Field(
+        None, description="An OpenAI-compatible server for chat and pictures: `http://127.0.0.1:11434/v1` is Ollama's"
+    )
+    llm_api_key: SecretStr | None = Field(None, description="Its key, where it wants one")
+    llm_model: str | None = Field(None, description="Its model; at OpenRouter `openai/gpt-4o-mini`")
+    vision_model: str | None = Field(None, description="The model for questions with pictures (default: `LLM_MODEL`)")
+    llm_structured_output: Literal["json_schema", "json_object", "none"] = Field(
+        "json_schema", description="How JSON is asked for: `json_object` or `none` for servers that refuse schemas"
+    )
+    llm_timeout: Seconds = Field(180.0, description="Seconds until a model's answer is given up")
+    embeddings_base_url: str | None = Field(None, description="An OpenAI-compatible server for embeddings")
+    embeddings_api_key: SecretStr | None = Field(None, description="Its key, where it wants one")
+    embeddings_model: str | None = Field(None, description="Its model; at OpenRouter `openai/text-embedding-3-small`")
+    transcription_base_url: str | None = Field(None, description="An OpenAI-compatible server for speech")
+    transcription_api_key: SecretStr | None = Field(None, description="Its key, where it wants one")
+    transcription_model: str | None = Field(None, description="Its model; at OpenRouter `openai/whisper-1`")
 
     @property
     def embedded_database(self) -> bool:
@@ -171,6 +201,8 @@ class Settings(BaseModel):
     @property
     def storage_folder(self) -> Path | None:
         """Where files are kept on a disk; None where they are not."""
+        if self.supabase_key is not None:
+            return None
         if self.storage_url is None:
             return self.agentflow_home / "storage"
         url = urlsplit(self.storage_url)
@@ -181,6 +213,12 @@ class Settings(BaseModel):
         """Whose certificates are believed."""
         text = tls.authorities(self.tls_ca_file.get_secret_value()) if self.tls_ca_file else None
         return Trust(text, self.tls_verify, self.agentflow_home)
+
+    @property
+    def supabase_key(self) -> str | None:
+        """The key for Supabase Storage, where files live in it; else None."""
+        key = self.supabase_secret_key or self.supabase_service_role_key
+        return key.get_secret_value() if key and self.supabase_url and not self.storage_url else None
 
     @property
     def link_secret(self) -> bytes | None:
@@ -220,6 +258,17 @@ class Settings(BaseModel):
                         "TRUSTED_PROXIES",
                         f"{entry!r} is neither a number of proxies nor an address or network such as 10.0.0.0/8",
                     ) from None
+        for name in ("supabase_secret_key", "supabase_service_role_key"):
+            if (secret := getattr(self, name)) and secret.get_secret_value().startswith("sb_publishable_"):
+                raise SettingsError(
+                    name.upper(), "is a publishable key, which may not write; it begins with sb_secret_"
+                )
+        for kind in ("llm", "embeddings", "transcription"):
+            if getattr(self, f"{kind}_base_url") and not getattr(self, f"{kind}_model"):
+                raise SettingsError(
+                    f"{kind}_model".upper(),
+                    f"must be set where {kind.upper()}_BASE_URL is: it names the server's model",
+                )
         if self.admin_api_key is not None and len(self.admin_api_key.get_secret_value()) < 16:
             raise SettingsError("ADMIN_API_KEY", "must have at least 16 characters")
         return self
@@ -246,6 +295,11 @@ _SCHEMES: dict[str, tuple[str, ...]] = {
     "rabbitmq_url": ("amqp", "amqps"),
     "redis_url": ("redis", "rediss", "unix"),
     "storage_url": ("file", "s3"),
+    "supabase_url": ("https", "http"),
+    "openrouter_base_url": ("https", "http"),
+    "llm_base_url": ("http", "https"),
+    "embeddings_base_url": ("http", "https"),
+    "transcription_base_url": ("http", "https"),
 }
 
 _SENSIBLE: dict[str, tuple[float, float, str]] = {

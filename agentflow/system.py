@@ -27,11 +27,13 @@ from agentflow.jobs.model import Job, Ring, State
 from agentflow.limits import Limits
 from agentflow.links import Links
 from agentflow.live import Live, Rows
+from agentflow.models import Models
 from agentflow.presence import Presence
 from agentflow.publisher import Publisher
 from agentflow.secrets import Sealer
 from agentflow.settings import Settings
 from agentflow.storage import Storage
+from agentflow.storage.supabase import SupabaseStorage
 
 logger = log.get(__name__)
 
@@ -224,8 +226,15 @@ class System:
 
     @cached_property
     def storage(self) -> Storage:
-        url = self.settings.storage_url or (self.home / "storage").resolve().as_uri()
+        settings = self.settings
+        if settings.supabase_key is not None and settings.supabase_url is not None:
+            return SupabaseStorage(settings.supabase_url, settings.supabase_key, settings.supabase_bucket)
+        url = settings.storage_url or (self.home / "storage").resolve().as_uri()
         return Storage.open(url)
+
+    @cached_property
+    def models(self) -> Models:
+        return Models(self.settings)
 
     @cached_property
     def links(self) -> Links:
@@ -296,6 +305,8 @@ class System:
             self.publisher.close()
         if "broker" in self.__dict__:
             self.broker.close()
+        if "models" in self.__dict__:
+            self.models.close()
         if "database" in self.__dict__:
             self.database.close()
         if self._embedded is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import actors
+from agentflow.errors import Permanent, Wait
 from agentflow.jobs.registry import Payload, Rate, job
 from agentflow.worker.running import JobContext
 from tests import statements
@@ -125,6 +126,22 @@ def effect(context: JobContext, payload: Effect) -> dict[str, Any]:
     context.sleep(payload.sleep_ms / 1000)
     Path(payload.folder, f"{context.job.id}.{context.job.fence}").touch()
     return {"fence": context.job.fence}
+
+
+class Spender(Payload):
+    then: str = "succeed"
+
+
+@job("test_spender", payload=Spender)
+def spender(context: JobContext, payload: Spender) -> dict[str, Any]:
+    """Spends, and ends as it is told to."""
+    context.spent(usd=0.25, tokens_in=100)
+    context.spent(usd=0.5, gpu_s=1.5)
+    if payload.then == "fail":
+        raise Permanent("it went wrong")
+    if payload.then == "wait" and context.job.fence == 1:
+        raise Wait(0.0, "asked")
+    return {}
 
 
 statements.install_in_a_process_of_a_test()

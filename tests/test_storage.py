@@ -18,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentflow import USER_AGENT
-from agentflow import storage as storage_module
 from agentflow.storage import NotStored, Storage, StorageError
+from agentflow.storage import objects as storage_module
+from agentflow.storage.supabase import SupabaseStorage
 
 from .http_server import Reply, Request, Server, serve
+from .supabase_server import SECRET, supabase_server
 
 MB = 1 << 20
 
@@ -136,7 +138,13 @@ def disk(tmp_path: Path) -> Storage:
     return Storage.open(f"file://{tmp_path}/files")
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture
+def supabase() -> Iterator[Storage]:
+    with supabase_server() as server:
+        yield SupabaseStorage(server.url, SECRET, "agentflow")
+
+
+@pytest.fixture(params=["disk", "s3", "supabase"])
 def storage(request: pytest.FixtureRequest) -> Storage:
     found: Storage = request.getfixturevalue(request.param)
     return found

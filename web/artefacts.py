@@ -20,6 +20,7 @@ from web.problems import Refused, logger
 routes = Routes("artefacts")
 
 CHUNK_BYTES: Final = 256 << 10
+_PUBLIC_S: Final = 60
 #: What a browser may show by itself. HTML and SVG can carry scripts, which would run with our address as theirs.
 _SHOWN: Final = (
     "image/png",
@@ -48,7 +49,11 @@ class RangeHeaders(Query):
 
 @routes.get(
     "/artefacts/<path:key>",
-    {200: Media("*/*", "The file"), 206: Media("*/*", "The part that was asked for")},
+    {
+        200: Media("*/*", "The file"),
+        206: Media("*/*", "The part that was asked for"),
+        302: Media("*/*", "The file is at `Location`, at its store"),
+    },
     query=LinkQuery,
     headers=RangeHeaders,
     problems=(403, 404, 416, 422),
@@ -66,6 +71,13 @@ def download(call: Call, key: str, query: LinkQuery, headers: RangeHeaders) -> R
     if stored is None:
         raise Refused(404, "this file is not kept any more")
 
+    # Not through this process, where the store can do it: its own signed URL, for the one download.
+    try:
+        there = call.system.storage.public_url(key, _PUBLIC_S, filename=query.filename)
+    except NotStored:
+        raise Refused(404, "this file is not kept any more") from None
+    if there is not None:
+        return Response(status=302, headers={"Location": there, "Cache-Control": "no-store"})
     part = _range(headers, stored)
     start, end = part or (0, stored.size)
     answer = Response(status=206 if part else 200)

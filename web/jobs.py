@@ -191,6 +191,9 @@ class AttemptView(View):
     started_at: datetime | None
     ended_at: datetime
     error: dict[str, Any] | None
+    usage: dict[str, float] | None = Field(
+        description="What it used up: `usd` and `tokens_in`, `tokens_out` as reported, `audio_s` and the like"
+    )
 
 
 class AttemptList(View):
@@ -305,6 +308,7 @@ def attempts(call: Call, job_id: UUID) -> AttemptList:
                 started_at=a.started_at,
                 ended_at=a.ended_at,
                 error=a.error,
+                usage=a.usage,
             )
             for a in found
         ]

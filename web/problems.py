@@ -14,7 +14,7 @@ from agentflow import log
 from agentflow.database import Unavailable
 from agentflow.jobs.intake import IdempotencyConflict, InvalidJob
 from agentflow.jobs.registry import UnknownType
-from agentflow.storage import StorageError
+from agentflow.storage import StorageError, TooLarge
 
 logger = log.get(__name__)
 
@@ -109,6 +109,11 @@ def install(app: Flask) -> None:
     @app.errorhandler(IdempotencyConflict)
     def conflict(error: IdempotencyConflict) -> Response:
         return response(409, str(error))
+
+    @app.errorhandler(TooLarge)
+    def too_large(error: TooLarge) -> Response:
+        logger.warning("the store takes no file of this size", error=str(error))
+        return response(413, "the file is larger than the storage of this installation takes; nothing was kept")
 
     @app.errorhandler(StorageError)
     def storage(error: StorageError) -> Response:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 from uuid import UUID, uuid5
 
 from flask import request
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from agentflow import videos
 from agentflow.jobs.intake import NewJob
@@ -92,6 +92,46 @@ class TaskCreated(View):
     video_id: UUID
 
 
+def _part(**properties: Any) -> dict[str, Any]:
+    """The schema of something that a model said, or did not."""
+    words = ["done", "partial", "failed", "none", "not_configured"]
+    status = {"type": "string", "enum": words, "description": "`none`: the video has nothing of that kind"}
+    reason = {"type": "string", "description": "Why not all of it is there; without a model, what to set"}
+    said = {"status": status, "reason": reason, "code": {"type": ["string", "null"]}, **properties}
+    return {"type": "object", "properties": said, "required": ["status"]}
+
+
+def _items(**properties: Any) -> dict[str, Any]:
+    return {"type": "array", "items": {"type": "object", "properties": properties}}
+
+
+_TEXT: Final = {"type": "string"}
+_SECONDS: Final = {"type": "number", "description": "Seconds from the first picture"}
+_FILE: Final = {"type": "object", "properties": {"file": _TEXT, "key": _TEXT, "url": _TEXT}}
+_SPAN: Final = {"start_s": _SECONDS, "end_s": _SECONDS}
+#: What models add to the analysis. The rest of it is as the analysis makes it.
+_RESULT: Final = {
+    "type": ["object", "null"],
+    "description": "The analysis. Its parts that models make have a `status` of their own; one that fails leaves the others.",
+    "properties": {
+        "captions": _part(items=_items(shot={"type": "integer"}, status=_TEXT, caption=_TEXT, reason=_TEXT)),
+        "screen_text": _part(
+            items=_items(shot={"type": "integer"}, time_s=_SECONDS, text={"type": "array", "items": _TEXT})
+        ),
+        "transcript": _part(
+            language={"type": ["string", "null"]},
+            segments=_items(**_SPAN, text=_TEXT),
+            missing=_items(**_SPAN, reason=_TEXT),
+            words=_FILE,
+            subtitles=_FILE,
+        ),
+        "chapters": _part(items=_items(**_SPAN, title=_TEXT, summary=_TEXT)),
+        "summary": _part(short=_TEXT, long=_TEXT),
+        "tags": _part(items={"type": "array", "items": _TEXT}),
+    },
+}
+
+
 class TaskStatus(View):
     """How an analysis goes. Which of the times is there depends on the status."""
 
@@ -100,7 +140,7 @@ class TaskStatus(View):
     status: str = Field(description="queued, processing, completed, failed or cancelled")
     progress: float | None = Field(description="0 to 1")
     stage: str | None
-    result: Any
+    result: Annotated[Any, WithJsonSchema(_RESULT)]
     error: str | None
     error_code: str | None
     created_at: datetime

@@ -9,11 +9,17 @@ from actors.analyze_video import analysis
 
 
 def analyze(
-    *, source: str, out_dir: str, share_done: float, report: Callable[[float, str | None], None], **limits: Any
+    *,
+    source: str,
+    out_dir: str,
+    share_done: float,
+    share_end: float,
+    report: Callable[[float, str | None], None],
+    **limits: Any,
 ) -> dict[str, Any]:
-    """See analysis.analyze. `share_done` of the whole was done before; the last 2 % are storing the pictures."""
+    """See analysis.analyze. `share_done` of the whole was done before, at `share_end` others go on."""
 
     def scaled(fraction: float, stage: str) -> None:
-        report(share_done + (0.98 - share_done) * fraction, stage)
+        report(share_done + (share_end - share_done) * fraction, stage)
 
     return analysis.analyze(source, out_dir, report=scaled, **limits)

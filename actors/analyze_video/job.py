@@ -1,25 +1,32 @@
-"""Video analysis: shots, keyframes and a contact sheet of a stored or linked video, in a child process.
+"""Video analysis: shots, keyframes and a contact sheet of a stored or linked video, in a child process; then what models say.
 
 The file is streamed: a stored one is read in place where storage is a folder, a linked one is downloaded through the SSRF
-guard. Pictures go to storage under a key of the job's, so that a second run writes the same keys.
+guard. Pictures go to storage under a key of the job's, so that a second run writes the same keys. Before models are asked
+the analysis goes there, too: a job that a model's limit has parked goes on from there.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from actors.analyze_video import understanding
 from agentflow import USER_AGENT, fetch, videos
 from agentflow.errors import Permanent
 from agentflow.jobs.registry import Payload, job
+from agentflow.storage import NotStored
 from agentflow.videos import Video
 from agentflow.worker.running import JobContext
 
 _DOWNLOAD_SHARE = 0.2
+# Where the local analysis ends: with models, without.
+_LOCAL_END, _LOCAL_END_ALONE = 0.6, 0.98
+_STORE_SHARE = 0.02
 _DOWNLOAD_LIMIT_S = 1800.0
-_CONTENT_TYPES = {".png": "image/png", ".jpg": "image/jpeg"}
+_CONTENT_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".flac": "audio/flac"}
 
 
 class AnalyzeVideo(Payload):
@@ -34,28 +41,77 @@ class AnalyzeVideo(Payload):
     process_limit=lambda settings: settings.video_concurrency,
 )
 def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
-    """Find a video's shots, with the sharpest keyframe of each and a contact sheet."""
+    """Find a video's shots, with the sharpest keyframe of each and a contact sheet; with models, what it is about."""
     organization = context.job.organization_id
     with context.system.database.connection() as conn:
         video = videos.get(conn, organization, payload.video_id)
     if video is None:
         raise Permanent(f"There is no video {payload.video_id}.", code="no_such_video")
+    prefix = f"o/{organization}/videos/{video.id}/{context.job.id}"
     with tempfile.TemporaryDirectory(prefix="agentflow-video-") as folder:
-        source, share = _source(context, video, Path(folder))
         out = Path(folder) / "out"
         out.mkdir()
-        settings = context.system.settings
-        analysis: dict[str, Any] = context.run_child(
-            "actors.analyze_video.child:analyze",
-            source=str(source),
-            out_dir=str(out),
-            share_done=share,
-            max_pixels=settings.video_max_pixels,
-            max_duration_s=settings.video_max_hours * 3600,
-        )
-        prefix = f"o/{organization}/videos/{video.id}/{context.job.id}"
-        _store_pictures(context, analysis, out, prefix)
+        analysis = _earlier(context, prefix) or _analyzed(context, video, Path(folder), out, prefix)
+        analysis |= _understood(context, analysis, out, prefix)
     return {"video_id": str(video.id), "filename": video.filename, **analysis}
+
+
+def _analyzed(context: JobContext, video: Video, folder: Path, out: Path, prefix: str) -> dict[str, Any]:
+    """What this machine finds, its files in storage."""
+    source, share = _source(context, video, folder)
+    settings = context.system.settings
+    end = _LOCAL_END if understanding.wanted(context.system.models) else _LOCAL_END_ALONE
+    analysis: dict[str, Any] = context.run_child(
+        "actors.analyze_video.child:analyze",
+        source=str(source),
+        out_dir=str(out),
+        share_done=share,
+        share_end=end,
+        max_pixels=settings.video_max_pixels,
+        max_duration_s=settings.video_max_hours * 3600,
+    )
+    _store_files(context, analysis, out, prefix, end)
+    if end == _LOCAL_END:
+        context.system.storage.put_bytes(_earlier_key(prefix), json.dumps(analysis).encode())
+    return analysis
+
+
+def _earlier(context: JobContext, prefix: str) -> dict[str, Any] | None:
+    """The analysis of an earlier run of this job, if it came so far."""
+    if context.job.fence == 1:
+        return None
+    try:
+        found: dict[str, Any] = json.loads(b"".join(context.system.storage.read(_earlier_key(prefix))))
+    except NotStored:
+        return None
+    return found
+
+
+def _earlier_key(prefix: str) -> str:
+    return f"{prefix}/analysis.json"
+
+
+def _understood(context: JobContext, analysis: dict[str, Any], out: Path, prefix: str) -> dict[str, Any]:
+    """What models say about it. The chunks of sound were for them alone, and go."""
+    storage = context.system.storage
+
+    def local(file: dict[str, Any], folder: Path) -> Path:
+        path = out / str(file["file"])
+        if not path.exists():
+            path = folder / path.name
+            storage.fetch_to(file["key"], path)
+        return path
+
+    def store(name: str, data: bytes, content_type: str) -> str:
+        storage.put_bytes(f"{prefix}/{name}", data, content_type=content_type)
+        return f"{prefix}/{name}"
+
+    done = _LOCAL_END + _STORE_SHARE
+    fields = understanding.understand(context, analysis, local, store, share_done=done)
+    storage.delete(_earlier_key(prefix))  # first: it names the chunks
+    for chunk in (analysis.pop("speech", None) or {}).get("chunks", ()):
+        storage.delete(chunk["key"])
+    return fields
 
 
 def _source(context: JobContext, video: Video, folder: Path) -> tuple[Path, float]:
@@ -95,13 +151,14 @@ def _download(context: JobContext, video: Video, path: Path) -> Path:
     return path
 
 
-def _store_pictures(context: JobContext, analysis: dict[str, Any], out: Path, prefix: str) -> None:
-    """Put each picture in storage, and its key beside its file's name in the analysis."""
-    pictures = [shot["keyframe"] for shot in analysis["shots"] if shot.get("keyframe")]
+def _store_files(context: JobContext, analysis: dict[str, Any], out: Path, prefix: str, share_done: float) -> None:
+    """Put each picture and chunk of sound in storage, and its key beside its file's name in the analysis."""
+    files = [shot["keyframe"] for shot in analysis["shots"] if shot.get("keyframe")]
     if analysis.get("contact_sheet"):
-        pictures.append(analysis["contact_sheet"])
-    for number, picture in enumerate(pictures):
-        path = out / picture["file"]
-        picture["key"] = f"{prefix}/{picture['file']}"
-        context.system.storage.put_file(picture["key"], path, content_type=_CONTENT_TYPES[path.suffix])
-        context.progress(0.98 + 0.02 * (number + 1) / len(pictures), "store")
+        files.append(analysis["contact_sheet"])
+    files += (analysis.get("speech") or {}).get("chunks", ())
+    for number, file in enumerate(files):
+        path = out / file["file"]
+        file["key"] = f"{prefix}/{file['file']}"
+        context.system.storage.put_file(file["key"], path, content_type=_CONTENT_TYPES[path.suffix])
+        context.progress(share_done + _STORE_SHARE * (number + 1) / len(files), "store")

@@ -525,7 +525,8 @@ def _rabbitmq_refused(error: OSError) -> Wrong:
 
 
 def _storage(system: System) -> str:
-    where = "STORAGE_URL" if system.settings.storage_url else "AGENTFLOW_HOME"
+    settings = system.settings
+    where = "STORAGE_URL" if settings.storage_url else "SUPABASE_URL" if settings.supabase_key else "AGENTFLOW_HOME"
     key = f"doctor/{uuid4()}"
     content = os.urandom(64)
     try:
@@ -534,12 +535,15 @@ def _storage(system: System) -> str:
         back = b"".join(storage.read(key))
         storage.delete(key)
     except (StorageError, OSError) as error:
-        raise Wrong(
-            one_line(error), f"check {where}, and for s3:// AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION"
-        ) from None
+        keys = (
+            "SUPABASE_SECRET_KEY"
+            if settings.supabase_key
+            else "for s3:// AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION"
+        )
+        raise Wrong(one_line(error), f"check {where}, and {keys}") from None
     if back != content:
         raise Wrong("what was written came back changed", f"do not use the storage of {where}")
-    kind = urlsplit(system.settings.storage_url or "file:").scheme
+    kind = "Supabase" if settings.supabase_key else urlsplit(settings.storage_url or "file:").scheme
     return "written, read and deleted " + ("on this machine's disk" if kind == "file" else f"in the {kind} bucket")
 
 

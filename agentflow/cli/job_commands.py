@@ -76,8 +76,10 @@ def show(job_id: str, as_json: bool) -> None:
         console.print(f"  {name:<12} {escape(str(value))}", soft_wrap=True)
     if attempts:
         console.print("\n[bold]attempts[/bold]")
-        rows = [(a.attempt, a.outcome, output.ago(a.started_at), _took(a), _message(a.error)) for a in attempts]
-        console.print(output.table(("attempt", "outcome", "started", "took", ""), rows))
+        rows = [
+            (a.attempt, a.outcome, output.ago(a.started_at), _took(a), _used(a), _message(a.error)) for a in attempts
+        ]
+        console.print(output.table(("attempt", "outcome", "started", "took", "used", ""), rows))
     for name, content in (("payload", job.payload), ("result", job.result), ("error", job.error)):
         if content:
             console.print(f"\n[bold]{name}[/bold]")
@@ -288,6 +290,10 @@ def _facts(job: Job, parent: Job | None, children: list[Job]) -> Iterator[tuple[
         yield "after", f"{parent.type} {parent.id} ({parent.state})"
     for child in children:
         yield "then", f"{child.type} {child.id} ({child.state})"
+
+
+def _used(attempt: Attempt) -> str | None:
+    return ", ".join(f"{value:g} {name}" for name, value in sorted((attempt.usage or {}).items())) or None
 
 
 def _took(attempt: Attempt) -> str | None:

@@ -30,6 +30,8 @@ _ASK_EVERY_S: Final = 0.25
 _START_WITHIN_S: Final = 90.0
 _SHOTS_SHOWN: Final = 40
 
+_PARTS: Final = ("summary", "chapters", "tags", "transcript", "captions")
+_SILENT: Final = ("none", "not_configured")
 _STAGES: Final = {
     "queued": "waiting for a worker",
     "download": "downloading",
@@ -37,6 +39,9 @@ _STAGES: Final = {
     "shots": "finding shots",
     "pictures": "drawing the contact sheet",
     "store": "storing the pictures",
+    "transcript": "listening to the speech",
+    "captions": "looking at the pictures",
+    "story": "telling what it is about",
 }
 
 
@@ -264,9 +269,26 @@ def _print_summary(console: Console, video: str, result: dict[str, Any], out: Pa
     )
     if len(shots) > _SHOTS_SHOWN:
         console.print(f"  … and {len(shots) - _SHOTS_SHOWN} more (--json lists all)")
+    _print_understanding(console, result)
     if fetched:
         sheet = f", the contact sheet is {out / result['contact_sheet']['file']}" if result.get("contact_sheet") else ""
         console.print(f"\n{fetched} pictures are in {out}{sheet}", soft_wrap=True)
+
+
+def _print_understanding(console: Console, result: dict[str, Any]) -> None:
+    """What models said; nothing where none is configured."""
+    parts = {name: result[name] for name in _PARTS if result.get(name, {}).get("status", "none") not in _SILENT}
+    if summary := parts.get("summary", {}).get("long"):
+        console.print(f"\n[bold]summary[/bold]\n{escape(summary)}", soft_wrap=True)
+    if chapters := parts.get("chapters", {}).get("items"):
+        console.print("\n[bold]chapters[/bold]")
+        for chapter in chapters:
+            console.print(f"  {output.time_code(chapter['start_s'])}  {escape(chapter['title'])}")
+    if tags := parts.get("tags", {}).get("items"):
+        console.print(f"\n[bold]tags[/bold] {escape(', '.join(tags))}", soft_wrap=True)
+    for name, part in parts.items():
+        if part["status"] in ("failed", "partial"):
+            console.print(f"  [yellow]·[/yellow] {name} {part['status']}: {escape(part['reason'])}", soft_wrap=True)
 
 
 def _facts(

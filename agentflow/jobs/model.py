@@ -73,7 +73,8 @@ def job_from_row(row: tuple[Any, ...]) -> Job:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt that ended: which claim it was (`fence`), which try, by whom, how it went."""
+    """One attempt that ended: which claim it was (`fence`), which try, by whom, how it went, and what it used up (totals
+    by name)."""
 
     fence: int
     attempt: int
@@ -82,6 +83,7 @@ class Attempt:
     ended_at: datetime
     outcome: str
     error: dict[str, Any] | None
+    usage: dict[str, float] | None
 
 
 @dataclass(frozen=True, slots=True)

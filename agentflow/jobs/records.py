@@ -66,7 +66,7 @@ def search(
 def attempts(conn: Connection, job_id: UUID, organization_id: int | None = EVERY_ORGANIZATION) -> list[Attempt]:
     """The ended attempts of a job, the first one first."""
     rows = conn.execute(
-        "select a.fence, a.attempt, a.worker, a.started_at, a.ended_at, a.outcome, a.error from agentflow.job_attempts a"
+        "select a.fence, a.attempt, a.worker, a.started_at, a.ended_at, a.outcome, a.error, a.usage from agentflow.job_attempts a"
         " join agentflow.jobs j on j.id = a.job_id where j.id = %(id)s"
         " and (%(organization)s::bigint is null or j.organization_id = %(organization)s) order by a.fence",
         {"id": job_id, "organization": organization_id},

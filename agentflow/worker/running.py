@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from agentflow import log
+from agentflow.database import Unavailable
+from agentflow.jobs import usage
 from agentflow.jobs.model import Job
+from agentflow.jobs.usage import Usage
 from agentflow.live import Claim, Progress
 
 if TYPE_CHECKING:
     from agentflow.system import System
+
+logger = log.get(__name__)
 
 StopReason = Literal["cancelled", "time_limit", "shutdown", "lost"]
 
@@ -45,6 +52,8 @@ class Running:
         self._thread: int | None = None
         self._interrupted = False
         self._killers: list[Callable[[], None]] = []
+        self._spent: dict[str, float] = {}
+        self._spent_saved: dict[str, float] = {}
 
     @property
     def key(self) -> Claim:
@@ -60,6 +69,25 @@ class Running:
             return None
         self._told[listener] = now
         return now
+
+    def spend(self, measures: Mapping[str, float]) -> None:
+        """Add to the totals of this attempt. Raises ValueError for what is no amount."""
+        if not all(math.isfinite(value) and value >= 0 for value in measures.values()):
+            raise ValueError(f"not amounts: {dict(measures)}")
+        with self._lock:
+            self._spent = {
+                **self._spent,
+                **{name: self._spent.get(name, 0) + value for name, value in measures.items()},
+            }
+
+    def unsaved_usage(self) -> Usage | None:
+        """The totals, where not all of them are known to be written."""
+        with self._lock:
+            return None if self._spent == self._spent_saved else Usage(*self.key, self._spent)
+
+    def usage_saved(self, written: Usage) -> None:
+        with self._lock:
+            self._spent_saved = dict(written.measures)
 
     def stop(self, reason: StopReason) -> None:
         """Kill the children, and raise Stopped in the job's thread as soon as Python lets it."""
@@ -171,6 +199,23 @@ class JobContext:
     def check(self) -> None:
         """Raises Stopped if the job has to end: cancelled, out of time, shut down."""
         self._running.check()
+
+    def spent(self, **measures: float) -> None:
+        """Add to what this attempt has used up, by name with its unit: `usd`, `tokens_in`, `gpu_s`, `crm_calls`.
+
+        Written at once and kept however the attempt ends, a kill included; while the database is away, with its end.
+        """
+        self._running.spend(measures)
+        unsaved = self._running.unsaved_usage()
+        if unsaved is None:
+            return
+        try:
+            with self.system.database.connection() as conn:
+                usage.record(conn, [unsaved])
+        except Unavailable:
+            logger.debug("what was spent is written with the job's end: the database is away")
+        else:
+            self._running.usage_saved(unsaved)
 
     def sleep(self, seconds: float) -> None:
         """Sleep at most so long; raises Stopped when the job has to end."""

@@ -13,7 +13,7 @@ import psycopg
 
 from agentflow import log
 from agentflow.database import BoundedConnection, Database, Unavailable
-from agentflow.jobs import settlement
+from agentflow.jobs import settlement, usage
 from agentflow.jobs.model import Settled, State, Verdict
 from agentflow.worker.loops import Loop
 from agentflow.worker.running import Running
@@ -77,6 +77,7 @@ class Settler(Loop):
             for ended in [e for e in self._batch if (e.verdict.job_id, e.verdict.fence) in written]:
                 self._done(ended, "succeeded" if ended.verdict.outcome == "succeeded" else "queued")
         if self._batch:
+            self._save_usage(conn, self._batch)
             self._write(conn, list(self._batch))
         return 0.0
 
@@ -91,6 +92,21 @@ class Settler(Loop):
             if ended is not None:
                 batch.append(ended)
         return batch
+
+    @staticmethod
+    def _save_usage(conn: BoundedConnection, batch: Sequence[Ended]) -> None:
+        """What could not be written when it was spent."""
+        unsaved = {e.running: u for e in batch if e.running is not None and (u := e.running.unsaved_usage())}
+        if not unsaved:
+            return
+        try:
+            usage.record(conn, list(unsaved.values()))
+        except Unavailable:
+            raise
+        except psycopg.Error:
+            logger.exception("what was spent could not be stored")  # a job's end does not wait for that
+        for running, written in unsaved.items():
+            running.usage_saved(written)
 
     def _write(self, conn: BoundedConnection, batch: Sequence[Ended]) -> None:
         try:

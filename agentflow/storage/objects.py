@@ -1,20 +1,15 @@
-"""Files that jobs read and write: uploads, artefacts. On a disk (`file://`) or in a bucket (`s3://`), through obstore.
-
-A key is a relative POSIX path (`uploads/<id>/clip.mp4`). What stands under a key is whole or absent: a write that
-fails or is killed leaves nothing there.
-"""
+"""Files on a disk (`file://`) or in a bucket (`s3://`), through obstore."""
 
 from __future__ import annotations
 
 import os
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -24,6 +19,7 @@ from obstore.exceptions import BaseError as ObstoreError
 from obstore.store import LocalStore, from_url
 
 from agentflow import USER_AGENT
+from agentflow.storage.contract import UNDER_WAY, NotStored, Storage, StorageError, Stored, Writer
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -42,42 +38,17 @@ WHOLE_TIMEOUT = timedelta(hours=2)
 MAX_RETRIES = 4
 RETRY_TIMEOUT = timedelta(seconds=60)
 
-MAX_KEY_BYTES = 900  # S3 allows 1024 with the prefix
-MAX_PART_BYTES = 200  # file systems allow 255, and a name under way is longer
-# How obstore names a local file under way: `<name>#<n>`, renamed when whole. A key may not look like one.
-_UNDER_WAY = re.compile(r".*#\d+", re.DOTALL)
 _SCHEMES = {"s3", "s3a", "gs", "az", "azure", "abfs", "abfss"}
 
 
-class StorageError(Exception):
-    """The storage could not be opened, read or written. The message names the key, and may name the server."""
-
-
-class NotStored(StorageError):
-    """Nothing stands under this key."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    key: str
-    size: int
-    modified: datetime
-    etag: str | None
-
-
-class Storage:
-    """Opened once per process and shared by its threads."""
-
+class ObjectStorage(Storage):
     def __init__(self, store: ObjectStore, *, root: Path | None = None) -> None:
         self._store = store
         self._root = root
 
     @classmethod
-    def open(cls, url: str) -> Storage:
-        """`file:///folder` (made if missing) or `s3://bucket/prefix` with the usual AWS_* variables.
-
-        Raises `StorageError` that names STORAGE_URL. Says nothing about whether the bucket answers.
-        """
+    def at(cls, url: str) -> ObjectStorage:
+        """See Storage.open."""
         try:
             parts = urlsplit(url)
             has_credentials = parts.username is not None or parts.password is not None
@@ -97,7 +68,7 @@ class Storage:
             raise StorageError(f"STORAGE_URL cannot be used: {_reason(err)}") from err
 
     @classmethod
-    def _open_folder(cls, host: str, path: str) -> Storage:
+    def _open_folder(cls, host: str, path: str) -> ObjectStorage:
         if host not in ("", "localhost") or not path.startswith("/"):
             raise StorageError(
                 "STORAGE_URL must name a folder by its whole path, with three slashes: file:///var/files"
@@ -112,33 +83,7 @@ class Storage:
         root = root.resolve()
         return cls(LocalStore(root, automatic_cleanup=True), root=root)
 
-    @staticmethod
-    def check_key(key: str) -> str:
-        """Return `key`, or raise `ValueError`: keys are relative POSIX paths that mean one thing on every store."""
-        try:
-            size = len(key.encode())
-        except UnicodeEncodeError:
-            raise ValueError("a storage key must be text") from None
-        parts = key.split("/")
-        if not key or size > MAX_KEY_BYTES or any(len(part.encode()) > MAX_PART_BYTES for part in parts):
-            raise ValueError("a storage key is empty or too long")
-        if any(part in ("", ".", "..") for part in parts):
-            raise ValueError("a storage key must be a relative path without empty parts, '.' and '..'")
-        if "\\" in key or not key.isprintable():
-            raise ValueError("a storage key must not contain backslashes or control characters")
-        if any(_UNDER_WAY.fullmatch(part) for part in parts):
-            raise ValueError("a part of a storage key must not end in '#' and digits")
-        return key
-
-    def put_file(self, key: str, path: Path, *, content_type: str | None = None) -> int:
-        """Store a local file; returns its size in bytes."""
-        with path.open("rb") as file, self.writer(key, content_type=content_type) as writer:
-            while piece := file.read(1 << 20):
-                writer.write(piece)
-        return writer.size
-
     def put_bytes(self, key: str, data: bytes, *, content_type: str | None = None) -> int:
-        """Store `data` in one request; returns its size in bytes."""
         self.check_key(key)
         with self._errors(key):
             obstore.put(self._store, key, data, attributes=self._attributes(content_type), use_multipart=False)
@@ -147,10 +92,6 @@ class Storage:
 
     @contextmanager
     def writer(self, key: str, *, content_type: str | None = None) -> Iterator[Writer]:
-        """Write piece by piece in constant memory. Leaving the block in order stores the whole; an exception, nothing.
-
-        Raises `StorageError`, from a write or at the end of the block.
-        """
         self.check_key(key)
 
         def put(pieces: Iterator[bytes]) -> None:
@@ -166,7 +107,7 @@ class Storage:
                 )
                 self._flush(key)
 
-        writer = Writer(put, name=f"storage-writer:{key}")
+        writer = _Writer(put, name=f"storage-writer:{key}")
         try:
             yield writer
         except BaseException:
@@ -175,7 +116,6 @@ class Storage:
         writer._commit()
 
     def stat(self, key: str) -> Stored | None:
-        """What stands under `key`, or None."""
         self.check_key(key)
         try:
             with self._errors(key):
@@ -184,10 +124,6 @@ class Storage:
             return None
 
     def read(self, key: str, *, start: int = 0, end: int | None = None, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
-        """The bytes from `start` to before `end`, in pieces of about `chunk_bytes`. Opened at the call.
-
-        Raises `NotStored` at the call, `StorageError` there or on the way (also when fewer bytes came than there are).
-        """
         self.check_key(key)
         if start < 0 or (end is not None and end < start):
             raise ValueError("a range must not be negative")
@@ -215,29 +151,16 @@ class Storage:
             raise NotStored(f"nothing is stored under {key!r}")
         return stored.size
 
-    def fetch_to(self, key: str, path: Path) -> int:
-        """Download into the local file `path`; returns the size in bytes. On an error no file is left."""
-        pieces = self.read(key)
-        try:
-            with path.open("wb") as file:
-                return sum(file.write(piece) for piece in pieces)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-
     def local_path(self, key: str) -> Path | None:
-        """Where the file lies, if it lies on a disk of this machine: a child process may read it in place."""
         self.check_key(key)
         return None if self._root is None else self._root / key
 
     def delete(self, key: str) -> None:
-        """Remove what stands under `key`; nothing there is fine."""
         self.check_key(key)
         with suppress(NotStored), self._errors(key):
             obstore.delete(self._store, key)
 
     def delete_prefix(self, prefix: str) -> int:
-        """Remove everything below the folder `prefix`; returns how many files that were."""
         self.check_key(prefix.removesuffix("/"))
         deleted = 0
         # Pages of S3's bulk delete. Each list is complete before its deletes begin.
@@ -255,7 +178,6 @@ class Storage:
         return [stored.key for stored, _ in zip(self.list(prefix), range(limit), strict=False)]
 
     def list(self, prefix: str = "") -> Iterator[Stored]:
-        """Everything below the folder `prefix`, in no order; with none, everything."""
         if prefix:
             self.check_key(prefix.removesuffix("/"))
         with self._errors(prefix):
@@ -264,17 +186,12 @@ class Storage:
                     yield _stored(meta)
 
     def sweep(self, older_than_s: float) -> int:
-        """Remove what killed writes left on a disk and was not touched for that long; returns how many files.
-
-        In a bucket nothing can be listed for it: the bucket needs a lifecycle rule that aborts incomplete multipart
-        uploads after a day.
-        """
         if self._root is None:
             return 0
         before = time.time() - older_than_s
         removed = 0
         for folder, _, names in os.walk(self._root, topdown=False):
-            for name in filter(_UNDER_WAY.fullmatch, names):
+            for name in filter(UNDER_WAY.fullmatch, names):
                 path = Path(folder, name)
                 with suppress(FileNotFoundError):
                     if path.stat().st_mtime < before:
@@ -309,7 +226,7 @@ class Storage:
             raise StorageError(f"storage failed at {key!r}: {_reason(err)}") from err
 
 
-class Writer:
+class _Writer(Writer):
     """Pieces go to obstore in a thread of its own, because it takes them from an iterator.
 
     That way round it aborts its multipart upload, or removes its temporary file, when the iterator raises; its own
