@@ -1,0 +1,221 @@
+"""The figures of a run.
+
+Counts of what must not be: lost, stuck, recorded_twice, effects_not_applied_once, stale_deliveries, attempts_spent_on_waiting,
+broken_rules, unexpected_errors, protocol_errors, slow_recoveries; all of them 0 when all is well. `weak` lists why a run says
+too little to mean anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+import agentflow
+from agentflow.prove import history, plan
+from agentflow.prove.checker import FIELDS, Evidence, Violation
+from agentflow.prove.faults import Fault, Faults
+from agentflow.prove.plan import Options
+
+#: A killed worker's jobs run again within the lease and this; other parts are well again within the second.
+RERUN_PAST_LEASE_S: Final = 5.0
+RECOVERED_WITHIN_S: Final = 60.0
+_EXAMPLES: Final = 20
+#: Said at level error in the ordinary course of things under fire: a job that failed as asked, a broker that is away.
+_EXPECTED_ERRORS: Final = ("out of attempts", "a job does not stop")
+#: While one of these is broken nothing can be claimed or finished: recoveries are counted from when it is back.
+_EVERYBODY: Final = ("restart_postgres", "freeze_postgres", "cut_postgres")
+_KILLS: Final = ("kill_worker", "kill_process", "freeze_worker")
+
+OK, WRONG, WEAK = "ok", "wrong", "weak"
+
+
+def make(
+    options: Options,
+    conn: history.Connection,
+    *,
+    began: datetime,
+    ended: datetime,
+    quiet_s: float,
+    evidence: Evidence,
+    violations: Sequence[Violation],
+    faults: Faults,
+    tier: str,
+    unanswered: int,
+    protocol_errors: Sequence[str],
+) -> dict[str, Any]:
+    start = began.timestamp()
+    ends = [moment.timestamp() for moment in history.successes(conn)]
+    hurts = sorted(faults.done, key=lambda fault: fault.began)
+    recovered = [_recovery(fault, hurts, ends, _reruns(conn, fault)) for fault in hurts]
+    slow = [r for r in recovered if not _in_time(r, options.lease_s)]
+    errors = unexpected_errors(options.out / "logs")
+    counted = Counter(violation.field for violation in violations)
+    wrong = {name: counted[name] for name in dict.fromkeys([*FIELDS.values(), "broken_rules"])}
+    wrong |= {
+        "unexpected_errors": sum(errors.values()),
+        "protocol_errors": len(protocol_errors),
+        "slow_recoveries": len(slow),
+    }
+    states = Counter(row.state for row in evidence.rows.values())
+    minutes = (ended - began).total_seconds() / 60
+    per_minute = sum(1 for row in evidence.rows.values() if row.state != "queued") / max(minutes, 1e-9)
+    kinds = Counter(fault.kind for fault in hurts if not _failed(fault))
+    weak = _weakness(options, per_minute, kinds, faults.kinds)
+    verdict = WRONG if any(wrong.values()) else WEAK if weak else OK
+    return {
+        "verdict": verdict,
+        "version": agentflow.__version__,
+        "seed": options.seed,
+        "minutes": options.minutes,
+        "tier": tier + (" cluster of three" if options.cluster else ""),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "load_average": round(os.getloadavg()[1], 1),
+        "lease_s": options.lease_s,
+        "began": began.isoformat(timespec="seconds"),
+        "accepted": len({promise.id for promise in evidence.accepted}),
+        "requests_never_answered": unanswered,
+        "jobs": len(evidence.rows),
+        "jobs_per_minute": round(per_minute),
+        "finished": {state: states[state] for state in ("succeeded", "failed", "cancelled")},
+        "claims": sum(row.fence for row in evidence.rows.values()),
+        "events": history.last_event(conn),
+        "deliveries": len(evidence.deliveries),
+        "applied": sum(delivery.applied for delivery in evidence.deliveries),
+        "quiet_after_s": round(quiet_s, 1),
+        "wrong": wrong,
+        "violations": _by_rule(violations),
+        "unexpected_errors": dict(errors.most_common(_EXAMPLES)),
+        "protocol_errors": list(protocol_errors[:_EXAMPLES]),
+        "weak": weak,
+        "faults": {kind: kinds[kind] for kind in plan.FAULTS if kind in faults.kinds},
+        "faults_not_to_be_had": faults.unavailable,
+        "slowest_recovery_s": _slowest(recovered),
+        "slow_recoveries": slow,
+        "throughput_per_s": _throughput(ends, start),
+        "history": recovered_from(recovered, start),
+    }
+
+
+def _failed(fault: Fault) -> bool:
+    """It could not be done; then it does not count as one that was."""
+    return fault.note is not None and not fault.note[0] in "+-"
+
+
+# ---- recoveries ----
+
+
+def _reruns(conn: history.Connection, fault: Fault) -> dict[UUID, float]:
+    """When (Unix time) the jobs that ran in what was killed ran again, or came to another end. Those that needed neither
+    (their end was on its way) are not named."""
+    if not fault.victims:
+        return {}
+    found = conn.execute(
+        "select v.id, min(extract(epoch from e.at))::float8 from unnest(%s::uuid[], %s::integer[]) v(id, fence)"
+        " join prove.events e on e.job = v.id and (e.fence = v.fence + 1 and e.was = 'queued' and e.now = 'running'"
+        " or e.now in ('succeeded', 'failed', 'cancelled')) and e.at > to_timestamp(%s)"
+        " group by v.id",
+        ([id_ for id_, _ in fault.victims], [fence for _, fence in fault.victims], fault.began),
+    ).fetchall()
+    return dict(found)
+
+
+def _recovery(fault: Fault, others: Sequence[Fault], ends: Sequence[float], reruns: Mapping[UUID, float]) -> dict[str, Any]:
+    """`recovered_s`: from the part's return to the first success after it. `rerun_s`: from a worker's death to the last of its
+    jobs running again, less the time in which the database was away."""
+    back = fault.back or fault.began
+    first = next((moment for moment in ends if moment >= back), None)
+    blocked = [o.back or o.began for o in others if o.kind in _EVERYBODY and o is not fault and first and back <= (o.back or 0) <= first]
+    since = max([back, *blocked])
+    rerun = max(reruns.values(), default=None)
+    rerun_since = fault.began
+    if rerun is not None:
+        away = [o.back or o.began for o in others if o.kind in _EVERYBODY and (o.back or 0) >= fault.began and o.began <= rerun]
+        rerun_since = max([fault.began, *away])
+    return {
+        "kind": fault.kind,
+        "began": fault.began,
+        "back": back,
+        "down_s": round(back - fault.began, 2),
+        "recovered_s": round(max(0.0, first - since), 2) if first is not None else None,
+        "victims": len(fault.victims) or None,
+        "rerun_s": round(max(0.0, rerun - rerun_since), 2) if rerun is not None else None,
+        "disturbed": bool(blocked) or rerun_since != fault.began,
+        "note": fault.note,
+    }
+
+
+def _in_time(recovery: Mapping[str, Any], lease_s: float) -> bool:
+    if recovery["recovered_s"] is not None and recovery["recovered_s"] > RECOVERED_WITHIN_S:
+        return False
+    if recovery["kind"] in _KILLS and recovery["rerun_s"] is not None:
+        return bool(recovery["rerun_s"] <= lease_s + (RECOVERED_WITHIN_S if recovery["disturbed"] else RERUN_PAST_LEASE_S))
+    return True
+
+
+def _slowest(recovered: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for name in ("recovered_s", "rerun_s"):
+        for recovery in recovered:
+            if recovery[name] is not None:
+                kind = found.setdefault(recovery["kind"], {})
+                kind[name] = max(kind.get(name, 0.0), recovery[name])
+    return dict(sorted(found.items()))
+
+
+def recovered_from(recovered: Sequence[Mapping[str, Any]], start: float) -> list[dict[str, Any]]:
+    """The faults with times in seconds from the beginning."""
+    return [{**r, "began": round(r["began"] - start, 2), "back": round(r["back"] - start, 2)} for r in recovered]
+
+
+def _throughput(ends: Sequence[float], start: float) -> list[int]:
+    """Jobs that succeeded in each second from the beginning."""
+    counts = Counter(int(moment - start) for moment in ends if moment >= start)
+    return [counts[second] for second in range(max(counts, default=-1) + 1)]
+
+
+# ---- what else is counted ----
+
+
+def _weakness(options: Options, per_minute: float, kinds: Counter[str], possible: Sequence[str]) -> list[str]:
+    found = []
+    if per_minute < plan.ENOUGH_JOBS_PER_MINUTE:
+        found.append(f"{per_minute:.0f} jobs a minute; {plan.ENOUGH_JOBS_PER_MINUTE} are needed")
+    enough = int(plan.ENOUGH_OF_A_KIND_IN_10_MIN * options.minutes / 10)
+    found += [f"{kind} only {kinds[kind]} times; {enough} are needed" for kind in possible if kinds[kind] < enough]
+    return found
+
+
+def _by_rule(violations: Sequence[Violation]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for violation in violations:
+        rule = found.setdefault(violation.rule, {"count": 0, "counted_as": violation.field, "examples": []})
+        rule["count"] += 1
+        if len(rule["examples"]) < _EXAMPLES:
+            rule["examples"].append({"job": str(violation.job) if violation.job else None, "said": violation.said})
+    return found
+
+
+def unexpected_errors(logs: Path) -> Counter[str]:
+    """What the processes logged at level error or critical, by its text."""
+    found: Counter[str] = Counter()
+    for path in logs.glob("*.log"):
+        with path.open(errors="replace") as lines:
+            for line in lines:
+                if '"level": "error"' not in line and '"level": "critical"' not in line:
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # cut off by its writer's death
+                event = str(record.get("event", ""))
+                if not event.startswith(_EXPECTED_ERRORS):
+                    end = str(record.get("exception", "")).strip().splitlines()[-1:]
+                    found[" – ".join([path.stem, event[:200], *(text[:200] for text in end)])] += 1
+    return found
