@@ -82,7 +82,9 @@ class Evidence:
     seen: Sequence[Violation] = field(default_factory=list)
 
 
-def check(evidence: Evidence, events: Iterable[Sequence[Event]], keyed: Iterable[tuple[str, Sequence[Event]]]) -> list[Violation]:
+def check(
+    evidence: Evidence, events: Iterable[Sequence[Event]], keyed: Iterable[tuple[str, Sequence[Event]]]
+) -> list[Violation]:
     found = list(evidence.seen)
     recorded: dict[UUID, tuple[str | None, int]] = {}
     for story in events:
@@ -91,7 +93,7 @@ def check(evidence: Evidence, events: Iterable[Sequence[Event]], keyed: Iterable
     for key, changes in keyed:
         found += check_key(key, evidence.limits.get(key, 1), changes)
     found += _check_rows(evidence.rows, recorded)
-    found += _check_promises(evidence)
+    found += check_promises(evidence)
     found += _check_consequences(evidence)
     found += _check_outside(evidence)
     return found
@@ -115,7 +117,9 @@ def check_story(story: Sequence[Event]) -> list[Violation]:
             if event.was is not None or event.now != "queued" or event.fence != 0 or event.attempt != 0:
                 wrong("a beginning that is none", event, f"{event.was} → {event.now}, fence {event.fence}")
         elif (event.was, event.fence_was) != (before.now, before.fence):
-            wrong("a gap in the history", event, f"{before.now} {before.fence}, then from {event.was} {event.fence_was}")
+            wrong(
+                "a gap in the history", event, f"{before.now} {before.fence}, then from {event.was} {event.fence_was}"
+            )
         before = event
         if event.now is None:
             if event.was not in ENDS:
@@ -156,7 +160,12 @@ def _check_columns(event: Event, wrong: Wrong) -> None:
         wrong("waiting without an end, or the reverse", event)
     if (event.now in ENDS) != bool(event.finished):
         wrong("ended without a time, or the reverse", event)
-    if event.now == "queued" and event.wake_at and event.run_at and event.wake_at > max(event.run_at, event.at) + RUNG_WITHIN:
+    if (
+        event.now == "queued"
+        and event.wake_at
+        and event.run_at
+        and event.wake_at > max(event.run_at, event.at) + RUNG_WITHIN
+    ):
         wrong("not to be rung for too long", event, f"until {event.wake_at:%T}")
     if event.now == "queued" and event.was == "running" and event.cancel:
         wrong("cancelled, and waits again", event)
@@ -177,8 +186,16 @@ def _check_hold(event: Event, holder: str | None, wrong: Wrong) -> None:
     crashed = event.crashes != event.crashes_was
     if crashed:
         # A lease that reaches far into the future is one of another clock: over, too.
-        if event.lease_was is not None and event.lease_was > event.at and event.lease_was - event.at < timedelta(minutes=1):
-            wrong("taken from a holder whose lease is not over", event, f"{(event.lease_was - event.at).total_seconds():.2f} s left")
+        if (
+            event.lease_was is not None
+            and event.lease_was > event.at
+            and event.lease_was - event.at < timedelta(minutes=1)
+        ):
+            wrong(
+                "taken from a holder whose lease is not over",
+                event,
+                f"{(event.lease_was - event.at).total_seconds():.2f} s left",
+            )
     elif event.writer != holder and (event.now != "running" or event.lease != event.lease_was):
         wrong("written by a process that does not hold it", event, f"held by {holder}")
     if event.now == "running" and event.worker != event.worker_was:
@@ -207,7 +224,9 @@ def check_key(key: str, limit: int, changes: Sequence[Event]) -> list[Violation]
             if event.slot is not None:
                 slots[event.slot] = event.job
             if len(running) > limit:
-                found.append(Violation("more jobs of a key at once than allowed", event.job, f"{key}: {len(running)} of {limit}"))
+                found.append(
+                    Violation("more jobs of a key at once than allowed", event.job, f"{key}: {len(running)} of {limit}")
+                )
         elif event.was == "running":
             running.discard(event.job)
             slots = {slot: job for slot, job in slots.items() if job != event.job}
@@ -220,17 +239,21 @@ def check_key(key: str, limit: int, changes: Sequence[Event]) -> list[Violation]
 def _check_rows(rows: Mapping[UUID, Row], recorded: Mapping[UUID, tuple[str | None, int]]) -> Iterable[Violation]:
     for row in rows.values():
         if recorded.get(row.id) != (row.state, row.fence):
-            yield Violation("a row that its history does not lead to", row.id, f"{recorded.get(row.id)}, but {row.state}")
+            yield Violation(
+                "a row that its history does not lead to", row.id, f"{recorded.get(row.id)}, but {row.state}"
+            )
         if row.state not in ENDS:
             yield Violation("not ended", row.id, f"{row.type} is {row.state}")
             continue
         if row.attempts_recorded != row.fence:
             yield Violation("attempts that do not count the claims", row.id, f"{row.attempts_recorded} of {row.fence}")
         if row.state == "succeeded" and row.attempt != row.retries + 1:
-            yield Violation("an attempt spent on waiting", row.id, f"{row.attempt} attempts, {row.retries} of them failed")
+            yield Violation(
+                "an attempt spent on waiting", row.id, f"{row.attempt} attempts, {row.retries} of them failed"
+            )
 
 
-def _check_promises(evidence: Evidence) -> Iterable[Violation]:
+def check_promises(evidence: Evidence) -> Iterable[Violation]:
     """What callers were told at the door."""
     ids: dict[str, set[UUID]] = {}
     for promise in evidence.accepted:
@@ -262,7 +285,9 @@ def _check_consequences(evidence: Evidence) -> Iterable[Violation]:
     for row in evidence.rows.values():
         wanted = row.then_jobs if row.state == "succeeded" else 0
         if children[row.id] != wanted:
-            yield Violation("a next job missing or too much", row.id, f"{children[row.id]} of {wanted} after it {row.state}")
+            yield Violation(
+                "a next job missing or too much", row.id, f"{children[row.id]} of {wanted} after it {row.state}"
+            )
         wanted = int(row.has_callback and row.state in ENDS)
         if callbacks[row.id] != wanted:
             yield Violation("a callback missing or too much", row.id, f"{callbacks[row.id]} of {wanted}")

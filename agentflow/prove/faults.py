@@ -54,11 +54,15 @@ class Disk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={_DISK_MB}m,mode=0755", "tmpfs", str(folder)],
-            capture_output=True,
-            check=False,
-        ) if os.geteuid() == 0 and shutil.which("mount") else None
+        done = (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={_DISK_MB}m,mode=0755", "tmpfs", str(folder)],
+                capture_output=True,
+                check=False,
+            )
+            if os.geteuid() == 0 and shutil.which("mount")
+            else None
+        )
         self.mounted = done is not None and done.returncode == 0
 
     def fill(self) -> None:
@@ -183,10 +187,8 @@ class Faults:
             fault.victims = self._running_in(members)
             fault.began = time.time()
             send_all(members, signal.SIGSTOP)
-            try:
-                self._hold(self._lease_s + chance.uniform(*_FREEZE_PAST_LEASE_S))
-            finally:
-                send_all(members, signal.SIGCONT)
+            time.sleep(self._lease_s + chance.uniform(*_FREEZE_PAST_LEASE_S))  # all of it, also when the run ends
+            send_all(members, signal.SIGCONT)
 
     def _deploy(self, fault: Fault, chance: random.Random) -> None:
         """A successor, then SIGTERM."""
@@ -206,15 +208,13 @@ class Faults:
             fault.note = "none was there"
 
     def _skew_clock(self, fault: Fault, chance: random.Random) -> None:
-        """A worker whose wall clock is minutes off, for a while. Its monotonic clock goes as it should."""
+        """A worker whose wall clock is minutes off, until it is started anew. Its monotonic clock goes as it should."""
         member = chance.choice(self._crew.workers())
         library = _faketime()
         seconds = chance.uniform(*_CLOCK_S)
         fault.note = f"{seconds:+.0f} s"
         skewed = {"LD_PRELOAD": str(library), "FAKETIME": f"{seconds:+.0f}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
         self._crew.relieve(member, 40.0, **skewed)
-        self._hold(chance.uniform(4, 8))
-        self._crew.relieve(member, 40.0)
 
     # ---- web, scheduler, disk ----
 
@@ -261,6 +261,16 @@ class Faults:
 
     def _cut_rabbitmq(self, fault: Fault, chance: random.Random) -> None:
         self._node().close_all_connections()
+
+    def _kill_node(self, fault: Fault, chance: random.Random) -> None:
+        """One of a cluster; the next one goes when all its queues have all their copies again."""
+        assert self._rabbit is not None  # noqa: S101 - see _is_possible
+        node = chance.choice(self._rabbit.nodes)
+        node.kill()
+        self._hold(chance.uniform(0, 4))
+        node.start()
+        if not until(self._rabbit.whole, within_s=120, every_s=1.0):
+            fault.note = "the cluster was not whole again within two minutes"
 
     def _stray_messages(self, fault: Fault, chance: random.Random) -> None:
         """Messages doubled and stale: for jobs that wait, run, have ended, or never were."""
@@ -369,5 +379,3 @@ def _command(process: psutil.Process) -> str:
     with suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
-
-

@@ -182,5 +182,7 @@ def last_event(conn: Connection) -> int:
 
 def successes(conn: Connection) -> list[datetime]:
     """When jobs succeeded, the first one first."""
-    found = conn.execute("select at from prove.events where now = 'succeeded' and was = 'running' order by n").fetchall()
+    found = conn.execute(
+        "select at from prove.events where now = 'succeeded' and was = 'running' order by n"
+    ).fetchall()
     return [row[0] for row in found]

@@ -51,12 +51,19 @@ class Request:
 
 
 class Requests:
-    """The requests of a load, in their order: the same for the same seed. `receiver_port` None: by the product's types alone."""
+    """The requests of a load, in their order: the same for the same seed.
 
-    def __init__(self, seed: int, receiver_port: int | None, videos: list[str]) -> None:
+    `receiver_port` None: by the product's own types alone. `batches`: of the requests, the share that are of 20 jobs.
+    """
+
+    def __init__(
+        self, seed: int, receiver_port: int | None, videos: list[str], *, run: str = "", batches: float = 0.05
+    ) -> None:
         self._chance = random.Random(f"{seed} load")
         self._receiver_port = receiver_port
-        self._videos = videos
+        self.videos = videos
+        self._batches = batches
+        self._run = run
         self._number = 0
         self._seed = seed
 
@@ -69,11 +76,11 @@ class Requests:
             yield request
 
     def video(self) -> Request:
-        return self._request("video", {"video_id": self._chance.choice(self._videos)}, path="/api/videos/analyze")
+        return self._request("video", {"video_id": self._chance.choice(self.videos)}, path="/api/videos/analyze")
 
     def _next(self, room: int) -> tuple[Request, int]:
         luck = self._chance.random()
-        if room >= _BATCH and luck < 0.05:
+        if room >= _BATCH and luck < self._batches:
             jobs = [self._ping({"sleep_ms": self._chance.choice((0, 0, 0, 5, 20))}) for _ in range(_BATCH)]
             return self._request("batch", {"jobs": jobs}, path="/api/jobs/batch"), _BATCH
         ms = self._chance.randrange
@@ -136,7 +143,7 @@ class Requests:
 
     def _request(self, kind: str, body: dict[str, Any], **more: Any) -> Request:
         self._number += 1
-        return Request(f"prove-{self._seed}-{self._number}", kind, body, **more)
+        return Request(f"prove-{self._seed}-{self._run or 0}-{self._number}", kind, body, **more)
 
 
 class Load:
@@ -185,7 +192,7 @@ class Load:
         for second in range(int(self._seconds)):
             time.sleep(max(0.0, self._began + second - time.monotonic()))
             requests = list(self._requests.second(self._per_s))
-            if self._requests._videos and second >= next_video:
+            if self._requests.videos and second >= next_video:
                 requests.append(self._requests.video())
                 next_video = second + 12
             for n, request in enumerate(requests):

@@ -18,6 +18,7 @@ LANES: Final[dict[str, tuple[str, ...]]] = {
         "refuse_publishes",
         "wipe_rabbitmq",
         "stray_messages",
+        "kill_node",
     ),
     "redis": ("restart_redis", "cut_redis", "freeze_redis", "wipe_redis"),
     "postgres": ("cut_postgres", "restart_postgres", "freeze_postgres"),
@@ -28,6 +29,7 @@ FAULTS: Final = tuple(kind for kinds in LANES.values() for kind in kinds)
 _ROUND_S: Final = 100.0
 _FIRST_S: Final = 3.0
 
+LOAD_PER_MINUTE: Final = 3300.0
 ENOUGH_JOBS_PER_MINUTE: Final = 3000
 ENOUGH_OF_A_KIND_IN_10_MIN: Final = 5
 
@@ -57,9 +59,12 @@ class Options:
         return self.minutes * 60
 
 
-def offers(*, rabbitmq: bool) -> tuple[str, ...]:
+def offers(*, rabbitmq: bool, cluster: bool = False) -> tuple[str, ...]:
     """The faults there are on this tier."""
-    return tuple(kind for kind in FAULTS if rabbitmq or kind not in LANES["rabbitmq"] or kind == "stray_messages")
+    absent = set() if rabbitmq else set(LANES["rabbitmq"]) - {"stray_messages"}
+    # Of a cluster, nodes are killed one at a time; all of it at once is what the runs with one node are for.
+    absent |= {"restart_rabbitmq", "freeze_rabbitmq", "wipe_rabbitmq", "refuse_publishes"} if cluster else {"kill_node"}
+    return tuple(kind for kind in FAULTS if kind not in absent)
 
 
 def schedule(lane: str, kinds: Sequence[str], seed: int, seconds: float) -> Iterator[tuple[float, str]]:

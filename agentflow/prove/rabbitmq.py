@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -173,13 +176,14 @@ class Node:
 
 
 class Rabbit:
-    """One node, or a cluster; its epmd ends with it."""
+    """One node, or a cluster behind one address; its epmd ends with it."""
 
     def __init__(self, folder: Path, *, nodes: int = 1) -> None:
         self.folder = folder
         self._epmd_port = free_port()
         cookie = secrets.token_hex(16).upper()
         self.nodes = [Node(folder / f"n{n}", f"af{os.getpid()}n{n}", self._epmd_port, cookie) for n in range(nodes)]
+        self._entrance = Entrance([node.port for node in self.nodes]) if nodes > 1 else None
 
     @property
     def node(self) -> Node:
@@ -187,9 +191,10 @@ class Rabbit:
 
     @property
     def url(self) -> str:
-        return self.node.url
+        return f"amqp://guest:guest@127.0.0.1:{self._entrance.port if self._entrance else self.node.port}/%2F"
 
     def start(self) -> None:
+        """Raises RabbitError."""
         self.nodes[0].start()
         for node in self.nodes[1:]:
             node.start()
@@ -198,16 +203,18 @@ class Rabbit:
             node.ctl("start_app")
 
     def whole(self) -> bool:
-        """Whether every node runs, and no queue waits for one of its copies."""
+        """Whether every node runs, and every queue has all its copies."""
         if not all(node.alive() and node.answers() for node in self.nodes):
             return False
         with suppress(RabbitError):
-            listed = self.node.ctl("list_queues", "name", "members", "online", "--no-table-headers")
-            rows = [line.split("\t") for line in listed.splitlines() if line.count("\t") == 2]
-            return all(row[1].count("@") == row[2].count("@") == len(self.nodes) for row in rows)
+            listed = self.node.ctl("list_queues", "members", "online", "--no-table-headers")
+            rows = [line.split("\t") for line in listed.splitlines() if "\t" in line]
+            return all(row[0].count("@") == row[1].count("@") == len(self.nodes) for row in rows)
         return False
 
     def close(self) -> None:
+        if self._entrance is not None:
+            self._entrance.close()
         for node in self.nodes:
             node.thaw()
             node.kill()
@@ -216,3 +223,47 @@ class Rabbit:
                 if process.info["name"] == "epmd" and process.environ().get("ERL_EPMD_PORT") == str(self._epmd_port):
                     process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Entrance:
+    """What stands before a cluster: takes connections at one port and leads each to the next node that takes it."""
+
+    def __init__(self, ports: list[int]) -> None:
+        self._ports = itertools.cycle(ports)
+        self._tries = len(ports)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, name="entrance", daemon=True).start()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # else accept goes on waiting
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._lead, args=(client,), daemon=True).start()
+
+    def _lead(self, client: socket.socket) -> None:
+        for port in itertools.islice(self._ports, self._tries):
+            with suppress(OSError):
+                node = socket.create_connection(("127.0.0.1", port), 3)
+                node.settimeout(None)
+                threading.Thread(target=_pour, args=(client, node), daemon=True).start()
+                _pour(node, client)
+                return
+        client.close()
+
+
+def _pour(source: socket.socket, into: socket.socket) -> None:
+    """Until one of them ends; then both do."""
+    with suppress(OSError):
+        while data := source.recv(65536):
+            into.sendall(data)
+    for end in (source, into):
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)

@@ -29,8 +29,6 @@ RECOVERED_WITHIN_S: Final = 60.0
 _EXAMPLES: Final = 20
 #: Said at level error in the ordinary course of things under fire: a job that failed as asked, a broker that is away.
 _EXPECTED_ERRORS: Final = ("out of attempts", "a job does not stop")
-#: While one of these is broken nothing can be claimed or finished: recoveries are counted from when it is back.
-_EVERYBODY: Final = ("restart_postgres", "freeze_postgres", "cut_postgres")
 _KILLS: Final = ("kill_worker", "kill_process", "freeze_worker")
 
 OK, WRONG, WEAK = "ok", "wrong", "weak"
@@ -53,7 +51,9 @@ def make(
     start = began.timestamp()
     ends = [moment.timestamp() for moment in history.successes(conn)]
     hurts = sorted(faults.done, key=lambda fault: fault.began)
-    recovered = [_recovery(fault, hurts, ends, _reruns(conn, fault)) for fault in hurts]
+    # While one of these is away nothing can be rung, claimed or finished: recoveries count from when it is back.
+    needed = (*plan.LANES["postgres"], *plan.LANES["rabbitmq" if tier == "RabbitMQ" else "redis"])
+    recovered = [_recovery(fault, hurts, needed, ends, _reruns(conn, fault)) for fault in hurts]
     slow = [r for r in recovered if not _in_time(r, options.lease_s)]
     errors = unexpected_errors(options.out / "logs")
     counted = Counter(violation.field for violation in violations)
@@ -90,22 +90,23 @@ def make(
         "applied": sum(delivery.applied for delivery in evidence.deliveries),
         "quiet_after_s": round(quiet_s, 1),
         "wrong": wrong,
-        "violations": _by_rule(violations),
+        "violations": by_rule(violations),
         "unexpected_errors": dict(errors.most_common(_EXAMPLES)),
         "protocol_errors": list(protocol_errors[:_EXAMPLES]),
         "weak": weak,
         "faults": {kind: kinds[kind] for kind in plan.FAULTS if kind in faults.kinds},
         "faults_not_to_be_had": faults.unavailable,
         "slowest_recovery_s": _slowest(recovered),
-        "slow_recoveries": slow,
+        "kills_undisturbed": sum(r["rerun_s"] is not None and not r["disturbed"] for r in recovered),
+        "slow_recoveries": [_from(r, start) for r in slow],
         "throughput_per_s": _throughput(ends, start),
-        "history": recovered_from(recovered, start),
+        "history": [_from(r, start) for r in recovered],
     }
 
 
 def _failed(fault: Fault) -> bool:
     """It could not be done; then it does not count as one that was."""
-    return fault.note is not None and not fault.note[0] in "+-"
+    return fault.note is not None and fault.note[0] not in "+-"
 
 
 # ---- recoveries ----
@@ -126,36 +127,44 @@ def _reruns(conn: history.Connection, fault: Fault) -> dict[UUID, float]:
     return dict(found)
 
 
-def _recovery(fault: Fault, others: Sequence[Fault], ends: Sequence[float], reruns: Mapping[UUID, float]) -> dict[str, Any]:
-    """`recovered_s`: from the part's return to the first success after it. `rerun_s`: from a worker's death to the last of its
-    jobs running again, less the time in which the database was away."""
+def _recovery(
+    fault: Fault, others: Sequence[Fault], needed: Sequence[str], ends: Sequence[float], reruns: Mapping[UUID, float]
+) -> dict[str, Any]:
+    """`recovered_s`: from the part's return to the first success. `rerun_s`: from a worker's death until the last of its jobs
+    ran again. Both less the time in which a part that everybody needs was away by another fault (`disturbed`)."""
     back = fault.back or fault.began
+    away = [(o.began, o.back or o.began) for o in others if o.kind in needed and o is not fault]
     first = next((moment for moment in ends if moment >= back), None)
-    blocked = [o.back or o.began for o in others if o.kind in _EVERYBODY and o is not fault and first and back <= (o.back or 0) <= first]
-    since = max([back, *blocked])
     rerun = max(reruns.values(), default=None)
-    rerun_since = fault.began
-    if rerun is not None:
-        away = [o.back or o.began for o in others if o.kind in _EVERYBODY and (o.back or 0) >= fault.began and o.began <= rerun]
-        rerun_since = max([fault.began, *away])
+    since = _mended(back, first, away)
+    rerun_since = _mended(fault.began, rerun, away)
     return {
         "kind": fault.kind,
         "began": fault.began,
         "back": back,
         "down_s": round(back - fault.began, 2),
-        "recovered_s": round(max(0.0, first - since), 2) if first is not None else None,
+        "recovered_s": round(first - since, 2) if first is not None else None,
         "victims": len(fault.victims) or None,
-        "rerun_s": round(max(0.0, rerun - rerun_since), 2) if rerun is not None else None,
-        "disturbed": bool(blocked) or rerun_since != fault.began,
+        "rerun_s": round(rerun - rerun_since, 2) if rerun is not None else None,
+        "disturbed": since != back or rerun_since != fault.began,
         "note": fault.note,
     }
 
 
+def _mended(moment: float, end: float | None, away: Sequence[tuple[float, float]]) -> float:
+    """`moment`, or when the last part that was away between it and `end` had returned."""
+    if end is None:
+        return moment
+    return max([moment, *(min(back, end) for began, back in away if began <= end and back >= moment)])
+
+
 def _in_time(recovery: Mapping[str, Any], lease_s: float) -> bool:
-    if recovery["recovered_s"] is not None and recovery["recovered_s"] > RECOVERED_WITHIN_S:
+    if recovery["recovered_s"] is None or recovery["recovered_s"] > RECOVERED_WITHIN_S:
         return False
     if recovery["kind"] in _KILLS and recovery["rerun_s"] is not None:
-        return bool(recovery["rerun_s"] <= lease_s + (RECOVERED_WITHIN_S if recovery["disturbed"] else RERUN_PAST_LEASE_S))
+        return bool(
+            recovery["rerun_s"] <= lease_s + (RECOVERED_WITHIN_S if recovery["disturbed"] else RERUN_PAST_LEASE_S)
+        )
     return True
 
 
@@ -169,9 +178,9 @@ def _slowest(recovered: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, floa
     return dict(sorted(found.items()))
 
 
-def recovered_from(recovered: Sequence[Mapping[str, Any]], start: float) -> list[dict[str, Any]]:
-    """The faults with times in seconds from the beginning."""
-    return [{**r, "began": round(r["began"] - start, 2), "back": round(r["back"] - start, 2)} for r in recovered]
+def _from(recovery: Mapping[str, Any], start: float) -> dict[str, Any]:
+    """With its times in seconds from the beginning."""
+    return {**recovery, "began": round(recovery["began"] - start, 2), "back": round(recovery["back"] - start, 2)}
 
 
 def _throughput(ends: Sequence[float], start: float) -> list[int]:
@@ -192,7 +201,7 @@ def _weakness(options: Options, per_minute: float, kinds: Counter[str], possible
     return found
 
 
-def _by_rule(violations: Sequence[Violation]) -> dict[str, Any]:
+def by_rule(violations: Sequence[Violation]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for violation in violations:
         rule = found.setdefault(violation.rule, {"count": 0, "counted_as": violation.field, "examples": []})

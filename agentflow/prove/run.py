@@ -27,6 +27,7 @@ from agentflow.prove.clip import write_clip
 from agentflow.prove.crew import Crew, Member, free_port
 from agentflow.prove.faults import Disk, Faults
 from agentflow.prove.load import Load, Requests
+from agentflow.prove.page import page
 from agentflow.prove.plan import Options
 from agentflow.prove.receiver import Receiver
 from agentflow.prove.servers import Servers, until
@@ -66,7 +67,7 @@ class Copy:
 def private_copy(options: Options, say: Say) -> Iterator[Copy]:
     """Raises CannotRun, EmbeddedError. Whatever it made is gone afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="agentflow-prove-"))
-    folder.chmod(0o755)  # noqa: S103 - Postgres' own account has to walk through
+    folder.chmod(0o755)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         say("starting Postgres and Valkey")
@@ -149,7 +150,10 @@ def _start_members(options: Options, crew: Crew, environment: dict[str, str]) ->
 
 def _wait_warm(copy: Copy, options: Options) -> None:
     for name, member in copy.crew.members.items():
-        if not until(lambda member=member: member.ready() or not member.alive(), within_s=_WARM_S) or not member.alive():
+        if (
+            not until(lambda member=member: member.ready() or not member.alive(), within_s=_WARM_S)
+            or not member.alive()
+        ):
             raise CannotRun(f"{name} did not start: {_last_line(member.log)}")
 
 
@@ -219,9 +223,12 @@ def prove(options: Options, say: Say = lambda _: None) -> dict[str, Any]:
                 faults=faults,
                 tier="RabbitMQ" if copy.rabbit is not None else "Redis",
                 unanswered=load.unanswered,
-                protocol_errors=[e for node in copy.rabbit.nodes for e in node.protocol_errors()] if copy.rabbit else [],
+                protocol_errors=[e for node in copy.rabbit.nodes for e in node.protocol_errors()]
+                if copy.rabbit
+                else [],
             )
-    (options.out / "report.json").write_text(json.dumps(made, indent=2, default=str) + "\n")
+    (options.out / "report.json").write_text(json.dumps(made, indent=2) + "\n")
+    (options.out / "report.html").write_text(page(made))
     return made
 
 
