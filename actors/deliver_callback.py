@@ -19,7 +19,16 @@ class DeliverCallback(Payload):
     url: str
 
 
-@job("deliver_callback", payload=DeliverCallback, retry=CRITICAL, priority="critical", time_limit_s=60.0, public=False)
+# Not repeatable: a worker that wakes after its lease must not tell a caller what somebody else has told by then.
+@job(
+    "deliver_callback",
+    payload=DeliverCallback,
+    retry=CRITICAL,
+    priority="critical",
+    time_limit_s=60.0,
+    repeatable=False,
+    public=False,
+)
 def deliver_callback(context: JobContext, payload: DeliverCallback) -> dict[str, Any]:
     """POST the job's id, state, result and error to its callback URL. The `Idempotency-Key` header is the same each time."""
     with context.system.database.connection() as conn:
@@ -42,6 +51,7 @@ def deliver_callback(context: JobContext, payload: DeliverCallback) -> dict[str,
         guard=Guard(allow=context.system.settings.fetch_allow),
         timeout_s=30.0,
         user_agent=USER_AGENT,
+        should_stop=context.check,
     )
     if status >= 500 or status in (408, 425, 429):
         raise Transient(f"the callback URL answered {status}", code="callback_refused")

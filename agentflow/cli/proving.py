@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from agentflow import settings
+from agentflow import log, settings
 from agentflow.cli import output
 from agentflow.cli.errors import CANNOT_START, USAGE, Failure
 from agentflow.prove import plan, rabbitmq, run, soak, staging
@@ -48,6 +48,8 @@ def prove(
         cluster=cluster,
         rabbitmq=with_rabbitmq,
     )
+    # What this process says itself is said below; its own connections come and go by intention.
+    log.configure(settings.load({"WORKER_LOG_LEVEL": "ERROR"}), "prove")
     try:
         if url is not None:
             return _staging(options, url, agreed)

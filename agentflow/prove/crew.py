@@ -8,7 +8,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -113,7 +112,7 @@ class Crew:
     def workers(self) -> list[Member]:
         return [member for name, member in self.members.items() if name.startswith("worker")]
 
-    def relieve(self, member: Member, within_s: float, told: Callable[[], None] = lambda: None, **more: str) -> None:
+    def relieve(self, member: Member, within_s: float, **more: str) -> None:
         """A deploy: the successor is ready before the old one gets its SIGTERM."""
         with member.lock:
             old = member.popen
@@ -122,7 +121,6 @@ class Crew:
         if old is None:
             return
         self._leaving.append(old)
-        told()
         old.send_signal(signal.SIGTERM)
         try:
             old.wait(within_s)

@@ -121,7 +121,7 @@ def timeline(report: Mapping[str, Any]) -> str:
     height = bottom + 30 + len(lanes) * (_ROW + 8) + 4
 
     def x(second: float) -> float:
-        return _LEFT + second / end * (_WIDTH - _LEFT - _RIGHT)
+        return float(_LEFT + second / end * (_WIDTH - _LEFT - _RIGHT))
 
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {height}" width="100%" role="img" aria-label="Jobs finished per second, and the faults">',

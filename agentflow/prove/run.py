@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -150,11 +151,12 @@ def _start_members(options: Options, crew: Crew, environment: dict[str, str]) ->
 
 def _wait_warm(copy: Copy, options: Options) -> None:
     for name, member in copy.crew.members.items():
-        if (
-            not until(lambda member=member: member.ready() or not member.alive(), within_s=_WARM_S)
-            or not member.alive()
-        ):
+        if not until(partial(_is_decided, member), within_s=_WARM_S) or not member.alive():
             raise CannotRun(f"{name} did not start: {_last_line(member.log)}")
+
+
+def _is_decided(member: Member) -> bool:
+    return member.ready() or not member.alive()
 
 
 def _last_line(log: Path) -> str:

@@ -81,9 +81,10 @@ class Servers:
         return False
 
     def close(self) -> None:
-        for name in ("postgres", "valkey"):
+        names: tuple[Literal["postgres", "valkey"], ...] = ("postgres", "valkey")
+        for name in names:
             with suppress(OSError, ValueError):
-                self.thaw(name)  # type: ignore[arg-type]
+                self.thaw(name)
         self._joined.leave()
         self._joined.wait_stopped(30)
 
