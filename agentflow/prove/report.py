@@ -53,8 +53,8 @@ def make(
     hurts = sorted(faults.done, key=lambda fault: fault.began)
     # While one of these is away nothing can be rung, claimed or finished: recoveries count from when it is back.
     needed = (*plan.LANES["postgres"], *plan.LANES["rabbitmq" if tier == "RabbitMQ" else "redis"])
-    recovered = [_recovery(fault, hurts, needed, ends, _reruns(conn, fault)) for fault in hurts]
-    slow = [r for r in recovered if not _in_time(r, options.lease_s)]
+    recovered = [recovery(fault, hurts, needed, ends, _reruns(conn, fault)) for fault in hurts]
+    slow = [r for r in recovered if not in_time(r, options.lease_s)]
     errors = unexpected_errors(options.out / "logs")
     counted = Counter(violation.field for violation in violations)
     wrong = {name: counted[name] for name in dict.fromkeys([*FIELDS.values(), "broken_rules"])}
@@ -67,7 +67,7 @@ def make(
     minutes = (ended - began).total_seconds() / 60
     per_minute = sum(1 for row in evidence.rows.values() if row.state != "queued") / max(minutes, 1e-9)
     kinds = Counter(fault.kind for fault in hurts if not _failed(fault))
-    weak = _weakness(options, per_minute, kinds, faults.kinds)
+    weak = weakness(options, per_minute, kinds, faults.kinds)
     verdict = WRONG if any(wrong.values()) else WEAK if weak else OK
     return {
         "verdict": verdict,
@@ -127,7 +127,7 @@ def _reruns(conn: history.Connection, fault: Fault) -> dict[UUID, float]:
     return dict(found)
 
 
-def _recovery(
+def recovery(
     fault: Fault, others: Sequence[Fault], needed: Sequence[str], ends: Sequence[float], reruns: Mapping[UUID, float]
 ) -> dict[str, Any]:
     """`recovered_s`: from the part's return to the first success. `rerun_s`: from a worker's death until the last of its jobs
@@ -158,7 +158,7 @@ def _mended(moment: float, end: float | None, away: Sequence[tuple[float, float]
     return max([moment, *(min(back, end) for began, back in away if began <= end and back >= moment)])
 
 
-def _in_time(recovery: Mapping[str, Any], lease_s: float) -> bool:
+def in_time(recovery: Mapping[str, Any], lease_s: float) -> bool:
     if recovery["recovered_s"] is None or recovery["recovered_s"] > RECOVERED_WITHIN_S:
         return False
     if recovery["kind"] in _KILLS and recovery["rerun_s"] is not None:
@@ -192,12 +192,16 @@ def _throughput(ends: Sequence[float], start: float) -> list[int]:
 # ---- what else is counted ----
 
 
-def _weakness(options: Options, per_minute: float, kinds: Counter[str], possible: Sequence[str]) -> list[str]:
+def weakness(options: Options, per_minute: float, kinds: Mapping[str, int], possible: Sequence[str]) -> list[str]:
     found = []
     if per_minute < plan.ENOUGH_JOBS_PER_MINUTE:
         found.append(f"{per_minute:.0f} jobs a minute; {plan.ENOUGH_JOBS_PER_MINUTE} are needed")
     enough = int(plan.ENOUGH_OF_A_KIND_IN_10_MIN * options.minutes / 10)
-    found += [f"{kind} only {kinds[kind]} times; {enough} are needed" for kind in possible if kinds[kind] < enough]
+    found += [
+        f"{kind} only {kinds.get(kind, 0)} times; {enough} are needed"
+        for kind in possible
+        if kinds.get(kind, 0) < enough
+    ]
     return found
 
 
