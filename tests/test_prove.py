@@ -162,32 +162,49 @@ def test_the_receiver_applies_a_key_once_whatever_it_answers(tmp_path: Path) -> 
 
 # ---- the figures ----
 
-POSTGRES = plan.LANES["postgres"]
+BROKER = plan.LANES["rabbitmq"]
 
 
 def test_a_recovery_counts_from_the_parts_return_to_the_first_success() -> None:
     kill = Fault("kill_web", began=10.0, back=12.0)
 
-    found = report.recovery(kill, [kill], POSTGRES, ends=[9.0, 11.0, 14.5, 15.0], reruns={})
+    found = report.recovery(kill, [kill], BROKER, ends=[9.0, 11.0, 14.5, 15.0])
 
-    assert (found["recovered_s"], found["down_s"], found["disturbed"]) == (2.5, 2.0, False)
+    assert (found["recovered_s"], found["down_s"], found["disturbed"]) == (2.5, 2.0, [])
 
 
-def test_a_recovery_does_not_count_the_time_in_which_everything_was_away() -> None:
-    kill = Fault("kill_worker", began=10.0, back=12.0, victims=[(uuid4(), 1)])
-    outage = Fault("freeze_postgres", began=13.0, back=20.0)
+def test_a_recovery_does_not_count_the_time_in_which_what_it_needs_was_away() -> None:
+    job = uuid4()
+    kill = Fault("kill_worker", began=10.0, back=12.0, victims=[(job, 1)])
+    database = Fault("freeze_postgres", began=9.0, back=11.0)
+    broker = Fault("restart_rabbitmq", began=16.0, back=20.0)
+    others = [database, kill, broker, Fault("kill_web", began=12.0, back=21.0)]
 
-    found = report.recovery(kill, [kill, outage], POSTGRES, ends=[21.0], reruns={uuid4(): 24.0})
+    found = report.recovery(kill, others, BROKER, ends=[12.5], victims=({job: 17.0}, {job: 21.5}))
 
-    assert (found["recovered_s"], found["rerun_s"], found["disturbed"]) == (1.0, 4.0, True)
+    assert (found["recovered_s"], found["taken_s"], found["rerun_s"]) == (0.5, 6.0, 1.5)
+    assert found["disturbed"] == ["taken_s", "rerun_s"]
+
+
+def test_what_came_back_in_spite_of_another_fault_is_counted_in_full() -> None:
+    job = uuid4()
+    kill = Fault("kill_worker", began=10.0, back=12.0, victims=[(job, 1)])
+    broker = Fault("refuse_publishes", began=9.0, back=30.0)
+
+    found = report.recovery(kill, [kill, broker], BROKER, ends=[13.0], victims=({job: 17.0}, {job: 21.5}))
+
+    assert (found["recovered_s"], found["taken_s"], found["rerun_s"]) == (1.0, 7.0, 11.5)
+    assert found["disturbed"] == ["recovered_s", "rerun_s"]
 
 
 def test_slow_recoveries_are_wrong() -> None:
-    quick = {"kind": "kill_worker", "recovered_s": 1.0, "rerun_s": 10.9, "disturbed": False}
+    quick = {"recovered_s": 1.0, "taken_s": 7.0, "rerun_s": 10.9, "disturbed": []}
 
     assert report.in_time(quick, lease_s=6.0)
     assert not report.in_time({**quick, "rerun_s": 11.1}, lease_s=6.0)
-    assert report.in_time({**quick, "rerun_s": 50.0, "disturbed": True}, lease_s=6.0)
+    assert not report.in_time({**quick, "taken_s": 11.1}, lease_s=6.0)
+    assert report.in_time({**quick, "rerun_s": 50.0, "disturbed": ["rerun_s"]}, lease_s=6.0)
+    assert not report.in_time({**quick, "taken_s": 50.0, "disturbed": ["rerun_s"]}, lease_s=6.0)
     assert not report.in_time({**quick, "recovered_s": 60.1}, lease_s=6.0)
     assert not report.in_time({**quick, "recovered_s": None}, lease_s=6.0)
 

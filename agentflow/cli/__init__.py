@@ -5,6 +5,7 @@ agentflow.cli.serve          `up`: web, worker and schedule in one process
 agentflow.cli.video          `analyze`: a video, over the HTTP API (agentflow.cli.client)
 agentflow.cli.job_commands   `jobs`, `queues`, `ping`
 agentflow.cli.checkup        `doctor`
+agentflow.cli.proving        `prove`; agentflow.cli.prove_worker and prove_web are its processes' programs
 """
 
 from agentflow.cli.commands import main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import sys
 import tempfile
 import time
@@ -50,6 +51,7 @@ def prove(
     )
     # What this process says itself is said below; its own connections come and go by intention.
     log.configure(settings.load({"WORKER_LOG_LEVEL": "ERROR"}), "prove")
+    signal.signal(signal.SIGTERM, _stop)
     try:
         if url is not None:
             return _staging(options, url, agreed)
@@ -63,6 +65,11 @@ def prove(
         return _end_of_run(run.prove(options, _say), options)
     except (CannotRun, RabbitError) as error:
         raise Failure(str(error), CANNOT_START) from error
+
+
+def _stop(_number: int, _frame: object) -> None:
+    """As Ctrl-C: everything that was started is ended."""
+    raise KeyboardInterrupt
 
 
 def _faults(named: str | None, *, cluster: bool, with_rabbitmq: bool) -> tuple[str, ...]:
@@ -102,10 +109,10 @@ def _end_of_run(made: dict[str, Any], options: Options) -> int:
     _print_wrong(made)
     console = output.console()
     rows = [
-        (kind.replace("_", " "), count, *(_seconds(made, kind, name) for name in ("recovered_s", "rerun_s")))
+        (kind.replace("_", " "), count, *(_seconds(made, kind, name) for name in ("recovered_s", "taken_s", "rerun_s")))
         for kind, count in made["faults"].items()
     ]
-    columns = ("fault", "times", "first success", "its jobs again")
+    columns = ("fault", "times", "first success", "its jobs taken", "they ran again")
     console.print(output.table(columns, rows, right=columns[1:]))
     for kind, why in made["faults_not_to_be_had"].items():
         console.print(f"not done: {kind.replace('_', ' ')} ({why})")

@@ -201,7 +201,7 @@ class Faults:
             found = [p for m in self._crew.workers() for p in m.family()]
             return [p for p in found if "agentflow.worker.child" in _command(p)]
 
-        if victims := until(children, within_s=5.0):
+        if victims := until(children, within_s=15.0):
             fault.began = time.time()
             send_all([chance.choice(victims)], signal.SIGKILL)
         else:

@@ -89,7 +89,7 @@ class Requests:
             (10, lambda: self._request("sleeps", self._ping({"sleep_ms": ms(20, 400)}))),
             (5, lambda: self._request("fails once", self._ping({"fail_attempts": 1}))),
             (5, lambda: self._request("parks", self._ping({"wait_ms": ms(200, 2000)}))),
-            (1, lambda: self._request("native", self._ping({"native_ms": ms(50, 600)}))),
+            (1, lambda: self._request("native", self._ping({"native_ms": ms(50, 1500)}))),
             (8, self._keyed),
             (5, lambda: self._request("again", self._ping({"sleep_ms": ms(0, 30)}), again=self._chance.randint(1, 3))),
             (4, lambda: self._request("later", {**self._ping({}), "run_at": self._in(ms(1, 8))})),
@@ -100,7 +100,7 @@ class Requests:
             kinds += [
                 (12, lambda: self._effect("effect", sleep_ms=ms(0, 200))),
                 (2, lambda: self._effect("long effect", sleep_ms=ms(3000, 9000))),
-                (0.3, lambda: self._effect("native effect", native_ms=ms(1000, 8000))),
+                (0.7, lambda: self._effect("native effect", native_ms=ms(1000, 8000))),
                 (9, self._called_back),
             ]
         weights = [weight for weight, _ in kinds]

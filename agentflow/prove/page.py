@@ -206,11 +206,12 @@ def _recoveries(report: Mapping[str, Any]) -> str:
             escape(kind.replace("_", " ")),
             str(count),
             seconds(report["slowest_recovery_s"].get(kind, {}).get("recovered_s")),
+            seconds(report["slowest_recovery_s"].get(kind, {}).get("taken_s")),
             seconds(report["slowest_recovery_s"].get(kind, {}).get("rerun_s")),
         )
         for kind, count in report["faults"].items()
     ]
-    return _table(("fault", "times", "first success", "its jobs again"), rows)
+    return _table(("fault", "times", "first success", "its jobs taken", "they ran again"), rows)
 
 
 def _details(report: Mapping[str, Any]) -> Iterator[str]:

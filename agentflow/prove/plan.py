@@ -25,7 +25,8 @@ LANES: Final[dict[str, tuple[str, ...]]] = {
     "web": ("kill_web", "fill_disk", "kill_scheduler"),
 }
 FAULTS: Final = tuple(kind for kinds in LANES.values() for kind in kinds)
-#: Of these a lane has one for each of its kinds in about so many seconds, hence each kind five times in ten minutes.
+#: A lane goes through all its kinds in about so many seconds, hence each comes five times in ten minutes; where only some are
+#: wanted they come more often.
 _ROUND_S: Final = 100.0
 _FIRST_S: Final = 3.0
 
@@ -74,7 +75,7 @@ def schedule(lane: str, kinds: Sequence[str], seed: int, seconds: float) -> Iter
         return
     # Named by the lane: that a fault is left out of one lane changes nothing in the others.
     chance = random.Random(f"{seed} {lane}")
-    gap_s = min(_ROUND_S, seconds) / len(wanted)
+    gap_s = min(_ROUND_S, seconds) / len(LANES[lane])
     at = _FIRST_S + chance.uniform(0, gap_s / 2)
     while True:
         chance.shuffle(wanted)

@@ -29,7 +29,6 @@ RECOVERED_WITHIN_S: Final = 60.0
 _EXAMPLES: Final = 20
 #: Said at level error in the ordinary course of things under fire: a job that failed as asked, a broker that is away.
 _EXPECTED_ERRORS: Final = ("out of attempts", "a job does not stop")
-_KILLS: Final = ("kill_worker", "kill_process", "freeze_worker")
 
 OK, WRONG, WEAK = "ok", "wrong", "weak"
 
@@ -51,9 +50,8 @@ def make(
     start = began.timestamp()
     ends = [moment.timestamp() for moment in history.successes(conn)]
     hurts = sorted(faults.done, key=lambda fault: fault.began)
-    # While one of these is away nothing can be rung, claimed or finished: recoveries count from when it is back.
-    needed = (*plan.LANES["postgres"], *plan.LANES["rabbitmq" if tier == "RabbitMQ" else "redis"])
-    recovered = [recovery(fault, hurts, needed, ends, _reruns(conn, fault)) for fault in hurts]
+    broker = plan.LANES["rabbitmq" if tier == "RabbitMQ" else "redis"]
+    recovered = [recovery(fault, hurts, broker, ends, _victims(conn, fault)) for fault in hurts]
     slow = [r for r in recovered if not in_time(r, options.lease_s)]
     errors = unexpected_errors(options.out / "logs")
     counted = Counter(violation.field for violation in violations)
@@ -97,7 +95,11 @@ def make(
         "faults": {kind: kinds[kind] for kind in plan.FAULTS if kind in faults.kinds},
         "faults_not_to_be_had": faults.unavailable,
         "slowest_recovery_s": _slowest(recovered),
-        "kills_undisturbed": sum(r["rerun_s"] is not None and not r["disturbed"] for r in recovered),
+        "kills": {
+            "with_victims": sum(r["taken_s"] is not None for r in recovered),
+            "taken_undisturbed": sum(r["taken_s"] is not None and "taken_s" not in r["disturbed"] for r in recovered),
+            "rerun_undisturbed": sum(r["rerun_s"] is not None and "rerun_s" not in r["disturbed"] for r in recovered),
+        },
         "slow_recoveries": [_from(r, start) for r in slow],
         "throughput_per_s": _throughput(ends, start),
         "history": [_from(r, start) for r in recovered],
@@ -112,65 +114,77 @@ def _failed(fault: Fault) -> bool:
 # ---- recoveries ----
 
 
-def _reruns(conn: history.Connection, fault: Fault) -> dict[UUID, float]:
-    """When (Unix time) the jobs that ran in what was killed ran again, or came to another end. Those that needed neither
-    (their end was on its way) are not named."""
+def _victims(conn: history.Connection, fault: Fault) -> tuple[dict[UUID, float], dict[UUID, float]]:
+    """When (Unix time) the jobs that ran in what was killed were taken from it, and when they ran again. A job whose end was
+    on its way needed neither, and is not named."""
     if not fault.victims:
-        return {}
+        return {}, {}
     found = conn.execute(
-        "select v.id, min(extract(epoch from e.at))::float8 from unnest(%s::uuid[], %s::integer[]) v(id, fence)"
-        " join prove.events e on e.job = v.id and (e.fence = v.fence + 1 and e.was = 'queued' and e.now = 'running'"
-        " or e.now in ('succeeded', 'failed', 'cancelled')) and e.at > to_timestamp(%s)"
-        " group by v.id",
-        ([id_ for id_, _ in fault.victims], [fence for _, fence in fault.victims], fault.began),
+        "select v.id, extract(epoch from t.at)::float8, extract(epoch from r.at)::float8"
+        " from unnest(%s::uuid[], %s::integer[]) v(id, fence)"
+        " join lateral (select min(at) as at from prove.events e where e.job = v.id and e.fence = v.fence and e.was = 'running'"
+        "  and e.now = 'queued' and e.crashes > e.crashes_was) t on t.at is not null"
+        " left join lateral (select min(at) as at from prove.events e where e.job = v.id and e.fence = v.fence + 1"
+        "  and e.was = 'queued' and e.now = 'running') r on true",
+        ([id_ for id_, _ in fault.victims], [fence for _, fence in fault.victims]),
     ).fetchall()
-    return dict(found)
+    return {row[0]: row[1] for row in found}, {row[0]: row[2] for row in found if row[2] is not None}
 
 
 def recovery(
-    fault: Fault, others: Sequence[Fault], needed: Sequence[str], ends: Sequence[float], reruns: Mapping[UUID, float]
+    fault: Fault,
+    others: Sequence[Fault],
+    broker: Sequence[str],
+    ends: Sequence[float],
+    victims: tuple[Mapping[UUID, float], Mapping[UUID, float]] = ({}, {}),
 ) -> dict[str, Any]:
-    """`recovered_s`: from the part's return to the first success. `rerun_s`: from a worker's death until the last of its jobs
-    ran again. Both less the time in which a part that everybody needs was away by another fault (`disturbed`)."""
+    """How long a fault was felt.
+
+    `recovered_s`: from the part's return to the first success. `taken_s`, `rerun_s`: from a worker's death until the last of
+    its jobs was taken from it, and ran again. Where a part that this needs (Postgres for all; for a rerun the `broker`, too)
+    was away meanwhile, by another fault, it is counted from that part's return, and `disturbed` names what it was.
+    """
     back = fault.back or fault.began
-    away = [(o.began, o.back or o.began) for o in others if o.kind in needed and o is not fault]
+    others = [other for other in others if other is not fault]
+    database = [other for other in others if other.kind in plan.LANES["postgres"]]
+    needed = [*database, *(other for other in others if other.kind in broker)]
     first = next((moment for moment in ends if moment >= back), None)
-    rerun = max(reruns.values(), default=None)
-    since = _mended(back, first, away)
-    rerun_since = _mended(fault.began, rerun, away)
-    return {
+    taken, rerun = (max(moments.values(), default=None) for moments in victims)
+    disturbed = []
+    found: dict[str, Any] = {
         "kind": fault.kind,
         "began": fault.began,
         "back": back,
         "down_s": round(back - fault.began, 2),
-        "recovered_s": round(first - since, 2) if first is not None else None,
         "victims": len(fault.victims) or None,
-        "rerun_s": round(rerun - rerun_since, 2) if rerun is not None else None,
-        "disturbed": since != back or rerun_since != fault.began,
         "note": fault.note,
     }
-
-
-def _mended(moment: float, end: float | None, away: Sequence[tuple[float, float]]) -> float:
-    """`moment`, or when the last part that was away between it and `end` had returned."""
-    if end is None:
-        return moment
-    return max([moment, *(min(back, end) for began, back in away if began <= end and back >= moment)])
+    for name, since, end, need in (
+        ("recovered_s", back, first, needed),
+        ("taken_s", fault.began, taken, database),
+        ("rerun_s", fault.began, rerun, needed),
+    ):
+        away = [o for o in need if end is not None and o.began <= end and (o.back or o.began) >= since]
+        if away:
+            disturbed.append(name)
+        since = max([since, *(o.back for o in away if o.back and end and o.back <= end)])
+        found[name] = round(end - since, 2) if end is not None else None
+    return {**found, "disturbed": disturbed}
 
 
 def in_time(recovery: Mapping[str, Any], lease_s: float) -> bool:
     if recovery["recovered_s"] is None or recovery["recovered_s"] > RECOVERED_WITHIN_S:
         return False
-    if recovery["kind"] in _KILLS and recovery["rerun_s"] is not None:
-        return bool(
-            recovery["rerun_s"] <= lease_s + (RECOVERED_WITHIN_S if recovery["disturbed"] else RERUN_PAST_LEASE_S)
-        )
+    for name in ("taken_s", "rerun_s"):
+        most_s = RECOVERED_WITHIN_S if name in recovery["disturbed"] else RERUN_PAST_LEASE_S
+        if recovery[name] is not None and recovery[name] > lease_s + most_s:
+            return False
     return True
 
 
 def _slowest(recovered: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    for name in ("recovered_s", "rerun_s"):
+    for name in ("recovered_s", "taken_s", "rerun_s"):
         for recovery in recovered:
             if recovery[name] is not None:
                 kind = found.setdefault(recovery["kind"], {})
