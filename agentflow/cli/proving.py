@@ -51,20 +51,26 @@ def prove(
     )
     # What this process says itself is said below; its own connections come and go by intention.
     log.configure(settings.load({"WORKER_LOG_LEVEL": "ERROR"}), "prove")
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         if url is not None:
             return _staging(options, url, agreed)
-        tier = "a RabbitMQ cluster of three" if cluster else "RabbitMQ" if with_rabbitmq else "Redis tier"
-        if not with_rabbitmq and not redis:
-            tier += f", since RabbitMQ is not installed ({rabbitmq.BIN})"
-        if soaks:
-            print(f"Soak: {options.minutes:g} minutes at {options.jobs_per_minute / 60:g} jobs a second, {tier}")
-            return _end_of_soak(soak.soak(options, _say), options)
-        print(f"Proving: {options.minutes:g} minutes with seed {options.seed}, {tier}")
-        return _end_of_run(run.prove(options, _say), options)
+        return _private(options, soaks=soaks, redis=redis)
     except (CannotRun, RabbitError) as error:
         raise Failure(str(error), CANNOT_START) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _private(options: Options, *, soaks: bool, redis: bool) -> int:
+    tier = "a RabbitMQ cluster of three" if options.cluster else "RabbitMQ" if options.rabbitmq else "Redis tier"
+    if not options.rabbitmq and not redis:
+        tier += f", since RabbitMQ is not installed ({rabbitmq.BIN})"
+    if soaks:
+        print(f"Soak: {options.minutes:g} minutes at {options.jobs_per_minute / 60:g} jobs a second, {tier}", flush=True)
+        return _end_of_soak(soak.soak(options, _say), options)
+    print(f"Proving: {options.minutes:g} minutes with seed {options.seed}, {tier}", flush=True)
+    return _end_of_run(run.prove(options, _say), options)
 
 
 def _stop(_number: int, _frame: object) -> None:
