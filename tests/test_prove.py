@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +21,10 @@ from agentflow.prove import page, plan, report, run, soak
 from agentflow.prove.faults import Fault
 from agentflow.prove.load import Requests
 from agentflow.prove.plan import Options
+from agentflow.prove.rabbitmq import Entrance
 from agentflow.prove.receiver import Receiver
 from tests.conftest import ADMIN_KEY
-from tests.processes import worker
+from tests.processes import free_port, worker
 from tests.web_support import gunicorn
 
 
@@ -158,6 +160,27 @@ def test_the_receiver_applies_a_key_once_whatever_it_answers(tmp_path: Path) -> 
     assert statuses == {200, 500, 503}  # it refuses, and it does what it then does not say
     assert sum(d.applied for d in receiver.deliveries) == 1
     assert len(receiver.deliveries) == len((tmp_path / "journal").read_text().splitlines()) == 300
+
+
+# ---- the entrance of a cluster ----
+
+
+def test_the_entrance_leads_past_a_node_that_is_gone() -> None:
+    gone = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as node:
+        entrance = Entrance([gone, node.getsockname()[1]])
+        try:
+            for _ in range(3):
+                with socket.create_connection(("127.0.0.1", entrance.port), 5) as client:
+                    led, _ = node.accept()
+                    client.sendall(b"there")
+                    assert led.recv(5) == b"there"
+                    led.sendall(b"back")
+                    assert client.recv(4) == b"back"
+                    led.close()  # a node that dies takes the connection along
+                    assert client.recv(1) == b""
+        finally:
+            entrance.close()
 
 
 # ---- the figures ----

@@ -67,7 +67,9 @@ def _private(options: Options, *, soaks: bool, redis: bool) -> int:
     if not options.rabbitmq and not redis:
         tier += f", since RabbitMQ is not installed ({rabbitmq.BIN})"
     if soaks:
-        print(f"Soak: {options.minutes:g} minutes at {options.jobs_per_minute / 60:g} jobs a second, {tier}", flush=True)
+        print(
+            f"Soak: {options.minutes:g} minutes at {options.jobs_per_minute / 60:g} jobs a second, {tier}", flush=True
+        )
         return _end_of_soak(soak.soak(options, _say), options)
     print(f"Proving: {options.minutes:g} minutes with seed {options.seed}, {tier}", flush=True)
     return _end_of_run(run.prove(options, _say), options)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from agentflow.prove import plan
 
-_WIDTH, _LEFT, _RIGHT = 1120, 150, 16
+_WIDTH, _LEFT, _RIGHT = 1120, 170, 16
 _PLOT_TOP, _PLOT_HEIGHT, _ROW = 18, 170, 18
 _SMOOTH_S: Final = 3
 
