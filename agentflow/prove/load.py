@@ -25,6 +25,8 @@ SENDERS: Final = 6
 #: Hot enough for the workers' threads to meet at them, with room for all that comes.
 KEYS: Final = {"alone": 1, "alone too": 1, "three": 3, "five": 5}
 _BATCH: Final = 20
+#: Share of the requests that are so many jobs of one key.
+_CROWDS: Final = 0.015
 _ANSWER_S: Final = 15.0
 #: After the load has ended, so long is tried to have an answer to what was sent.
 _LAST_WORD_S: Final = 90.0
@@ -83,6 +85,8 @@ class Requests:
         if room >= _BATCH and luck < self._batches:
             jobs = [self._ping({"sleep_ms": self._chance.choice((0, 0, 0, 5, 20))}) for _ in range(_BATCH)]
             return self._request("batch", {"jobs": jobs}, path="/api/jobs/batch"), _BATCH
+        if room >= _BATCH and luck < self._batches + _CROWDS:
+            return self._crowd(), _BATCH
         ms = self._chance.randrange
         kinds: list[tuple[float, Any]] = [
             (30, lambda: self._request("ping", self._ping({}))),
@@ -106,6 +110,19 @@ class Requests:
         weights = [weight for weight, _ in kinds]
         request: Request = self._chance.choices([make for _, make in kinds], weights)[0]()
         return request, 1
+
+    def _crowd(self) -> Request:
+        """Many of one key at once: all workers reach for the same few slots."""
+        key = self._chance.choice(list(KEYS))
+        jobs = [
+            {
+                **self._ping({"sleep_ms": self._chance.randrange(20)}),
+                "concurrency_key": key,
+                "concurrency_limit": KEYS[key],
+            }
+            for _ in range(_BATCH)
+        ]
+        return self._request("crowd", {"jobs": jobs}, path="/api/jobs/batch")
 
     def _keyed(self) -> Request:
         key = self._chance.choice(list(KEYS))
