@@ -85,14 +85,7 @@ def test_without_the_lock_of_a_key_and_the_index_behind_it(tmp_path: Path) -> No
 
 
 def test_without_the_check_of_an_acknowledgements_origin(tmp_path: Path) -> None:
-    made = proven(
-        tmp_path,
-        "cut_rabbitmq",
-        "freeze_postgres",
-        worker="tests.prove_mutations:origin",
-        minutes=1.5,
-        jobs_per_minute=3000.0,
-    )
+    made = proven(tmp_path, "cut_rabbitmq", worker="tests.prove_mutations:origin", jobs_per_minute=2400.0)
 
     assert made["wrong"]["protocol_errors"] > 0
 

@@ -33,6 +33,7 @@ _FREEZE_PAST_LEASE_S: Final = (2.5, 6.0)
 _CLOCK_S: Final = (-600.0, 900.0)
 _FAKETIME: Final = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib*/faketime/libfaketimeMT.so.1")
 _DISK_MB: Final = 48
+_IN_HAND_S: Final = 1.0
 #: Between a fault and the next one of its lane, in any case: or nothing would ever be well.
 _BREATH_S: Final = 1.0
 
@@ -260,7 +261,22 @@ class Faults:
             node.accept_publishes()
 
     def _cut_rabbitmq(self, fault: Fault, chance: random.Random) -> None:
-        self._node().close_all_connections()
+        """While the workers have messages in their hands: somebody's lock on the table holds the claims up."""
+        with suppress(psycopg.Error), self._servers.connect() as conn, conn.transaction():
+            conn.execute("set local lock_timeout = '3s'")
+            conn.execute("set local idle_in_transaction_session_timeout = '8s'")
+            conn.execute("lock table agentflow.jobs in exclusive mode")
+            time.sleep(_IN_HAND_S)
+            fault.began = time.time()
+            self._cut()
+            time.sleep(_IN_HAND_S)  # they are connected again by the time the claims are answered
+            return
+        self._cut()  # Postgres is away
+
+    def _cut(self) -> None:
+        node = next((node for node in self._rabbit.nodes if node.alive()), None) if self._rabbit else None
+        if node is not None:
+            node.close_all_connections()
 
     def _kill_node(self, fault: Fault, chance: random.Random) -> None:
         """One of a cluster; the next one goes when all its queues have all their copies again."""

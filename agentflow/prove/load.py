@@ -5,6 +5,7 @@ The journal is written before a request is sent and after it was answered, so th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import queue
 import random
@@ -28,12 +29,16 @@ _BATCH: Final = 20
 #: Share of the requests that are so many jobs of one key.
 _CROWDS: Final = 0.015
 _ANSWER_S: Final = 15.0
-#: After the load has ended, so long is tried to have an answer to what was sent.
-_LAST_WORD_S: Final = 90.0
+#: After the load has ended, so long is tried to have an answer to what was sent; what waits to be sent then is left out.
+_LAST_WORD_S: Final = 60.0
+#: But who was promised a cancel gets it: some of these jobs would wait for an hour.
+_CANCELS_LATER_S: Final = 60.0
+#: The job to be cancelled sleeps for a minute.
+_CANCEL_IN_TIME_S: Final = 20.0
 
 SUCCEEDS: Final = frozenset({"succeeded"})
 CANCELS: Final = frozenset({"cancelled"})
-#: A cancel that came too late is answered, and the job ends as it would have.
+#: Until the answer to the cancel says more: one that comes too late leaves the job to its end.
 EITHER: Final = SUCCEEDS | CANCELS
 
 
@@ -133,10 +138,10 @@ class Requests:
         how = self._chance.randrange(3)
         if how == 0:
             body = {**self._ping({}), "run_at": self._in(3600)}
-            return self._request("cancelled waiting", body, ends=CANCELS, cancel_after_s=0.3)
+            return self._request("cancelled waiting", body, ends=EITHER, cancel_after_s=0.3)
         if how == 1:
             body = self._ping({"sleep_ms": 60_000})
-            return self._request("cancelled running", body, ends=CANCELS, cancel_after_s=1.0)
+            return self._request("cancelled running", body, ends=EITHER, cancel_after_s=1.0)
         return self._request("cancelled perhaps", self._ping({"sleep_ms": 100}), ends=EITHER, cancel_after_s=0.0)
 
     def _chain(self) -> dict[str, Any]:
@@ -172,6 +177,7 @@ class Load:
         self.accepted: list[Accepted] = []
         self.violations: list[Violation] = []
         self.unanswered = 0
+        self.unsent = 0
         self._url = url
         self._headers = {"Authorization": f"Bearer {admin_key}"}
         self._requests = requests
@@ -196,10 +202,10 @@ class Load:
         """Wait until everything that was sent is answered, within reason."""
         self._producer.join(self._seconds + 60)
         self._gives_up = time.monotonic() + _LAST_WORD_S
-        while self._open and time.monotonic() < self._gives_up:
+        while self._open and time.monotonic() < self._gives_up + _CANCELS_LATER_S:
             time.sleep(0.1)
         for _ in self._threads:
-            self._put(float("inf"), None)
+            self._put(float("-inf"), None)
         for thread in self._threads:
             thread.join(_ANSWER_S + 5)
         self._journal.close()
@@ -228,12 +234,17 @@ class Load:
                 due, _, item = self._queue.get()
                 if item is None:
                     return
-                if (early := min(due, self._gives_up) - time.monotonic()) > 0.02:
+                if (early := due - time.monotonic()) > 0.02:
                     self._queue.put((due, _, item))
                     time.sleep(min(early, 0.05))
                     continue
                 try:
-                    self._cancel(client, item) if isinstance(item, UUID) else self._submit(client, item)
+                    if isinstance(item, Accepted):
+                        self._cancel(client, item, late=time.monotonic() - due > _CANCEL_IN_TIME_S)
+                    elif time.monotonic() < self._gives_up:
+                        self._submit(client, item)
+                    else:
+                        self.unsent += 1
                 finally:
                     with self._lock:
                         self._open -= 1
@@ -241,7 +252,7 @@ class Load:
     def _submit(self, client: httpx2.Client, request: Request) -> None:
         for _ in range(1 + request.again):
             self._write({"sends": request.key, "kind": request.kind})
-            answer = self._answered(client, request.path, request.body, request.key)
+            answer = self._answered(client, request.path, request.body, request.key, None)
             if answer is None:
                 self.unanswered += 1
                 continue
@@ -254,7 +265,8 @@ class Load:
             self._write({"accepted": request.key, "ids": ids})
             self._take(request, [UUID(id_) for id_ in ids])
         if request.cancel_after_s is not None and answer is not None:
-            self._put(time.monotonic() + request.cancel_after_s, UUID(ids[0]))
+            promise = Accepted(UUID(ids[0]), request.key, request.kind, request.ends)
+            self._put(time.monotonic() + request.cancel_after_s, promise)
 
     def _take(self, request: Request, ids: list[UUID]) -> None:
         """Repeated submissions come here again, with the same ids or the checker will say so."""
@@ -268,16 +280,23 @@ class Load:
         with self._lock:
             return len({promise.id for promise in self.accepted})
 
-    def _cancel(self, client: httpx2.Client, id_: UUID) -> None:
-        answer = self._answered(client, f"/api/jobs/{id_}/cancel", None, None)
-        if answer is not None and answer.status_code not in (200, 202, 409):
-            self.violations.append(Violation("refused what is allowed", id_, f"cancel: {answer.status_code}"))
+    def _cancel(self, client: httpx2.Client, promise: Accepted, *, late: bool) -> None:
+        """What the answer says is a promise, too."""
+        path = f"/api/jobs/{promise.id}/cancel"
+        answer = self._answered(client, path, None, None, self._gives_up + _CANCELS_LATER_S)
+        if answer is None:
+            return
+        if answer.status_code not in (200, 202, 409):
+            self.violations.append(Violation("refused what is allowed", promise.id, f"cancel: {answer.status_code}"))
+        elif answer.status_code == 200 or (promise.kind == "cancelled running" and not late):
+            with self._lock:
+                self.accepted.append(dataclasses.replace(promise, ends=CANCELS))
 
     def _answered(
-        self, client: httpx2.Client, path: str, body: dict[str, Any] | None, key: str | None
+        self, client: httpx2.Client, path: str, body: dict[str, Any] | None, key: str | None, until: float | None
     ) -> httpx2.Response | None:
         """The first answer that is one. Until then it is sent again: with the key that makes no second job."""
-        while time.monotonic() < self._gives_up:
+        while time.monotonic() < (until or self._gives_up):
             try:
                 answer = client.post(path, json=body, headers={"Idempotency-Key": key} if key else {})
                 if answer.status_code < 500 and answer.status_code != 429:

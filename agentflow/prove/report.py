@@ -45,6 +45,7 @@ def make(
     faults: Faults,
     tier: str,
     unanswered: int,
+    unsent: int,
     protocol_errors: Sequence[str],
 ) -> dict[str, Any]:
     start = began.timestamp()
@@ -79,6 +80,7 @@ def make(
         "began": began.isoformat(timespec="seconds"),
         "accepted": len({promise.id for promise in evidence.accepted}),
         "requests_never_answered": unanswered,
+        "requests_left_out": unsent,
         "jobs": len(evidence.rows),
         "jobs_per_minute": round(per_minute),
         "finished": {state: states[state] for state in ("succeeded", "failed", "cancelled")},

@@ -225,6 +225,7 @@ def prove(options: Options, say: Say = lambda _: None) -> dict[str, Any]:
                 faults=faults,
                 tier="RabbitMQ" if copy.rabbit is not None else "Redis",
                 unanswered=load.unanswered,
+                unsent=load.unsent,
                 protocol_errors=[e for node in copy.rabbit.nodes for e in node.protocol_errors()]
                 if copy.rabbit
                 else [],
