@@ -207,9 +207,11 @@ class Rabbit:
         if not all(node.alive() and node.answers() for node in self.nodes):
             return False
         with suppress(RabbitError):
-            listed = self.node.ctl("list_queues", "members", "online", "--no-table-headers")
-            rows = [line.split("\t") for line in listed.splitlines() if "\t" in line]
-            return all(row[0].count("@") == row[1].count("@") == len(self.nodes) for row in rows)
+            listed = self.node.ctl("list_queues", "type", "members", "online", "--no-table-headers")
+            rows = [line.split("\t") for line in listed.splitlines()]
+            # The workers' own queues for control messages are classic, and end with their connections.
+            copied = [row for row in rows if len(row) == 3 and "quorum" in row[0]]
+            return all(row[1].count("@") == row[2].count("@") == len(self.nodes) for row in copied)
         return False
 
     def close(self) -> None:

@@ -175,7 +175,8 @@ def recovery(
 
 
 def in_time(recovery: Mapping[str, Any], lease_s: float) -> bool:
-    if recovery["recovered_s"] is None or recovery["recovered_s"] > RECOVERED_WITHIN_S:
+    # None: nothing was left to do by then, or nothing was done, which is counted as stuck.
+    if recovery["recovered_s"] is not None and recovery["recovered_s"] > RECOVERED_WITHIN_S:
         return False
     for name in ("taken_s", "rerun_s"):
         most_s = RECOVERED_WITHIN_S if name in recovery["disturbed"] else RERUN_PAST_LEASE_S
