@@ -243,7 +243,11 @@ def test_too_few_jobs_or_faults_make_a_run_weak(tmp_path: Path) -> None:
 
 def test_errors_in_the_logs_are_counted_and_those_that_were_asked_for_are_not(tmp_path: Path) -> None:
     lines = [
-        {"level": "error", "event": "unexpected error", "exception": "Traceback\nUniqueViolation: slot"},
+        {
+            "level": "error",
+            "event": "unexpected error",
+            "exception": "Traceback:\n  x\nerrors.UniqueViolation: slot\nDETAIL:  Key\nCONTEXT:  PL",
+        },
         {"level": "error", "event": "out of attempts"},
         {"level": "warning", "event": "lease lost: the job is stopped here"},
     ]
@@ -251,7 +255,7 @@ def test_errors_in_the_logs_are_counted_and_those_that_were_asked_for_are_not(tm
         "".join(json.dumps(line) + "\n" for line in lines) + '{"level": "error", "ev'
     )
 
-    assert report.unexpected_errors(tmp_path) == {"worker-1 – unexpected error – UniqueViolation: slot": 1}
+    assert report.unexpected_errors(tmp_path) == {"worker-1 – unexpected error – errors.UniqueViolation: slot": 1}
 
 
 def made_up(**more: Any) -> dict[str, Any]:

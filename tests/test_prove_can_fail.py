@@ -69,7 +69,7 @@ def test_without_the_lock_of_a_key(tmp_path: Path) -> None:
     def unlocked(conn: psycopg.Connection[Any]) -> None:
         mutate_function(conn, "lock_keys_1", ("perform pg_advisory_xact_lock(h);", "null;"))
 
-    made = proven(tmp_path, "kill_child", without=unlocked, jobs_per_minute=3000.0)
+    made = proven(tmp_path, "kill_child", without=unlocked, jobs_per_minute=3000.0, crowds=0.3)
 
     assert any("jobs_slot" in error for error in made["unexpected_errors"]), made["unexpected_errors"]
 
@@ -79,13 +79,13 @@ def test_without_the_lock_of_a_key_and_the_index_behind_it(tmp_path: Path) -> No
         mutate_function(conn, "lock_keys_1", ("perform pg_advisory_xact_lock(h);", "null;"))
         conn.execute("drop index agentflow.jobs_slot")
 
-    made = proven(tmp_path, "kill_child", without=unlocked, jobs_per_minute=3000.0)
+    made = proven(tmp_path, "kill_child", without=unlocked, jobs_per_minute=3000.0, crowds=0.3)
 
     assert made["violations"]["more jobs of a key at once than allowed"]["count"] > 0
 
 
 def test_without_the_check_of_an_acknowledgements_origin(tmp_path: Path) -> None:
-    made = proven(tmp_path, "cut_rabbitmq", worker="tests.prove_mutations:origin", jobs_per_minute=2400.0)
+    made = proven(tmp_path, "cut_rabbitmq", worker="tests.prove_mutations:origin", minutes=1.0, jobs_per_minute=2400.0)
 
     assert made["wrong"]["protocol_errors"] > 0
 

@@ -34,6 +34,7 @@ _CLOCK_S: Final = (-600.0, 900.0)
 _FAKETIME: Final = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib*/faketime/libfaketimeMT.so.1")
 _DISK_MB: Final = 48
 _IN_HAND_S: Final = 1.0
+_RECONNECTED_S: Final = 2.5
 #: Between a fault and the next one of its lane, in any case: or nothing would ever be well.
 _BREATH_S: Final = 1.0
 
@@ -264,12 +265,12 @@ class Faults:
         """While the workers have messages in their hands: somebody's lock on the table holds the claims up."""
         with suppress(psycopg.Error), self._servers.connect() as conn, conn.transaction():
             conn.execute("set local lock_timeout = '3s'")
-            conn.execute("set local idle_in_transaction_session_timeout = '8s'")
+            conn.execute("set local idle_in_transaction_session_timeout = '30s'")
             conn.execute("lock table agentflow.jobs in exclusive mode")
             time.sleep(_IN_HAND_S)
             fault.began = time.time()
             self._cut()
-            time.sleep(_IN_HAND_S)  # they are connected again by the time the claims are answered
+            time.sleep(_RECONNECTED_S)  # they are connected again by the time the claims are answered
             return
         self._cut()  # Postgres is away
 

@@ -26,8 +26,6 @@ SENDERS: Final = 6
 #: Hot enough for the workers' threads to meet at them, with room for all that comes.
 KEYS: Final = {"alone": 1, "alone too": 1, "three": 3, "five": 5}
 _BATCH: Final = 20
-#: Share of the requests that are so many jobs of one key.
-_CROWDS: Final = 0.015
 _ANSWER_S: Final = 15.0
 #: After the load has ended, so long is tried to have an answer to what was sent; what waits to be sent then is left out.
 _LAST_WORD_S: Final = 60.0
@@ -60,16 +58,25 @@ class Request:
 class Requests:
     """The requests of a load, in their order: the same for the same seed.
 
-    `receiver_port` None: by the product's own types alone. `batches`: of the requests, the share that are of 20 jobs.
+    `receiver_port` None: by the product's own types alone. `batches`, `crowds`: of the requests, the share that
+    are 20 jobs, of any kind and of one key.
     """
 
     def __init__(
-        self, seed: int, receiver_port: int | None, videos: list[str], *, run: str = "", batches: float = 0.05
+        self,
+        seed: int,
+        receiver_port: int | None,
+        videos: list[str],
+        *,
+        run: str = "",
+        batches: float = 0.05,
+        crowds: float = 0.015,
     ) -> None:
         self._chance = random.Random(f"{seed} load")
         self._receiver_port = receiver_port
         self.videos = videos
         self._batches = batches
+        self._crowds = crowds
         self._run = run
         self._number = 0
         self._seed = seed
@@ -90,7 +97,7 @@ class Requests:
         if room >= _BATCH and luck < self._batches:
             jobs = [self._ping({"sleep_ms": self._chance.choice((0, 0, 0, 5, 20))}) for _ in range(_BATCH)]
             return self._request("batch", {"jobs": jobs}, path="/api/jobs/batch"), _BATCH
-        if room >= _BATCH and luck < self._batches + _CROWDS:
+        if room >= _BATCH and luck < self._batches + self._crowds:
             return self._crowd(), _BATCH
         ms = self._chance.randrange
         kinds: list[tuple[float, Any]] = [

@@ -52,6 +52,8 @@ class Options:
     quiet_s: float = 330.0
     workers: int = 2
     threads: int = 16
+    #: Share of the requests that are twenty jobs of one key.
+    crowds: float = 0.015
     #: Called with a connection to the private copy's database, after the migrations: tests break the system here.
     prepared: object = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -29,6 +30,9 @@ RECOVERED_WITHIN_S: Final = 60.0
 _EXAMPLES: Final = 20
 #: Said at level error in the ordinary course of things under fire: a job that failed as asked, a broker that is away.
 _EXPECTED_ERRORS: Final = ("out of attempts", "a job does not stop")
+
+#: What was raised, in the text of a traceback; Postgres adds lines of its own below it.
+_RAISED: Final = re.compile(r"^(?!DETAIL|CONTEXT|HINT|LINE)[A-Za-z_][\w.]*: .*$", re.MULTILINE)
 
 OK, WRONG, WEAK = "ok", "wrong", "weak"
 
@@ -246,6 +250,6 @@ def unexpected_errors(logs: Path) -> Counter[str]:
                     continue  # cut off by its writer's death
                 event = str(record.get("event", ""))
                 if not event.startswith(_EXPECTED_ERRORS):
-                    end = str(record.get("exception", "")).strip().splitlines()[-1:]
-                    found[" – ".join([path.stem, event[:200], *(text[:200] for text in end)])] += 1
+                    said = _RAISED.findall(str(record.get("exception", "")))[-1:]
+                    found[" – ".join([path.stem, event[:200], *(text[:200] for text in said)])] += 1
     return found

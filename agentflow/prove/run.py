@@ -172,7 +172,7 @@ def prove(options: Options, say: Say = lambda _: None) -> dict[str, Any]:
         load = Load(
             copy.url,
             copy.admin_key,
-            Requests(options.seed, copy.receiver.port, videos),
+            Requests(options.seed, copy.receiver.port, videos, crowds=options.crowds),
             jobs_per_minute=options.jobs_per_minute,
             seconds=options.seconds,
             journal=options.out / "submissions.jsonl",
