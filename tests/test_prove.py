@@ -179,6 +179,13 @@ def test_the_entrance_leads_past_a_node_that_is_gone() -> None:
                     assert client.recv(4) == b"back"
                     led.close()  # a node that dies takes the connection along
                     assert client.recv(1) == b""
+            with socket.create_connection(("127.0.0.1", entrance.port), 5) as client:
+                led, _ = node.accept()
+                client.sendall(b"there")
+                assert led.recv(5) == b"there"
+                entrance.cut()
+                assert (client.recv(1), led.recv(1)) == (b"", b"")
+                led.close()
         finally:
             entrance.close()
 

@@ -81,7 +81,7 @@ def test_without_the_lock_of_a_key_and_the_index_behind_it(tmp_path: Path) -> No
 
     made = proven(tmp_path, "kill_child", without=unlocked, jobs_per_minute=3000.0, crowds=0.3)
 
-    assert made["violations"]["more jobs of a key at once than allowed"]["count"] > 0
+    assert {"more jobs of a key at once than allowed", "two jobs in one slot"} & set(made["violations"])
 
 
 def test_without_the_check_of_an_acknowledgements_origin(tmp_path: Path) -> None:

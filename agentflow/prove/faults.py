@@ -263,21 +263,17 @@ class Faults:
 
     def _cut_rabbitmq(self, fault: Fault, chance: random.Random) -> None:
         """While the workers have messages in their hands: somebody's lock on the table holds the claims up."""
+        assert self._rabbit is not None  # noqa: S101 - see _is_possible
         with suppress(psycopg.Error), self._servers.connect() as conn, conn.transaction():
             conn.execute("set local lock_timeout = '3s'")
-            conn.execute("set local idle_in_transaction_session_timeout = '30s'")
+            conn.execute("set local idle_in_transaction_session_timeout = '8s'")
             conn.execute("lock table agentflow.jobs in exclusive mode")
             time.sleep(_IN_HAND_S)
             fault.began = time.time()
-            self._cut()
+            self._rabbit.cut()
             time.sleep(_RECONNECTED_S)  # they are connected again by the time the claims are answered
             return
-        self._cut()  # Postgres is away
-
-    def _cut(self) -> None:
-        node = next((node for node in self._rabbit.nodes if node.alive()), None) if self._rabbit else None
-        if node is not None:
-            node.close_all_connections()
+        self._rabbit.cut()  # Postgres is away
 
     def _kill_node(self, fault: Fault, chance: random.Random) -> None:
         """One of a cluster; the next one goes when all its queues have all their copies again."""

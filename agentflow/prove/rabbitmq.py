@@ -162,9 +162,6 @@ class Node:
     def accept_publishes(self) -> None:
         self.ctl("set_vm_memory_high_watermark", "absolute", "512MiB")
 
-    def close_all_connections(self) -> None:
-        self.ctl("close_all_connections", "by agentflow prove")
-
     def protocol_errors(self) -> list[str]:
         """What it holds against its clients' use of the protocol."""
         found = []
@@ -176,14 +173,14 @@ class Node:
 
 
 class Rabbit:
-    """One node, or a cluster behind one address; its epmd ends with it."""
+    """One node, or a cluster, behind one address; its epmd ends with it."""
 
     def __init__(self, folder: Path, *, nodes: int = 1) -> None:
         self.folder = folder
         self._epmd_port = free_port()
         cookie = secrets.token_hex(16).upper()
         self.nodes = [Node(folder / f"n{n}", f"af{os.getpid()}n{n}", self._epmd_port, cookie) for n in range(nodes)]
-        self._entrance = Entrance([node.port for node in self.nodes]) if nodes > 1 else None
+        self._entrance = Entrance([node.port for node in self.nodes])
 
     @property
     def node(self) -> Node:
@@ -191,7 +188,7 @@ class Rabbit:
 
     @property
     def url(self) -> str:
-        return f"amqp://guest:guest@127.0.0.1:{self._entrance.port if self._entrance else self.node.port}/%2F"
+        return f"amqp://guest:guest@127.0.0.1:{self._entrance.port}/%2F"
 
     def start(self) -> None:
         """Raises RabbitError."""
@@ -201,6 +198,10 @@ class Rabbit:
             node.ctl("stop_app")
             node.ctl("join_cluster", self.nodes[0].name)
             node.ctl("start_app")
+
+    def cut(self) -> None:
+        """Every connection ends at once, as when a router between the two is restarted."""
+        self._entrance.cut()
 
     def whole(self) -> bool:
         """Whether every node runs, and every queue has all its copies."""
@@ -215,8 +216,7 @@ class Rabbit:
         return False
 
     def close(self) -> None:
-        if self._entrance is not None:
-            self._entrance.close()
+        self._entrance.close()
         for node in self.nodes:
             node.thaw()
             node.kill()
@@ -228,11 +228,12 @@ class Rabbit:
 
 
 class Entrance:
-    """What stands before a cluster: takes connections at one port and leads each to the next node that takes it."""
+    """What stands before the nodes: takes connections at one port and leads each to the next node that takes it."""
 
     def __init__(self, ports: list[int]) -> None:
         self._ports = itertools.cycle(ports)
         self._tries = len(ports)
+        self._led: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, name="entrance", daemon=True).start()
@@ -241,6 +242,11 @@ class Entrance:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # else accept goes on waiting
         self._listener.close()
+
+    def cut(self) -> None:
+        for client in list(self._led):
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         while True:
@@ -255,8 +261,13 @@ class Entrance:
             with suppress(OSError):
                 node = socket.create_connection(("127.0.0.1", port), 3)
                 node.settimeout(None)
-                threading.Thread(target=_pour, args=(client, node), daemon=True).start()
-                _pour(node, client)
+                with client, node:
+                    self._led.add(client)
+                    there = threading.Thread(target=_pour, args=(client, node), daemon=True)
+                    there.start()
+                    _pour(node, client)
+                    there.join()
+                    self._led.discard(client)
                 return
         client.close()
 
