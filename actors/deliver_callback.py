@@ -40,7 +40,16 @@ class DeliverCallback(Payload):
         return self
 
 
-@job("deliver_callback", payload=DeliverCallback, retry=LADDER, priority="critical", time_limit_s=60.0, public=False)
+# Not repeatable: a worker that wakes after its lease must not tell a caller what somebody else has told by then.
+@job(
+    "deliver_callback",
+    payload=DeliverCallback,
+    retry=LADDER,
+    priority="critical",
+    time_limit_s=60.0,
+    repeatable=False,
+    public=False,
+)
 def deliver_callback(context: JobContext, payload: DeliverCallback) -> dict[str, Any]:
     """POST what became of a job or batch to its callback URL, signed as Standard Webhooks has it."""
     system, organization_id = context.system, context.job.organization_id
@@ -68,6 +77,7 @@ def deliver_callback(context: JobContext, payload: DeliverCallback) -> dict[str,
             guard=Guard(allow=system.settings.fetch_allow),
             timeout_s=TIMEOUT_S,
             user_agent=USER_AGENT,
+            should_stop=context.check,
         )
         error = _refusal(answer)
     except JobError as failed:

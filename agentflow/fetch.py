@@ -182,12 +182,15 @@ def post(
     user_agent: str,
     headers: Mapping[str, str],
     connect_timeout_s: float = 10,
+    should_stop: Callable[[], None] | None = None,
 ) -> Posted:
     """POST `body` to a user's `url`; of the answer at most POST_ANSWER_BYTES are read, redirects are not followed.
 
+    `should_stop` is called before each wait, and between the connect and the sending; it stops the call by raising.
+
     Raises `FetchRefused`; `Permanent` with code url_tls; `Transient` with code url_timeout, url_unreachable or url_cut.
     """
-    deadline = _Deadline(timeout_s, lambda: None)
+    deadline = _Deadline(timeout_s, should_stop or (lambda: None))
     timeouts = {"connect": connect_timeout_s, "read": timeout_s, "write": timeout_s, "pool": None}
     place = _parse(url, guard)
     backend = _GuardedBackend(guard, deadline, place.netloc)

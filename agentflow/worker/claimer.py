@@ -10,7 +10,7 @@ from typing import Final
 from uuid import UUID
 
 from agentflow.database import BoundedConnection, Database
-from agentflow.jobs import claims
+from agentflow.jobs import claims, registry
 from agentflow.jobs.model import Job
 from agentflow.worker.loops import Loop
 from agentflow.worker.running import Running
@@ -130,7 +130,8 @@ class Claimer(Loop):
             self._batch = []
 
     def _deliver(self, request: _Request, job: Job, started: float) -> None:
-        request.running = Running(job, started + self._lease_s)
+        repeatable = not registry.known(job.type) or registry.get(job.type).repeatable
+        request.running = Running(job, started + self._lease_s, repeatable=repeatable)
         self._hold(request.running)  # before its thread knows: the next heartbeat names it
         self._batch.remove(request)
         request.answered.set()

@@ -36,8 +36,9 @@ class Stopped(BaseException):
 class Running:
     """One claimed job. `stop` may be called from any thread, more than once: the first reason counts."""
 
-    def __init__(self, job: Job, lease_ends: float) -> None:
+    def __init__(self, job: Job, lease_ends: float, *, repeatable: bool = True) -> None:
         self.job: Final = job
+        self.repeatable: Final = repeatable
         self.lease_ends = lease_ends  # by time.monotonic(), counted from before the renewing statement was sent
         self.started: Final = time.monotonic()
         self.deadline: float | None = None
@@ -103,7 +104,13 @@ class Running:
                 _raise_in_thread(self._thread, Stopped)
 
     def check(self) -> None:
-        """Raise Stopped if the job has to end."""
+        """Raise Stopped if the job has to end.
+
+        Work that must not be done twice looks at its lease itself: a process that was frozen may get here before anybody in
+        it has noticed.
+        """
+        if self.stop_reason is None and not self.repeatable and time.monotonic() >= self.lease_ends:
+            self.stop_reason, self.stopped_at = "lost", time.monotonic()
         if self.stop_reason is not None:
             raise Stopped(self.stop_reason)
 

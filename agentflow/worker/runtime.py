@@ -122,7 +122,6 @@ class Runtime:
         )
         self.watchdog = Watchdog(
             held=self.held,
-            repeatable=lambda name: not registry.known(name) or registry.get(name).repeatable,
             publish=system.publisher.progress,
             stuck=self._replace_process,
             grace_s=stuck_grace_s,

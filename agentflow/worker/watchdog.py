@@ -24,13 +24,11 @@ class Watchdog:
         self,
         *,
         held: Callable[[], Sequence[Running]],
-        repeatable: Callable[[str], bool],
         publish: Callable[[Sequence[tuple[Claim, Progress]]], None],
         stuck: Callable[[Running], None],
         grace_s: float = GRACE_S,
     ) -> None:
         self._held = held
-        self._repeatable = repeatable
         self._publish = publish
         self._stuck = stuck
         self._grace_s = grace_s
@@ -71,7 +69,7 @@ class Watchdog:
                     logger.warning("time limit reached", job_id=str(running.job.id), job_type=running.job.type)
                     metrics.time_limit(running.job.type)
                     running.stop("time_limit")
-                elif now >= running.lease_ends - _LEASE_MARGIN_S / 2 and not self._repeatable(running.job.type):
+                elif now >= running.lease_ends - _LEASE_MARGIN_S / 2 and not running.repeatable:
                     running.stop("lost")
             elif running.stop_reason in ("time_limit", "cancelled") and not running.abandoned:
                 assert running.stopped_at is not None  # noqa: S101 - set together with the reason

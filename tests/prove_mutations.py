@@ -1,0 +1,29 @@
+"""Workers of `agentflow prove` in whose code a safeguard is missing: `dramatiq tests.prove_mutations:claim`.
+
+The name after the colon is called before Dramatiq asks for the broker.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from agentflow.broker import rabbitmq
+from agentflow.jobs import claims
+from tests.core_support import mutate_code, mutate_text
+
+_patch = pytest.MonkeyPatch()
+
+
+def claim() -> None:
+    """Takes whatever it is told of, also what runs already. (What has ended is refused by the table's own constraints.)"""
+    mutate_text(_patch, claims, "_CLAIM", ("and state || '' = 'queued'", "and finished_at is null"))
+    mutate_text(_patch, claims, "_CLAIM", ("and j.state || '' = 'queued' and j.attempt < j.max_attempts", ""))
+    importlib.import_module("agentflow.cli.prove_worker")
+
+
+def origin() -> None:
+    """Acknowledges to whichever channel there is now."""
+    mutate_code(_patch, rabbitmq.ConsumingLink, "_answer", ("message.channel is not self._channel", "False"))
+    importlib.import_module("agentflow.cli.prove_worker")
