@@ -70,6 +70,8 @@ class Listener:
         self._clock_s = 0.0  # what is added to time stamps, since they began again
         self._last_s: float | None = None  # end of the last frame, by its time stamp
         self._resume_at_s: float | None = None
+        self._recent: deque[tuple[float, float]] = deque()  # time stamps of frames, and what was made of them
+        self._known: dict[float, float] = {}  # the same, before an interruption
         self.heard_to_s: float | None = None  # end of the last block
 
     def add(self, frame: AudioFrame) -> None:
@@ -99,6 +101,8 @@ class Listener:
         """JSON and arrays for `restore`; at the same place `Speech` is brought to a state that can be written down."""
         return {
             "heard_to_s": self.heard_to_s,
+            "clock_s": self._clock_s,
+            "recent": [list(pair) for pair in self._recent],
             "loudness": self._loudness.state(),
             "silences": self._silences.state(),
             "speech": self.speech.state() if self.speech is not None else None,
@@ -107,6 +111,8 @@ class Listener:
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from there: frames must come from `WARM_UP_S` before `heard_to_s` on."""
         self.heard_to_s = self._resume_at_s = state["heard_to_s"]
+        self._clock_s = state["clock_s"]
+        self._known = dict(state["recent"])
         self._loudness.restore(state["loudness"])
         self._silences.restore(state["silences"])
         if self.speech is not None:
@@ -117,13 +123,18 @@ class Listener:
         if frame.pts is None or frame.time_base is None:
             start_s = self._last_s or 0.0
         else:
-            start_s = float(frame.pts * frame.time_base) + self._clock_s
+            stamp = start_s = float(frame.pts * frame.time_base) + self._clock_s
+            if self._last_s is None:
+                start_s = self._known.get(stamp, stamp)
             if self._last_s is not None and start_s < self._last_s - 0.5:  # time stamps that begin again
                 self._clock_s += self._last_s - start_s
                 start_s = self._last_s
             # A clock of milliseconds rounds: sound without a gap goes on from sample to sample.
             elif self._last_s is not None and abs(start_s - self._last_s) < 0.02:
                 start_s = self._last_s
+            self._recent.append((stamp, start_s))
+            while self._recent[-1][1] - self._recent[0][1] > WARM_UP_S + 4:
+                self._recent.popleft()
         self._last_s = start_s + length_s
         return start_s
 
@@ -203,6 +214,8 @@ class _Loudness:
 
     def add(self, metadata: dict[str, str]) -> None:
         self._since_start += 1
+        if "lavfi.r128.M" not in metadata:  # the last block, which is shorter
+            return
         # A window that is not full yet counts its missing part as silence.
         if self._since_start >= _MOMENTARY_BLOCKS:
             _count(self._momentary, float(metadata["lavfi.r128.M"]))
@@ -323,7 +336,6 @@ class Speech:
         self._overlap_s = 0.0
         self._levels: deque[float] = deque()  # dB of each block of the open chunk
         self._given_s = 0.0  # end of what was given to the resampler
-        self._saved = 0  # bytes of the open chunk that are written down already
 
     def add(self, block: Any, samples: NDArray[np.float64], start_s: float) -> None:
         if self._start_s is not None and abs(start_s - self._given_s) > GAP_S:
@@ -370,12 +382,9 @@ class Speech:
     def state(self) -> dict[str, Any]:
         """The resampler ends here and begins anew, so that a run that is taken up again has the same samples."""
         self._drain()
-        new = bytes(self._pcm[self._saved :])
-        self._saved = len(self._pcm)
         return {
             "chunks": list(self._chunks),
-            "new_pcm": new,
-            "pcm_bytes": len(self._pcm),
+            "pcm": bytes(self._pcm),
             "start_s": self._start_s,
             "overlap_s": self._overlap_s,
             "levels": list(self._levels),
@@ -383,10 +392,8 @@ class Speech:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """`new_pcm` is all of the open chunk here."""
         self._chunks = list(state["chunks"])
-        self._pcm = bytearray(state["new_pcm"])
-        self._saved = len(self._pcm)
+        self._pcm = bytearray(state["pcm"])
         self._start_s, self._overlap_s = state["start_s"], state["overlap_s"]
         self._levels = deque(state["levels"])
         self._given_s = state["given_s"]
@@ -434,7 +441,6 @@ class Speech:
         self._start_s += kept / 2 / SPEECH_RATE
         self._overlap_s = overlap / 2 / SPEECH_RATE
         del self._pcm[:kept]
-        self._saved = 0
         for _ in range(min(len(self._levels), round(kept / 2 / SPEECH_RATE * 10))):
             self._levels.popleft()
 

@@ -98,7 +98,7 @@ def _reduced(plane: NDArray[Any], size: tuple[int, int], shift: int) -> Picture:
         above, below = plane[first::step], plane[first + step // 2 // 2 * 2 :: step]
         rows = min(len(above), len(below))
         plane = cv2.addWeighted(above[:rows], 0.5, below[:rows], 0.5, 0)
-    small = plane if plane.shape[::-1] == size else cv2.resize(plane, size, interpolation=cv2.INTER_AREA)
+    small: NDArray[Any] = plane if plane.shape[::-1] == size else cv2.resize(plane, size, interpolation=cv2.INTER_AREA)
     if shift:
         return (small >> shift).astype(np.uint8)
-    return small.copy() if small is plane else small  # type: ignore[return-value]  # never a view of the decoder's memory
+    return small.copy() if small is plane else small  # never a view of the decoder's memory

@@ -387,7 +387,8 @@ def features(
     which = np.flatnonzero((chord2 > 0.3 * size2) & (chord2 > 36.0))
     if not len(which):
         return None
-    starts, ends, first2, last2, chord2, size2 = (a[which] for a in (starts, ends, first2, last2, chord2, size2))
+    starts, ends = starts[which], ends[which]
+    first2, last2, chord2, size2 = first2[which], last2[which], chord2[which], size2[which]
     t = starts[:, None] + np.arange(lag + 1)
     to_first = products[t, starts[:, None]] * _UNIT
     to_last = products[t, ends[:, None]] * _UNIT

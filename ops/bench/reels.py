@@ -68,7 +68,9 @@ def make(scenes: list[list[Picture]], folder: Path, seed: int, *, transitions: i
     kept = folder / f"reel-{seed}.json"
     if kept.exists():
         facts = json.loads(kept.read_text())
-        return Reel(facts["name"], folder / f"{facts['name']}.mkv", [Truth(**t) for t in facts["transitions"]], facts["frames"])
+        return Reel(
+            facts["name"], folder / f"{facts['name']}.mkv", [Truth(**t) for t in facts["transitions"]], facts["frames"]
+        )
     reel = _make(scenes, folder, seed, transitions)
     kept.write_text(json.dumps(reel.facts()))
     return reel
