@@ -1,7 +1,8 @@
-"""Video analysis: shots, keyframes and a contact sheet of a stored or linked video, in a child process.
+"""Video analysis: shots, pictures, sound and subtitles of a stored or linked video, in a child process.
 
 The file is streamed: a stored one is read in place where storage is a folder, a linked one is downloaded through the SSRF
-guard. Pictures go to storage under a key of the job's, so that a second run writes the same keys.
+guard. Pictures go to storage under a key of the job's, so that a second run writes the same keys; so does what the
+analysis knows half-way, from which a second run goes on (`keeping`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from actors.analyze_video.keeping import Keeping
 from agentflow import USER_AGENT, fetch, videos
 from agentflow.errors import Permanent
 from agentflow.jobs.registry import Payload, job
@@ -19,7 +21,6 @@ from agentflow.worker.running import JobContext
 
 _DOWNLOAD_SHARE = 0.2
 _DOWNLOAD_LIMIT_S = 1800.0
-_CONTENT_TYPES = {".png": "image/png", ".jpg": "image/jpeg"}
 
 
 class AnalyzeVideo(Payload):
@@ -34,7 +35,7 @@ class AnalyzeVideo(Payload):
     process_limit=lambda settings: settings.video_concurrency,
 )
 def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
-    """Find a video's shots, with the sharpest keyframe of each and a contact sheet."""
+    """Find a video's shots, with the sharpest keyframe of each, and what is to be seen, heard and read in it."""
     organization = context.job.organization_id
     with context.system.database.connection() as conn:
         video = videos.get(conn, organization, payload.video_id)
@@ -45,16 +46,20 @@ def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
         out = Path(folder) / "out"
         out.mkdir()
         settings = context.system.settings
-        analysis: dict[str, Any] = context.run_child(
-            "actors.analyze_video.child:analyze",
-            source=str(source),
-            out_dir=str(out),
-            share_done=share,
-            max_pixels=settings.video_max_pixels,
-            max_duration_s=settings.video_max_hours * 3600,
-        )
-        prefix = f"o/{organization}/videos/{video.id}/{context.job.id}"
-        _store_pictures(context, analysis, out, prefix)
+        keeping = Keeping(context, f"o/{organization}/videos/{video.id}/{context.job.id}", out)
+        with keeping:
+            analysis: dict[str, Any] = context.run_child(
+                "actors.analyze_video.child:analyze",
+                on_note=keeping.keep,
+                source=str(source),
+                out_dir=str(out),
+                share_done=share,
+                max_pixels=settings.video_max_pixels,
+                max_duration_s=settings.video_max_hours * 3600,
+                resume=keeping.resume(),
+                speech=False,  # until something is made of it
+            )
+            keeping.store(analysis)
     return {"video_id": str(video.id), "filename": video.filename, **analysis}
 
 
@@ -93,15 +98,3 @@ def _download(context: JobContext, video: Video, path: Path) -> Path:
             should_stop=context.check,
         )
     return path
-
-
-def _store_pictures(context: JobContext, analysis: dict[str, Any], out: Path, prefix: str) -> None:
-    """Put each picture in storage, and its key beside its file's name in the analysis."""
-    pictures = [shot["keyframe"] for shot in analysis["shots"] if shot.get("keyframe")]
-    if analysis.get("contact_sheet"):
-        pictures.append(analysis["contact_sheet"])
-    for number, picture in enumerate(pictures):
-        path = out / picture["file"]
-        picture["key"] = f"{prefix}/{picture['file']}"
-        context.system.storage.put_file(picture["key"], path, content_type=_CONTENT_TYPES[path.suffix])
-        context.progress(0.98 + 0.02 * (number + 1) / len(pictures), "store")

@@ -134,7 +134,9 @@ def as_markdown(results: dict[str, Any]) -> str:
     lines = ["# Finding shots", "", *(__doc__ or "").strip().splitlines()[-2:], ""]
     for name, half in results["halves"].items():
         lines += [
-            f"## The {name} half: {half['transitions']} transitions ({half['gradual']} dissolves and fades), {half['frames']} frames",
+            f"## The {name} half",
+            "",
+            f"{half['transitions']} transitions, {half['gradual']} of them dissolves and fades, in {half['frames']} frames.",
             "",
             "| detector | F1 | F1 cuts | F1 dissolves and fades | cuts found | gradual found | false | kind right |",
             "|---|---|---|---|---|---|---|---|",
