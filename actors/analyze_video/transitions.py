@@ -199,7 +199,7 @@ class TransitionFinder:
                 self._cuts.append(self._judged_cuts)
             self._judged_cuts += 1
         end = known if final else known // _BATCH * _BATCH
-        if end > self._judged_windows and (final or end == known):
+        if final or (end > self._judged_windows and end == known):
             self._look_at_windows(self._judged_windows, end, final=final)
             self._judged_windows = end
             return self._tell(final=final)
@@ -226,9 +226,13 @@ class TransitionFinder:
         ones, others = (grid.ravel() for grid in np.meshgrid(before, after, indexing="ij"))
         across = self._distances(ones, others)
         lags = others - ones
-        # Within the shots at the same distance in time, where there are frames to tell.
+        # Within the shots at the same distance in time, where there are frames of them to tell: a cut before bounds the
+        # one, a step after it that comes too late for a flash the other.
+        begin = max([0, *(cut - self._first for cut in self._cuts if cut < sample)])
+        reach = range(at + _AFTER - 1, min(last, at + 2 * (_BEFORE + _AFTER)) + 1)
+        end = next((i - 1 for i in reach if self._is_step(i)), last)
         earlier, later = ones - lags, others + lags
-        has_earlier, has_later = earlier >= 0, later <= last
+        has_earlier, has_later = earlier >= begin, later <= end
         inside = self._distances(np.maximum(earlier, 0), ones) * has_earlier
         inside += self._distances(others, np.minimum(later, last)) * has_later
         inside /= np.maximum(1, has_earlier.astype(int) + has_later)
