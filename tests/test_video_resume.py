@@ -67,7 +67,13 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("film") / "film.mkv",
         _pictures(),
         sound_s=sum(LENGTHS) / RATE,
-        encoding={"preset": "ultrafast", "crf": "20", "g": str(4 * RATE), "bf": "2", "x264-params": "scenecut=0:open-gop=1"},
+        encoding={
+            "preset": "ultrafast",
+            "crf": "20",
+            "g": str(4 * RATE),
+            "bf": "2",
+            "x264-params": "scenecut=0:open-gop=1",
+        },
     )
 
 

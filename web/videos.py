@@ -8,9 +8,9 @@ from typing import Annotated, Any, Final
 from uuid import UUID, uuid5
 
 from flask import request
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from agentflow import videos
+from agentflow import analysis, videos
 from agentflow.jobs.intake import NewJob
 from agentflow.storage import StorageError
 from agentflow.videos import Video
@@ -95,7 +95,7 @@ class TaskStatus(View):
     status: str = Field(description="queued, processing, completed, failed or cancelled")
     progress: float | None = Field(description="0 to 1")
     stage: str | None
-    result: Any
+    result: Annotated[Any, WithJsonSchema({"anyOf": [analysis.json_schema(), {"type": "null"}]})]
     error: str | None
     error_code: str | None
     created_at: datetime

@@ -70,7 +70,7 @@ def analyze(
     """Analyses a local file in one pass; `ops/bench` and README say what it costs.
 
     Writes `contact-sheet.png`, `sprite.jpg`, `sprite.vtt`, `keyframes/shot-0001.jpg` …, `subtitles/track-02.vtt` … and,
-    with `speech`, `speech/chunk-0001.flac` … into `out_dir`. The result's shape is `result.Analysis`.
+    with `speech`, `speech/chunk-0001.flac` … into `out_dir`. The result's shape is `agentflow.analysis.Analysis`.
 
     Times are seconds from the first picture, frames are counted from 0, in the order shown; shots tile the video.
     `report(fraction, stage)` is called with rising fractions of 0..1 and the stages probe, shots, pictures: at the
