@@ -279,7 +279,7 @@ class ContactSheet:
             self._text(note, x + self._tile_width - start, baseline, _FAINT_TEXT, weight=400)
 
     def write(self, path: Path) -> None:
-        _write(path, self._canvas, [cv2.IMWRITE_PNG_COMPRESSION, 6])
+        _write(path, self._canvas, [cv2.IMWRITE_PNG_COMPRESSION, 3])
 
     def _text(self, text: str, x: int, y: int, colour: tuple[int, int, int], weight: int) -> tuple[int, int]:
         (end, _), _ = cv2.putText(self._canvas, text, (x, y), colour, self._font, _FONT_SIZE, weight)

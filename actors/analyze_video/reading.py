@@ -60,6 +60,8 @@ class Reading:
     subtitles: Callable[[Any], None] | None = None
     #: Called before each frame at which the reading can be taken up again, with what `resume` takes.
     at_key: Callable[[dict[str, Any]], None] | None = None
+    _tick_s: float = 0.0  # of the pictures' time stamps
+    _nominal_s: float = 0.0
     _packets_seen: int = 0  # of the pictures' stream
     _keys: dict[int, int] = field(default_factory=dict)  # number of the packet by the time stamp of the key picture
     _audio_seen: int = 0
@@ -209,8 +211,10 @@ class Reading:
         return frames
 
     def _learn(self, frame: VideoFrame) -> None:
-        time_base = frame.time_base or self.stream.time_base or Fraction(1, 1000)
-        nominal_s = float(1 / (self.stream.average_rate or Fraction(25)))
+        if self.frames == 0 or self._tick_s == 0:  # fractions are slow
+            self._tick_s = float(frame.time_base or self.stream.time_base or Fraction(1, 1000))
+            self._nominal_s = float(1 / (self.stream.average_rate or Fraction(25)))
+        tick_s, nominal_s = self._tick_s, self._nominal_s
         if self.frames == 0:
             self.upright = Upright.of(frame, self.stream.sample_aspect_ratio)
             self._size = (frame.width, frame.height)
@@ -221,14 +225,14 @@ class Reading:
             self._intervals[frame.pts - self._last_pts] += 1
             if len(self._intervals) > 1000:  # a clock with jitter; the commonest tell enough
                 self._intervals = Counter(dict(self._intervals.most_common(500)))
-            by_clock = float((frame.pts - self._first_pts) * time_base)
+            by_clock = (frame.pts - self._first_pts) * tick_s
             self.time_s = by_clock if by_clock > self.time_s else self.time_s + nominal_s
         if frame.pts is not None:
             self._last_pts = frame.pts
         if frame.is_corrupt:
             self._note_damage()
         self.frames += 1
-        self.end_s = self.time_s + (float(frame.duration * time_base) if frame.duration else nominal_s)
+        self.end_s = self.time_s + (frame.duration * tick_s if frame.duration else nominal_s)
 
     def _note_damage(self) -> None:
         """Damage before the first picture is how every recording begins that starts in the middle of a broadcast."""

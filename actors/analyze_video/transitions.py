@@ -171,9 +171,11 @@ class TransitionFinder:
         # Whole numbers in doubles: sums are exact, and so the same in whatever order they are made.
         vector = _vector(self._thumbs[index])
         self._vectors[index] = vector
-        row = self._vectors[: index + 1] @ vector
-        self._products[index, : index + 1] = row
-        self._products[: index + 1, index] = row
+        # No two samples further apart than the longest window are ever compared.
+        first = max(0, index - LAGS[-1] - 1)
+        row = self._vectors[first : index + 1] @ vector
+        self._products[index, first : index + 1] = row
+        self._products[first : index + 1, index] = row
 
     def _forget(self) -> None:
         dropped = _CAPACITY - _KEPT
@@ -265,7 +267,7 @@ class TransitionFinder:
             rising = np.maximum.accumulate(alpha[row])
             shares = [start + float((rising < share).sum()) for share in (0.5, 0.1, 0.9)]
             window = _Window(start, start + lag, float(scores[row]), shares[0] - 0.5, *shares[1:])
-            if not any(_overlap(window, other) > _SAME for other in self._told):
+            if not any(_is_same(window, other) for other in self._told):
                 self._windows.append(window)
 
     # ---- telling ----
@@ -275,13 +277,17 @@ class TransitionFinder:
         # Nothing that comes later belongs to what ends before here.
         settled = self._samples if final else self._samples - _QUIET - LAGS[-1] // 2 - _BATCH
         self._windows.sort(key=lambda w: (-w.score, w.start, w.end))
-        chosen: list[_Window] = []
+        groups: list[list[_Window]] = []
         for window in self._windows:
-            if not any(_overlap(window, other) > _SAME for other in chosen):
-                chosen.append(window)
+            same = next((group for group in groups if _is_same(window, group[0])), None)
+            if same is None:
+                groups.append([window])
+            else:
+                same.append(window)
+        chosen = [_joined(group) for group in groups]
         found: list[tuple[int, Transition]] = []
         for window in sorted(chosen, key=lambda w: w.start):
-            if any(_overlap(window, other) > _SAME for other in self._told):
+            if any(_is_same(window, other) for other in self._told):
                 continue  # the other half of a fade
             if window.end > settled:
                 settled = min(settled, window.start)
@@ -302,7 +308,7 @@ class TransitionFinder:
         # A long window that is judged late must not tell the same once more; a cut rules out windows for a while.
         self._told = [w for w in self._told if w.end > self._samples - _KEPT]
         self._windows = [
-            w for w in self._windows if w.end > settled and not any(_overlap(w, other) > _SAME for other in self._told)
+            w for w in self._windows if w.end > settled and not any(_is_same(w, other) for other in self._told)
         ]
         self._cuts = [c for c in self._cuts if c > self._samples - _KEPT]
         self._cuts_told_to = settled
@@ -349,9 +355,21 @@ def _run_of(plain: NDArray[np.int64], at: int) -> int:
     return int(runs[np.searchsorted(plain, at)])
 
 
-def _overlap(one: _Window, other: _Window) -> float:
+def _is_same(one: _Window, other: _Window) -> bool:
+    """Two windows that overlap, or the two halves of a transition that is longer than either."""
     shared = min(one.end, other.end) - max(one.start, other.start)
-    return shared / min(one.end - one.start, other.end - other.start)
+    length = max(one.end - one.start, other.end - other.start)
+    return shared > _SAME * min(one.end - one.start, other.end - other.start) or (shared >= -5 and length <= LAGS[2])
+
+
+def _joined(group: list[_Window]) -> _Window:
+    """The likeliest of the windows, with the middle and the extent that those like it agree upon."""
+    best = group[0]
+    alike = [w for w in group if w.end - w.start <= max(2 * (best.end - best.start), LAGS[2])]
+    middle = sum(w.middle * w.score for w in alike) / sum(w.score for w in alike)
+    short = [w for w in alike if w.end - w.start <= best.end - best.start + 4]
+    mixed_from, mixed_to = min(w.mixed_from for w in short), max(w.mixed_to for w in short)
+    return _Window(best.start, best.end, best.score, middle, min(mixed_from, middle), max(mixed_to, middle))
 
 
 def _thumb(small: Small) -> NDArray[np.uint8]:
