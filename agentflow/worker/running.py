@@ -98,7 +98,7 @@ class Running:
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
-        """While the block runs, `stop` calls the killers and raises nothing: what must be cleaned up is. Raises Stopped at its end."""
+        """While it runs, `stop` calls the killers and raises nothing, so that all is cleaned up. Raises Stopped at its end."""
         with self._lock:
             self.check()
             thread, self._thread = self._thread, None
