@@ -140,7 +140,7 @@ def whole(film: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return runs.end(runs.start())
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
 def test_a_killed_analysis_goes_on_and_gives_the_same(
     film: Path, whole: dict[str, Any], tmp_path: Path, seed: int
 ) -> None:
