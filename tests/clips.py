@@ -44,6 +44,10 @@ def blurred(picture: Picture, sigma: float) -> Picture:
     return cv2.GaussianBlur(picture, (0, 0), sigma)
 
 
+def mixed(one: Picture, other: Picture, share: float) -> Picture:
+    return cv2.addWeighted(one, 1 - share, other, share, 0).astype(np.uint8)
+
+
 def plain(luma: int, width: int = WIDTH, height: int = HEIGHT) -> Picture:
     return np.full((height, width, 3), luma, np.uint8)
 
@@ -70,6 +74,7 @@ def write_film(
     sound_s: float = 0.0,
     cover: bool = False,
     options: dict[str, str] | None = None,
+    encoding: dict[str, str] | None = None,
 ) -> Path:
     """Writes a file; with `times_ms` each picture has its own time stamp. Returns the path."""
     stamps = iter(times_ms) if times_ms is not None else None
@@ -77,6 +82,8 @@ def write_film(
         stream: Any = container.add_stream(codec, rate=rate)
         if codec == "libx264":
             stream.options = {"preset": "ultrafast", "crf": "12", "g": "25"}
+        if encoding:
+            stream.options = encoding
         if codec == "mpeg4":
             stream.bit_rate = 6_000_000  # its default is so coarse that every key picture looks like a cut
         if stamps is not None:

@@ -246,8 +246,10 @@ def test_a_video_is_analysed_by_the_agentflow_of_the_home(
     assert said.status == 0, said.err
     assert "640 × 272, 25 per second, h264" in said.out and "duration    0:10.00" in said.out
     assert "6 shots" in said.out
-    assert re.search(r"^ +3 +0:03\.04 +0:05\.48 +2\.44 s +keyframes/shot-0003\.jpg", said.out, re.MULTILINE), said.out
-    assert "7 pictures are in agentflow-bikes" in said.out
+    assert re.search(r"^ +3 +0:03\.04 +0:05\.48 +2\.44 s +cut +keyframes/shot-0003\.jpg", said.out, re.MULTILINE), (
+        said.out
+    )
+    assert "9 files are in agentflow-bikes" in said.out
     assert "finding shots" in said.err, "the stages are told"
     folder = tmp_path / "agentflow-bikes"
     assert (folder / "contact-sheet.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ from uuid import UUID, uuid5
 from flask import request
 from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from agentflow import videos
+from agentflow import analysis, videos
 from agentflow.jobs.intake import NewJob
 from agentflow.storage import StorageError
 from agentflow.videos import Video
@@ -109,27 +109,28 @@ _TEXT: Final = {"type": "string"}
 _SECONDS: Final = {"type": "number", "description": "Seconds from the first picture"}
 _FILE: Final = {"type": "object", "properties": {"file": _TEXT, "key": _TEXT, "url": _TEXT}}
 _SPAN: Final = {"start_s": _SECONDS, "end_s": _SECONDS}
-#: What models add to the analysis. The rest of it is as the analysis makes it.
-_RESULT: Final = {
-    "type": ["object", "null"],
-    "description": "The analysis. Its parts that models make have a `status` of their own; one that fails leaves the others.",
-    "properties": {
-        "captions": _part(items=_items(shot={"type": "integer"}, status=_TEXT, caption=_TEXT, reason=_TEXT)),
-        "screen_text": _part(
-            items=_items(shot={"type": "integer"}, time_s=_SECONDS, text={"type": "array", "items": _TEXT})
-        ),
-        "transcript": _part(
-            language={"type": ["string", "null"]},
-            segments=_items(**_SPAN, text=_TEXT),
-            missing=_items(**_SPAN, reason=_TEXT),
-            words=_FILE,
-            subtitles=_FILE,
-        ),
-        "chapters": _part(items=_items(**_SPAN, title=_TEXT, summary=_TEXT)),
-        "summary": _part(short=_TEXT, long=_TEXT),
-        "tags": _part(items={"type": "array", "items": _TEXT}),
-    },
+#: What models add to the analysis. Each has a `status` of its own; one that fails leaves the others.
+_SAID_BY_MODELS: Final = {
+    "captions": _part(items=_items(shot={"type": "integer"}, status=_TEXT, caption=_TEXT, reason=_TEXT)),
+    "screen_text": _part(
+        items=_items(shot={"type": "integer"}, time_s=_SECONDS, text={"type": "array", "items": _TEXT})
+    ),
+    "transcript": _part(
+        language={"type": ["string", "null"]},
+        segments=_items(**_SPAN, text=_TEXT),
+        missing=_items(**_SPAN, reason=_TEXT),
+        words=_FILE,
+        subtitles=_FILE,
+    ),
+    "chapters": _part(items=_items(**_SPAN, title=_TEXT, summary=_TEXT)),
+    "summary": _part(short=_TEXT, long=_TEXT),
+    "tags": _part(items={"type": "array", "items": _TEXT}),
 }
+
+
+def _result_schema() -> dict[str, Any]:
+    schema = analysis.json_schema()
+    return {**schema, "properties": {**schema["properties"], **_SAID_BY_MODELS}}
 
 
 class TaskStatus(View):
@@ -140,7 +141,7 @@ class TaskStatus(View):
     status: str = Field(description="queued, processing, completed, failed or cancelled")
     progress: float | None = Field(description="0 to 1")
     stage: str | None
-    result: Annotated[Any, WithJsonSchema(_RESULT)]
+    result: Annotated[Any, WithJsonSchema({"anyOf": [_result_schema(), {"type": "null"}]})]
     error: str | None
     error_code: str | None
     created_at: datetime

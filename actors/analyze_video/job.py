@@ -14,6 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from actors.analyze_video import understanding
+from actors.analyze_video.keeping import STORE_SHARE, Keeping
 from agentflow import USER_AGENT, fetch, videos
 from agentflow.errors import Permanent
 from agentflow.jobs.registry import Payload, job
@@ -24,9 +25,7 @@ from agentflow.worker.running import JobContext
 _DOWNLOAD_SHARE = 0.2
 # Where the local analysis ends: with models, without.
 _LOCAL_END, _LOCAL_END_ALONE = 0.6, 0.98
-_STORE_SHARE = 0.02
 _DOWNLOAD_LIMIT_S = 1800.0
-_CONTENT_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".flac": "audio/flac"}
 
 
 class AnalyzeVideo(Payload):
@@ -51,28 +50,32 @@ def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="agentflow-video-") as folder:
         out = Path(folder) / "out"
         out.mkdir()
-        analysis = _earlier(context, prefix) or _analyzed(context, video, Path(folder), out, prefix)
-        analysis |= _understood(context, analysis, out, prefix)
+        with Keeping(context, prefix, out) as keeping:
+            analysis = _earlier(context, prefix) or _analyzed(context, video, Path(folder), keeping)
+            analysis |= _understood(context, analysis, out, prefix)
     return {"video_id": str(video.id), "filename": video.filename, **analysis}
 
 
-def _analyzed(context: JobContext, video: Video, folder: Path, out: Path, prefix: str) -> dict[str, Any]:
+def _analyzed(context: JobContext, video: Video, folder: Path, keeping: Keeping) -> dict[str, Any]:
     """What this machine finds, its files in storage."""
     source, share = _source(context, video, folder)
     settings = context.system.settings
     end = _LOCAL_END if understanding.wanted(context.system.models) else _LOCAL_END_ALONE
     analysis: dict[str, Any] = context.run_child(
         "actors.analyze_video.child:analyze",
+        on_note=keeping.keep,
         source=str(source),
-        out_dir=str(out),
+        out_dir=str(folder / "out"),
         share_done=share,
         share_end=end,
         max_pixels=settings.video_max_pixels,
         max_duration_s=settings.video_max_hours * 3600,
+        resume=keeping.resume(),
+        speech=understanding.wants_speech(context.system.models),
     )
-    _store_files(context, analysis, out, prefix, end)
+    keeping.store(analysis, share_done=end)
     if end == _LOCAL_END:
-        context.system.storage.put_bytes(_earlier_key(prefix), json.dumps(analysis).encode())
+        context.system.storage.put_bytes(_earlier_key(keeping.prefix), json.dumps(analysis).encode())
     return analysis
 
 
@@ -106,7 +109,7 @@ def _understood(context: JobContext, analysis: dict[str, Any], out: Path, prefix
         storage.put_bytes(f"{prefix}/{name}", data, content_type=content_type)
         return f"{prefix}/{name}"
 
-    done = _LOCAL_END + _STORE_SHARE
+    done = _LOCAL_END + STORE_SHARE
     fields = understanding.understand(context, analysis, local, store, share_done=done)
     storage.delete(_earlier_key(prefix))  # first: it names the chunks
     for chunk in (analysis.pop("speech", None) or {}).get("chunks", ()):
@@ -149,16 +152,3 @@ def _download(context: JobContext, video: Video, path: Path) -> Path:
             should_stop=context.check,
         )
     return path
-
-
-def _store_files(context: JobContext, analysis: dict[str, Any], out: Path, prefix: str, share_done: float) -> None:
-    """Put each picture and chunk of sound in storage, and its key beside its file's name in the analysis."""
-    files = [shot["keyframe"] for shot in analysis["shots"] if shot.get("keyframe")]
-    if analysis.get("contact_sheet"):
-        files.append(analysis["contact_sheet"])
-    files += (analysis.get("speech") or {}).get("chunks", ())
-    for number, file in enumerate(files):
-        path = out / file["file"]
-        file["key"] = f"{prefix}/{file['file']}"
-        context.system.storage.put_file(file["key"], path, content_type=_CONTENT_TYPES[path.suffix])
-        context.progress(share_done + _STORE_SHARE * (number + 1) / len(files), "store")

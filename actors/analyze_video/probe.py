@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import av
+from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.format import Flags
 from av.stream import Disposition, Stream
@@ -22,6 +23,8 @@ from av.video.stream import VideoStream
 from agentflow.errors import Permanent
 
 MAX_STREAMS_LISTED = 64
+# A broadcast of many channels has some fifty. FFmpeg keeps a parser, and perhaps a decoder, for each.
+MAX_STREAMS = 128
 MAX_TAG_CHARACTERS = 500
 
 # Not in the lists on purpose: hls, dash, concat, sdp, image2 (open other files), the picture formats, tty (any text is
@@ -43,7 +46,8 @@ _REFUSED_SIZE = re.compile(r"Picture size (\d+)x(\d+) ")
 def open_media(source: str, *, max_pixels: int) -> InputContainer:
     """The opened container of a local file.
 
-    Raises `Permanent`: `not_a_video`, `no_frames` (a video file of which nothing can be read), `too_many_pixels`.
+    Raises `Permanent`: `not_a_video`, `no_frames` (a video file of which nothing can be read), `too_many_pixels`,
+    `too_many_streams`.
     """
     path = Path(source).absolute()  # which keeps a name such as `http:…` or `concat:…` a name
     path.stat()  # a missing file is the caller's mistake, and no fact about a video
@@ -52,6 +56,7 @@ def open_media(source: str, *, max_pixels: int) -> InputContainer:
         "format_whitelist": f"{VIDEO_FORMATS},{AUDIO_FORMATS}",
         # FFmpeg decodes a first picture while it probes; its own limit is 2^31 bytes.
         "max_pixels": str(max_pixels),
+        "max_streams": str(MAX_STREAMS + 1),
     }
     # FFmpeg replaces a size from the header that it finds absurd by the one of the first picture, or by nothing; only
     # its log tells. Captured around the opening alone: no decoder thread of ours is alive that could log meanwhile.
@@ -66,6 +71,7 @@ def open_media(source: str, *, max_pixels: int) -> InputContainer:
         raise
     except av.error.FFmpegError as err:
         _refuse_claimed_size(log, max_pixels)
+        _refuse_streams(0, log)
         what, is_media = found(path)
         if is_media:
             message = f"this is {what}, but nothing in it can be read: it is damaged, or was cut short"
@@ -76,6 +82,7 @@ def open_media(source: str, *, max_pixels: int) -> InputContainer:
         av.logging.set_skip_repeated(skip_repeated)
     try:
         _refuse_claimed_size(log, max_pixels)
+        _refuse_streams(len(container.streams), log)
         for stream in container.streams.video:
             if stream.codec_context is not None:
                 _refuse_size(stream.width, stream.height, max_pixels)
@@ -89,6 +96,11 @@ def _refuse_claimed_size(log: list[tuple[int, str, str]], max_pixels: int) -> No
     for _, _, line in log:
         if size := _REFUSED_SIZE.match(line):
             _refuse_size(int(size[1]), int(size[2]), max_pixels)
+
+
+def _refuse_streams(streams: int, log: list[tuple[int, str, str]]) -> None:
+    if streams > MAX_STREAMS or any("max_streams" in line for _, _, line in log):
+        raise Permanent(f"the file has more than {MAX_STREAMS} streams", code="too_many_streams")
 
 
 def _refuse_size(width: int, height: int, max_pixels: int) -> None:
@@ -118,6 +130,12 @@ def pick_video_stream(container: InputContainer, source: str) -> VideoStream:
     if not readable:
         raise Permanent("the video is coded in a way that is not known here", code="unsupported_codec")
     return max(readable, key=lambda s: (s.width * s.height, -s.index))
+
+
+def pick_audio_stream(container: InputContainer) -> AudioStream | None:
+    """The sound to listen to: the default one, else the first that can be decoded."""
+    readable = [s for s in container.streams.audio if s.codec_context is not None and s.codec_context.sample_rate]
+    return max(readable, key=lambda s: (bool(s.disposition & Disposition.default), -s.index), default=None)
 
 
 def declared_duration(container: InputContainer, stream: VideoStream) -> tuple[float | None, bool]:

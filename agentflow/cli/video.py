@@ -29,6 +29,7 @@ from agentflow.system import admin_key
 _ASK_EVERY_S: Final = 0.25
 _START_WITHIN_S: Final = 90.0
 _SHOTS_SHOWN: Final = 40
+_STRETCHES_SHOWN: Final = 4
 
 _PARTS: Final = ("summary", "chapters", "tags", "transcript", "captions")
 _SILENT: Final = ("none", "not_configured")
@@ -224,8 +225,11 @@ def _wait(client: Client, task: str, show: Show) -> dict[str, Any]:
 
 
 def _pictures(result: dict[str, Any]) -> list[dict[str, Any]]:
-    sheet = [result["contact_sheet"]] if result.get("contact_sheet") else []
-    return sheet + [shot["keyframe"] for shot in result["shots"] if shot.get("keyframe")]
+    found = [result["contact_sheet"]] if result.get("contact_sheet") else []
+    if sprite := result.get("sprite"):
+        found += [sprite, sprite["vtt"]]
+    found += [track for track in result.get("subtitles") or [] if track.get("file")]
+    return found + [shot["keyframe"] for shot in result["shots"] if shot.get("keyframe")]
 
 
 def _fetch(client: Client, result: dict[str, Any], out: Path) -> int:
@@ -247,7 +251,7 @@ def _fetch(client: Client, result: dict[str, Any], out: Path) -> int:
 def _print_summary(console: Console, video: str, result: dict[str, Any], out: Path, fetched: int) -> None:
     container, facts, shots = result["container"], result["video"], result["shots"]
     console.print(f"\n[bold]{escape(video)}[/bold]")
-    for name, value in _facts(container, facts, result["streams"]):
+    for name, value in (*_facts(container, facts, result["streams"]), *_findings(result)):
         console.print(f"  {name:<11} {escape(value)}")
     if result.get("partial"):
         console.print("  [yellow]only a part of it could be read:[/yellow]")
@@ -260,19 +264,24 @@ def _print_summary(console: Console, video: str, result: dict[str, Any], out: Pa
             output.time_code(shot["start_s"]),
             output.time_code(shot["end_s"]),
             f"{shot['duration_s']:.2f} s",
+            shot["transition"]["kind"] if shot.get("transition") else "",
             shot["keyframe"]["file"] if shot.get("keyframe") else None,
         )
         for shot in shots[:_SHOTS_SHOWN]
     ]
     console.print(
-        output.table(("shot", "from", "to", "length", "picture"), rows, right=("shot", "from", "to", "length"))
+        output.table(
+            ("shot", "from", "to", "length", "begins", "picture"),
+            rows,
+            right=("shot", "from", "to", "length"),
+        )
     )
     if len(shots) > _SHOTS_SHOWN:
         console.print(f"  … and {len(shots) - _SHOTS_SHOWN} more (--json lists all)")
     _print_understanding(console, result)
     if fetched:
         sheet = f", the contact sheet is {out / result['contact_sheet']['file']}" if result.get("contact_sheet") else ""
-        console.print(f"\n{fetched} pictures are in {out}{sheet}", soft_wrap=True)
+        console.print(f"\n{fetched} files are in {out}{sheet}", soft_wrap=True)
 
 
 def _print_understanding(console: Console, result: dict[str, Any]) -> None:
@@ -307,3 +316,31 @@ def _facts(
                 f"{stream['sample_rate']} Hz" if stream.get("sample_rate") else None,
             ]
             yield "sound", ", ".join(filter(None, described))
+
+
+def _findings(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What was heard, and where there is nothing to see or hear."""
+    if audio := result.get("audio"):
+        loudness = audio["loudness"]
+        described = []
+        if loudness["integrated_lufs"] is not None:
+            described.append(f"{loudness['integrated_lufs']:g} LUFS, range {loudness['range_lu']:g} LU")
+        if loudness["true_peak_dbtp"] is not None:
+            described.append(f"peak {loudness['true_peak_dbtp']:g} dBTP")
+        yield "loudness", ", ".join(described) or "silent"
+        yield from _stretches("silences", audio["silences"])
+    yield from _stretches("black", result.get("black") or [])
+    yield from _stretches("frozen", result.get("frozen") or [])
+    for track in result.get("subtitles") or []:
+        what = f"{track['cue_count']} cues" if track["is_text"] else "pictures, which are not read"
+        yield "subtitles", ", ".join(filter(None, (track["language"], track["title"], track["codec"], what)))
+
+
+def _stretches(name: str, stretches: list[dict[str, float]]) -> Iterator[tuple[str, str]]:
+    if stretches:
+        shown = ", ".join(
+            f"{output.time_code(each['start_s'])}–{output.time_code(each['end_s'])}"
+            for each in stretches[:_STRETCHES_SHOWN]
+        )
+        more = len(stretches) - _STRETCHES_SHOWN
+        yield name, shown + (f" and {more} more" if more > 0 else "")

@@ -1,8 +1,8 @@
 """Native and heavy work in a process that can be killed.
 
 A Python thread in the middle of a C call cannot be stopped, and a crash there takes the whole worker along. So such work runs as
-`python -m agentflow.worker.child module:function FD`: arguments come as JSON on standard input, progress and the result go back
-as JSON lines on FD. It has no secrets in its environment, and dies with its parent.
+`python -m agentflow.worker.child module:function FD`: arguments come as JSON on standard input, progress, notes and the result go
+back as JSON lines on FD. It has no secrets in its environment, and dies with its parent.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -39,21 +40,27 @@ _PR_SET_PDEATHSIG: Final = 1
 _STDERR_TAIL: Final = 4000
 
 
-def run(running: Running, target: str, arguments: dict[str, Any]) -> Any:
-    """Run `target` for this job and return its result. Raises what it raised, Transient when it died, Stopped when killed."""
+OnNote = Callable[[Any], None]
+
+
+def run(running: Running, target: str, arguments: dict[str, Any], on_note: OnNote | None = None) -> Any:
+    """Run `target` for this job and return its result. Raises what it raised, Transient when it died, Stopped when killed.
+
+    With `on_note` the function gets an argument `note`: what it calls that with (JSON) is passed to `on_note`, here.
+    """
     # An interruption between two of these lines would leave a child running, or a zombie.
     with running.shielded():
-        return _run(running, target, arguments)
+        return _run(running, target, arguments, on_note)
 
 
-def _run(running: Running, target: str, arguments: dict[str, Any]) -> Any:
+def _run(running: Running, target: str, arguments: dict[str, Any], on_note: OnNote | None) -> Any:
     read_fd, write_fd = os.pipe()
     with tempfile.TemporaryFile() as stderr, os.fdopen(read_fd, encoding="utf-8") as messages:
-        process = _spawn(target, write_fd, stderr)
+        process = _spawn(target, write_fd, stderr, notes=on_note is not None)
         try:
             with running.killer(lambda: _kill(process)):
                 _send(process, arguments)
-                answer = _listen(running, messages)
+                answer = _listen(running, messages, on_note)
                 status = process.wait()
         finally:
             _kill(process)
@@ -66,14 +73,22 @@ def _run(running: Running, target: str, arguments: dict[str, Any]) -> Any:
         return answer["result"]
 
 
-def _spawn(target: str, write_fd: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+def _spawn(target: str, write_fd: int, stderr: IO[bytes], *, notes: bool) -> subprocess.Popen[bytes]:
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     root = str(Path(__file__).resolve().parent.parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     environment["AGENTFLOW_CHILD"] = str(os.getpid())  # the parent: see actors/__init__.py and _die_with_parent
     try:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "agentflow.worker.child", target, str(write_fd)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "agentflow.worker.child",
+                target,
+                str(write_fd),
+                *(["notes"] if notes else []),
+            ],
             stdin=subprocess.PIPE,
             stdout=stderr,
             stderr=stderr,
@@ -95,7 +110,7 @@ def _send(process: subprocess.Popen[bytes], arguments: dict[str, Any]) -> None:
         pass  # it died already; its messages and its status say how
 
 
-def _listen(running: Running, messages: IO[str]) -> dict[str, Any] | None:
+def _listen(running: Running, messages: IO[str], on_note: OnNote | None) -> dict[str, Any] | None:
     """Follow the child until it has answered or is gone. Ends when it is killed, since that closes the pipe."""
     answer = None
     for line in messages:
@@ -105,6 +120,9 @@ def _listen(running: Running, messages: IO[str]) -> dict[str, Any] | None:
             continue  # cut off by its death
         if "progress" in message:
             running.report(*message["progress"])
+        elif "note" in message:
+            if on_note is not None and running.stop_reason is None:
+                on_note(message["note"])
         else:
             answer = message
     return answer
@@ -155,6 +173,11 @@ def main() -> None:
     def report(fraction: float, stage: str | None = None) -> None:
         out.write(json.dumps({"progress": [fraction, stage]}) + "\n")
 
+    def note(what: Any) -> None:
+        out.write(json.dumps({"note": what}) + "\n")
+
+    if sys.argv[3:] == ["notes"]:
+        arguments["note"] = note
     try:
         module, _, name = target.partition(":")
         function = getattr(importlib.import_module(module), name)

@@ -228,8 +228,11 @@ class JobContext:
         """Sleep at most so long; raises Stopped when the job has to end."""
         self._running.wait(seconds)
 
-    def run_child(self, target: str, /, **arguments: Any) -> Any:
-        """Run `module:function(report=…, **arguments)` in a child process that dies with this job; returns its result."""
+    def run_child(self, target: str, /, *, on_note: Callable[[Any], None] | None = None, **arguments: Any) -> Any:
+        """Run `module:function(report=…, **arguments)` in a child process that dies with this job; returns its result.
+
+        With `on_note` the function gets an argument `note`, and what it calls that with (JSON) arrives here.
+        """
         from agentflow.worker import child  # the child itself imports this package: keep it light there
 
-        return child.run(self._running, target, arguments)
+        return child.run(self._running, target, arguments, on_note)
