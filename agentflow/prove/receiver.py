@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final, Literal
+from uuid import UUID
 
 #: How often it refuses, and how often it does what it was asked and then fails to say so.
 _REFUSES: Final = 0.03
@@ -74,9 +75,11 @@ def _handler(receiver: Receiver) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             at = time.time()
-            status = receiver.take(
-                "effects" if self.path == "/effects" else "callbacks", self.headers["Idempotency-Key"], body, at
-            )
+            if self.path == "/effects":
+                status = receiver.take("effects", self.headers["Idempotency-Key"], body, at)
+            else:
+                job = str(UUID(self.headers["webhook-id"].removeprefix("msg_")))
+                status = receiver.take("callbacks", job, body["data"], at)
             self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
