@@ -113,6 +113,7 @@ def running_plant(servers: Servers) -> Iterator[Plant]:
         "AGENTFLOW_ENV": "test",
         "AGENTFLOW_HOME": str(folder / "home"),
         "STORAGE_URL": (folder / "storage").as_uri(),
+        "STORAGE_SHARED": "true",
         "ADMIN_API_KEY": ADMIN_KEY,
         "JOB_QUEUE_NAME": f"plant{uuid4().hex[:6]}",
         "JOB_CONCURRENCY": "8",

@@ -116,6 +116,7 @@ def _environment(
         "AGENTFLOW_ENV": "test",
         "AGENTFLOW_HOME": str(servers.home),
         "STORAGE_URL": (folder / "storage").as_uri(),
+        "STORAGE_SHARED": "true",
         "ADMIN_API_KEY": key,
         "JOB_QUEUE_NAME": "prove",
         "JOB_CONCURRENCY": str(options.threads),

@@ -182,6 +182,7 @@ def servers() -> Iterator[tuple[System, dict[str, str]]]:
                 "DATABASE_URL": joined.database_url,
                 "REDIS_URL": joined.redis_url,
                 "STORAGE_URL": (home / "storage").as_uri(),
+                "STORAGE_SHARED": "true",
                 "JOB_QUEUE_NAME": f"bench-{uuid4().hex[:8]}",
                 "RETAIN_SUCCEEDED_COUNT": "1000000",
             }

@@ -87,6 +87,7 @@ def run(pings: int) -> dict[str, Any]:
             "AGENTFLOW_ENV": "production",
             "AGENTFLOW_HOME": f"{folder}/home",
             "STORAGE_URL": Path(folder, "storage").as_uri(),
+            "STORAGE_SHARED": "true",
             "ADMIN_API_KEY": KEY,
             "JOB_LEASE": f"{LEASE_S:g}",
             "JOB_LEASE_RENEW": "2",

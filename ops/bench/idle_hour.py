@@ -75,6 +75,7 @@ def run(minutes: int, out: Path) -> dict[str, Any]:
             "AGENTFLOW_ENV": "production",
             "AGENTFLOW_HOME": f"{folder}/home",
             "STORAGE_URL": Path(folder, "storage").as_uri(),
+            "STORAGE_SHARED": "true",
             "ADMIN_API_KEY": KEY,
         }
         with fleet(environment, Path(folder)) as members:
