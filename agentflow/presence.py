@@ -45,6 +45,8 @@ class Presence:
         self.server = server
         self.variable = variable
         self.last_error: str | None = None
+        #: What the server, or our check of it, said no to, as long as nothing else came of a later attempt.
+        self.refusal: Exception | None = None
         self.quiet = False  # for who says himself what came of it
         self.where = where or {}
         self._on_change = on_change

@@ -81,7 +81,7 @@ def attempt(system: System, conn: Connection, callback: Job) -> Exception | None
     """What a worker does with a due callback: claim it, run its function, write how it went. Returns its error."""
     (running,) = claim(conn, uuid4(), callback)
     assert running.worker is not None
-    context: Any = SimpleNamespace(job=running, system=system)
+    context: Any = SimpleNamespace(job=running, system=system, check=lambda: None)
     payload = actor.DeliverCallback.model_validate_json(json.dumps(running.payload))
     delay_s = registry.get(running.type).retry.delay_s(running.attempt, random.random())
     failed: Exception | None = None

@@ -474,8 +474,8 @@ class ConsumingLink(Link):
             answers, self._answers = self._answers, deque()
             self._answering = False
         for message, requeue in answers:
-            if message.channel is not self._channel:
-                continue
+            if message.channel is not self._channel or not self._channel.is_open:
+                continue  # the broker gives what is not acknowledged to somebody else
             if requeue:
                 self._channel.basic_nack(message.tag, requeue=True)
             else:

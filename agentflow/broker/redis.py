@@ -94,7 +94,9 @@ class _Watched(redis.connection.AbstractConnection):
         if self._sock:
             return
         if why := self.presence.begin():
-            raise redis.ConnectionError(why)
+            # The client tries once more by itself: what a caller hears is why the first attempt was refused.
+            raise type(refusal)(*refusal.args) if (refusal := self.presence.refusal) else redis.ConnectionError(why)
+        self.presence.refusal = None
         try:
             super().connect_check_health(check_health, retry_socket_connect)
         except (redis.RedisError, OSError) as error:
@@ -104,7 +106,10 @@ class _Watched(redis.connection.AbstractConnection):
                 why, refused=cause is not None or isinstance(error, redis.AuthenticationError | redis.ResponseError)
             )
             if cause:
-                raise redis.ConnectionError(f"{self.presence.variable}: {why}") from cause
+                self.presence.refusal = redis.ConnectionError(f"{self.presence.variable}: {why}")
+                raise self.presence.refusal from cause
+            if isinstance(error, redis.AuthenticationError):
+                self.presence.refusal = error
             raise
         except BaseException:
             self.presence.gave_up()
