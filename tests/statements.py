@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 from psycopg import sql
@@ -87,6 +88,7 @@ def tables_of(text: str) -> set[str]:
     return set(re.findall(r"agentflow\.(\w+)", text)) - SHARED
 
 
+_TESTS: Final = Path(__file__).parent
 _GIVEN: Final = re.compile(r"organization_id = (%\(\w+\)s|%s)")
 _WRITTEN: Final = re.compile(r"insert into agentflow\.\w+( as \w+)? \([^)]*\borganization_id\b")
 
@@ -144,12 +146,18 @@ def _acting_for() -> int | None:
     return caller.sees if caller is not None and "admin" not in caller.scopes else None
 
 
+def _asked_by_a_test(frame: FrameType) -> bool:
+    """A test looks at whatever it likes, and migrations make the tables: only the product's own questions count."""
+    return Path(frame.f_code.co_filename).parent == _TESTS or frame.f_globals.get("__name__") == "agentflow.schema"
+
+
 def install(recorder: Recorder) -> None:
     """From now on the product's connections in this process tell the recorder."""
     original = BoundedConnection.execute
 
     def execute(self: BoundedConnection, query: Any, params: Any = None, **more: Any) -> Any:
-        recorder.note(query, params)
+        if not _asked_by_a_test(sys._getframe(1)):
+            recorder.note(query, params)
         return original(self, query, params, **more)
 
     BoundedConnection.execute = execute  # type: ignore[method-assign]

@@ -26,7 +26,7 @@ import pytest
 
 import actors  # noqa: F401 - makes ping known
 from agentflow import embedded
-from agentflow.cli import running, serve
+from agentflow.cli import running, serve, servers
 from agentflow.jobs import records
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
@@ -373,9 +373,9 @@ def test_without_settings_all_is_in_the_home_and_stops_with_it(tmp_path: Path) -
 def test_as_a_containers_first_process_it_waits_for_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_folder() as folder:
         stack = embedded.join(folder / "home")
-        monkeypatch.setattr(serve.os, "getpid", lambda: 1)
+        monkeypatch.setattr(servers.os, "getpid", lambda: 1)
 
-        serve._leave(stack)
+        servers.leave(stack)
 
         with pytest.raises(psycopg.OperationalError):
             psycopg.connect(stack.database_url, connect_timeout=2)

@@ -53,7 +53,8 @@ def note(files):
     print("kept", flush=True)
     (out / state).unlink()
 
-result = child.analyze(source=source, out_dir=str(out), share_done=0.0, report=lambda f, s: None, note=note,
+result = child.analyze(source=source, out_dir=str(out), share_done=0.0, share_end=1.0, report=lambda f, s: None,
+                       note=note,
                        resume=resume or None, speech=bool(speech))
 shutil.copytree(out, kept, dirs_exist_ok=True)
 print("result " + json.dumps(result), flush=True)
