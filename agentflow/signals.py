@@ -19,10 +19,6 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Final
 
-from agentflow import log
-
-logger = log.get(__name__)
-
 #: Two signals closer together than this are one.
 SAME_SIGNAL_S: Final = 1.0
 #: A signal that arrives just before the main thread begins to wait does not end the wait; its handler runs after it.
@@ -74,7 +70,9 @@ class Signals:
                 if self._parent_is_gone():
                     self._parent = None
                     log_to_the_real_stderr()
-                    logger.warning("the parent process is gone: stopping")
+                    from agentflow import log  # processes that do nothing but wait for their end stay light without it
+
+                    log.get(__name__).warning("the parent process is gone: stopping")
                     os.kill(os.getpid(), signal.SIGTERM)
 
     def _parent_is_gone(self) -> bool:
