@@ -1,0 +1,140 @@
+"""`agentflow rules …`: what is paused, how much may run at once, and how often others may be called."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from agentflow import organizations, settings
+from agentflow.cli import output
+from agentflow.cli.errors import USAGE, Failure
+from agentflow.database import Connection
+from agentflow.jobs import registry, rules
+from agentflow.jobs.model import QUEUES
+from agentflow.limits import Window
+from agentflow.system import System
+
+
+@contextmanager
+def _system() -> Iterator[System]:
+    import logging
+
+    # As in job_commands: the commands speak for themselves.
+    logging.basicConfig(level=logging.ERROR, format="agentflow: %(message)s")
+    system = System.start(settings.current(), "cli")
+    try:
+        yield system
+    finally:
+        system.close()
+
+
+def show(as_json: bool) -> None:
+    with _system() as system, system.database.connection() as conn:
+        found = rules.read(conn)
+        slugs: dict[int, str] = {o.id: o.slug for o in organizations.every(conn)} | {rules.EVERY: "each"}
+    rows: list[tuple[str, str, str, str]] = []
+    for pause in found.pauses.values():
+        whose = "all" if pause.organization_id == rules.EVERY else _slug(slugs, pause.organization_id)
+        what = f"{pause.kind} {pause.name}".strip()
+        rows.append(("paused", what, whose, f"{pause.reason or ''} ({output.ago(pause.created_at)})".strip()))
+    for (organization, type_), running in found.caps.items():
+        rows.append(("cap", type_ or "all types", _slug(slugs, organization), f"{running} at once"))
+    for (organization, provider), windows in found.limits.items():
+        said = ", ".join(f"{w.amount} in {w.per_s:g} s" for w in windows)
+        rows.append(("limit", provider, _slug(slugs, organization), said))
+    if as_json:
+        for row in rows:
+            print(json.dumps(dict(zip(("rule", "of", "organization", "says"), row, strict=True))))
+    elif rows:
+        output.console().print(output.table(("rule", "of", "organization", ""), rows))
+    else:
+        print("no rules: nothing is paused, capped or limited but by the types themselves")
+
+
+def pause(kind: str, name: str, org: str | None, reason: str | None) -> None:
+    with _system() as system, system.database.transaction() as conn:
+        target = _target(conn, kind, name, org)
+        fresh = rules.pause(conn, *target, reason)
+    print(f"{kind} {name} is paused{'' if fresh else ' already'}; what runs goes on to its end")
+
+
+def resume(kind: str, name: str, org: str | None) -> None:
+    with _system() as system, system.database.transaction() as conn:
+        held = rules.resume(conn, *_target(conn, kind, name, org))
+    if held is None:
+        raise Failure(f"{kind} {name} is not paused; `agentflow rules list` shows what is")
+    print(f"{kind} {name} goes on" + (f": {held} jobs are due again" if held else ""))
+
+
+def cap(running: int | None, type_: str | None, org: str | None) -> None:
+    if type_ is not None:
+        _known_type(type_)
+    with _system() as system, system.database.transaction() as conn:
+        organization = _organization(conn, org) if org is not None else rules.EVERY
+        rules.set_cap(conn, organization, type_ or "", running)
+    whose = org or "each organization"
+    print(f"{whose}: {type_ or 'jobs'} " + ("without a cap" if running is None else f"at most {running} at once"))
+
+
+def limit(provider: str, windows: Sequence[str], org: str | None) -> None:
+    """`windows` as 100/60 (calls in seconds); none takes the limit away."""
+    parsed = [_window(text) for text in windows]
+    if len({window.per_s for window in parsed}) < len(parsed):
+        raise Failure("two windows have the same length; name each once", USAGE)
+    if provider.startswith("type:"):
+        _known_type(provider.removeprefix("type:"))
+    with _system() as system, system.database.transaction() as conn:
+        organization = _organization(conn, org) if org is not None else rules.EVERY
+        rules.set_limit(conn, organization, provider, parsed)
+    said = ", ".join(f"{w.amount} in {w.per_s:g} s" for w in parsed) or "as it is by default"
+    print(f"{org or 'each organization'}: {provider} {said}")
+
+
+def _target(conn: Connection, kind: str, name: str, org: str | None) -> tuple[rules.Kind, str, int]:
+    if kind == "organization":
+        if org is not None:
+            raise Failure(
+                "--org goes with a type; name the organization itself: agentflow rules pause organization acme", USAGE
+            )
+        return "organization", "", _organization(conn, name)
+    if kind == "queue":
+        if org is not None:
+            raise Failure("--org goes with a type; a queue belongs to all organizations", USAGE)
+        if name not in QUEUES:
+            raise Failure(f"there is no queue {name!r}; they are {', '.join(QUEUES)}", USAGE)
+        return "queue", name, rules.EVERY
+    _known_type(name)
+    return cast(rules.Kind, kind), name, _organization(conn, org) if org is not None else rules.EVERY
+
+
+def _known_type(name: str) -> None:
+    import actors  # noqa: F401 - fills the registry
+
+    if not registry.known(name):
+        raise Failure(str(registry.UnknownType(name)), USAGE)
+
+
+def _organization(conn: Connection, named: str) -> int:
+    found = organizations.find(conn, named)
+    if found is None:
+        raise Failure(f"there is no organization {named!r}; `agentflow orgs list` shows them", USAGE)
+    return found.id
+
+
+def _window(text: str) -> Window:
+    parts = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    try:
+        return Window(int(parts[1]), int(parts[2])) if parts else _no_window(text)
+    except ValueError as error:
+        raise Failure(f"{text}: {error}", USAGE) from None
+
+
+def _no_window(text: str) -> Any:
+    raise Failure(f"{text!r} is not CALLS/SECONDS, such as 100/60", USAGE)
+
+
+def _slug(slugs: dict[int, str], organization: int) -> str:
+    return slugs.get(organization, str(organization))
