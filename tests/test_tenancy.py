@@ -369,8 +369,9 @@ def test_a_statement_of_the_product_that_forgets_fails_its_test(
     system: System, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert RECORDER.problems == []
+    forgetful = compile('conn.execute("select count(*) from agentflow.videos")', "agentflow/videos.py", "exec")
     with system.database.connection() as pooled:
-        pooled.execute("select count(*) from agentflow.videos")
+        exec(forgetful, {"conn": pooled})  # noqa: S102 - what a test asks by itself does not count
 
     assert len(RECORDER.problems) == 1 and "agentflow.videos" in RECORDER.problems[0]
     RECORDER.problems.clear()
