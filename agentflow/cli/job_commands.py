@@ -7,14 +7,13 @@ import json
 import statistics as numbers
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Final, cast
 from uuid import UUID
 
 from rich.markup import escape
 
-from agentflow import settings
 from agentflow.cli import output
+from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure, one_line
 from agentflow.jobs import intake, records, registry, statistics
 from agentflow.jobs.intake import NewJob
@@ -26,21 +25,8 @@ _ORGANIZATION: Final = 1
 _SHOWN_CHARACTERS: Final = 2000
 
 
-@contextmanager
-def _system() -> Iterator[System]:
-    import logging
-
-    # The commands speak for themselves; libraries' warnings (a server that is still starting) would only confuse.
-    logging.basicConfig(level=logging.ERROR, format="agentflow: %(message)s")
-    system = System.start(settings.current(), "cli")
-    try:
-        yield system
-    finally:
-        system.close()
-
-
 def list_jobs(state: str | None, type_: str | None, limit: int, as_json: bool) -> None:
-    with _system() as system, system.database.connection() as conn:
+    with connected() as system, system.database.connection() as conn:
         wanted = records.Filter(state=cast(State, state) if state else None, type=type_)
         found = records.search(conn, records.EVERY_ORGANIZATION, wanted, limit=limit)
     if as_json:
@@ -58,7 +44,7 @@ def list_jobs(state: str | None, type_: str | None, limit: int, as_json: bool) -
 
 
 def show(job_id: str, as_json: bool) -> None:
-    with _system() as system, system.database.connection() as conn:
+    with connected() as system, system.database.connection() as conn:
         job = _find(system, job_id)
         attempts = records.attempts(conn, job.id, job.organization_id)
         children = records.children(conn, job.id, job.organization_id)
@@ -87,7 +73,7 @@ def show(job_id: str, as_json: bool) -> None:
 
 
 def cancel(job_id: str) -> None:
-    with _system() as system:
+    with connected() as system:
         job = _find(system, job_id)
         state = system.cancel(job.organization_id, job.id)
     if state in ("succeeded", "failed"):
@@ -98,7 +84,7 @@ def cancel(job_id: str) -> None:
 def retry(job_id: str) -> None:
     import actors  # noqa: F401 - fills the registry, by which the payload is checked again
 
-    with _system() as system:
+    with connected() as system:
         job = _find(system, job_id)
         try:
             with system.transaction() as transaction:
@@ -118,7 +104,7 @@ def submit(type_: str, payload: str, wait: bool) -> None:
         raise Failure(f"the payload is not JSON: {error}", USAGE) from None
     if not isinstance(value, dict):
         raise Failure('the payload must be a JSON object, such as {"sleep_ms": 100}', USAGE)
-    with _system() as system:
+    with connected() as system:
         try:
             job = system.submit(_ORGANIZATION, NewJob(type_, value), public_only=True).job
         except (intake.InvalidJob, registry.UnknownType) as error:
@@ -135,7 +121,7 @@ def submit(type_: str, payload: str, wait: bool) -> None:
 
 
 def queues(as_json: bool) -> None:
-    with _system() as system, system.database.connection() as conn:
+    with connected() as system, system.database.connection() as conn:
         found, workers, lately = statistics.queues(conn), statistics.workers(conn), statistics.lately(conn)
     if as_json:
         output.print_json(
@@ -202,7 +188,7 @@ def ping(count: int, timeout_s: float) -> None:
     import actors  # noqa: F401 - fills the registry
 
     took_ms: list[float] = []
-    with _system() as system:
+    with connected() as system:
         for number in range(1, count + 1):
             began = time.monotonic()
             job = system.submit(_ORGANIZATION, NewJob("ping", {})).job

@@ -5,36 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import cast
 from uuid import UUID
 
-from agentflow import organizations, settings, signing
+from agentflow import organizations, signing
 from agentflow.cli import output
+from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure
 from agentflow.database import Connection
 from agentflow.jobs import callbacks
 from agentflow.organizations import ApiKey, Organization, Scope
-from agentflow.system import System
-
-
-@contextmanager
-def _system() -> Iterator[System]:
-    import logging
-
-    # As in job_commands: the commands speak for themselves.
-    logging.basicConfig(level=logging.ERROR, format="agentflow: %(message)s")
-    system = System.start(settings.current(), "cli")
-    try:
-        yield system
-    finally:
-        system.close()
 
 
 def create(slug: str, name: str | None) -> None:
-    with _system() as system, system.database.transaction() as conn:
+    with connected() as system, system.database.transaction() as conn:
         try:
             made = organizations.create(conn, slug, name or slug)
         except ValueError as error:
@@ -47,7 +33,7 @@ def create(slug: str, name: str | None) -> None:
 
 
 def list_all(as_json: bool) -> None:
-    with _system() as system, system.database.connection() as conn:
+    with connected() as system, system.database.connection() as conn:
         found = organizations.every(conn)
     if as_json:
         for each in found:
@@ -59,7 +45,7 @@ def list_all(as_json: bool) -> None:
 
 def create_key(org: str, name: str, scopes: Sequence[str], expires_days: float | None) -> None:
     expires_at = datetime.now(UTC) + timedelta(days=expires_days) if expires_days else None
-    with _system() as system, system.database.transaction() as conn:
+    with connected() as system, system.database.transaction() as conn:
         organization = _organization(conn, org)
         _made, key = organizations.create_key(
             conn, organization.id, name, cast(Sequence[Scope], scopes), expires_at=expires_at
@@ -69,7 +55,7 @@ def create_key(org: str, name: str, scopes: Sequence[str], expires_days: float |
 
 
 def list_keys(org: str | None, as_json: bool) -> None:
-    with _system() as system, system.database.connection() as conn:
+    with connected() as system, system.database.connection() as conn:
         organization = _organization(conn, org) if org is not None else None
         found = organizations.keys(conn, organization.id if organization else None)
         slugs = {o.id: o.slug for o in organizations.every(conn)}
@@ -97,7 +83,7 @@ def list_keys(org: str | None, as_json: bool) -> None:
 
 
 def rotate_key(named: str, grace_h: float) -> None:
-    with _system() as system, system.database.transaction() as conn:
+    with connected() as system, system.database.transaction() as conn:
         old = _key(conn, named)
         rotated = organizations.rotate_key(conn, old.organization_id, old.id, grace_s=grace_h * 3600)
         if rotated is None:
@@ -107,14 +93,14 @@ def rotate_key(named: str, grace_h: float) -> None:
 
 
 def revoke_key(named: str) -> None:
-    with _system() as system, system.database.transaction() as conn:
+    with connected() as system, system.database.transaction() as conn:
         old = _key(conn, named)
         organizations.revoke_key(conn, old.organization_id, old.id)
     print(f"key {old.prefix} ({old.name}) is revoked")
 
 
 def list_callbacks(subject: str, as_json: bool) -> None:
-    with _system() as system, system.database.connection() as conn:
+    with connected() as system, system.database.connection() as conn:
         found = callbacks.of(conn, None, UUID(subject))
     if as_json:
         for each in found:
@@ -138,7 +124,7 @@ def list_callbacks(subject: str, as_json: bool) -> None:
 
 
 def replay_callback(callback: str) -> None:
-    with _system() as system:
+    with connected() as system:
         with system.transaction() as transaction:
             job = callbacks.replay(transaction.conn, None, None, UUID(callback))
             if job is None:
@@ -148,7 +134,7 @@ def replay_callback(callback: str) -> None:
 
 
 def create_secret(org: str, grace_h: float) -> None:
-    with _system() as system, system.database.transaction() as conn:
+    with connected() as system, system.database.transaction() as conn:
         organization = _organization(conn, org)
         _made, secret = signing.create_secret(conn, organization.id, system.sealer, grace_s=grace_h * 3600)
     print(secret)
@@ -156,7 +142,7 @@ def create_secret(org: str, grace_h: float) -> None:
 
 
 def list_secrets(org: str) -> None:
-    with _system() as system, system.database.connection() as conn:
+    with connected() as system, system.database.connection() as conn:
         found = signing.secrets_of(conn, _organization(conn, org).id)
     if found:
         rows = [(s.id, output.ago(s.created_at), output.ago(s.expires_at) or "when another is made") for s in found]

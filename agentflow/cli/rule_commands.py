@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
-from agentflow import organizations, settings
+from agentflow import organizations
 from agentflow.cli import output
+from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure
 from agentflow.database import Connection
 from agentflow.jobs import registry, rules
 from agentflow.jobs.model import QUEUES
 from agentflow.limits import Window
-from agentflow.system import System
-
-
-@contextmanager
-def _system() -> Iterator[System]:
-    import logging
-
-    # As in job_commands: the commands speak for themselves.
-    logging.basicConfig(level=logging.ERROR, format="agentflow: %(message)s")
-    system = System.start(settings.current(), "cli")
-    try:
-        yield system
-    finally:
-        system.close()
 
 
 def show(as_json: bool) -> None:
-    with _system() as system, system.database.connection() as conn:
+    with connected() as system, system.database.connection() as conn:
         found = rules.read(conn)
         slugs: dict[int, str] = {o.id: o.slug for o in organizations.every(conn)} | {rules.EVERY: "each"}
     rows: list[tuple[str, str, str, str]] = []
@@ -55,14 +41,14 @@ def show(as_json: bool) -> None:
 
 
 def pause(kind: str, name: str, org: str | None, reason: str | None) -> None:
-    with _system() as system, system.database.transaction() as conn:
+    with connected() as system, system.database.transaction() as conn:
         target = _target(conn, kind, name, org)
         fresh = rules.pause(conn, *target, reason)
     print(f"{kind} {name} is paused{'' if fresh else ' already'}; what runs goes on to its end")
 
 
 def resume(kind: str, name: str, org: str | None) -> None:
-    with _system() as system, system.database.transaction() as conn:
+    with connected() as system, system.database.transaction() as conn:
         held = rules.resume(conn, *_target(conn, kind, name, org))
     if held is None:
         raise Failure(f"{kind} {name} is not paused; `agentflow rules list` shows what is")
@@ -72,7 +58,7 @@ def resume(kind: str, name: str, org: str | None) -> None:
 def cap(running: int | None, type_: str | None, org: str | None) -> None:
     if type_ is not None:
         _known_type(type_)
-    with _system() as system, system.database.transaction() as conn:
+    with connected() as system, system.database.transaction() as conn:
         organization = _organization(conn, org) if org is not None else rules.EVERY
         rules.set_cap(conn, organization, type_ or "", running)
     whose = org or "each organization"
@@ -86,7 +72,7 @@ def limit(provider: str, windows: Sequence[str], org: str | None) -> None:
         raise Failure("two windows have the same length; name each once", USAGE)
     if provider.startswith("type:"):
         _known_type(provider.removeprefix("type:"))
-    with _system() as system, system.database.transaction() as conn:
+    with connected() as system, system.database.transaction() as conn:
         organization = _organization(conn, org) if org is not None else rules.EVERY
         rules.set_limit(conn, organization, provider, parsed)
     said = ", ".join(f"{w.amount} in {w.per_s:g} s" for w in parsed) or "as it is by default"

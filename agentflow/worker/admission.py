@@ -17,7 +17,6 @@ from agentflow.jobs.model import Job
 #: Of a process's threads, where several organizations share them: no organization has all.
 SHARE: Final = 0.8
 _PAUSED_S: Final = 3600.0
-_BUSY_S: Final = 300.0
 
 
 class Admission:

@@ -1,0 +1,21 @@
+"""The system of a command that works on the database itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from agentflow import settings
+from agentflow.system import System
+
+
+@contextmanager
+def connected() -> Iterator[System]:
+    # The commands speak for themselves; libraries' warnings (a server that is still starting) would only confuse.
+    logging.basicConfig(level=logging.ERROR, format="agentflow: %(message)s")
+    system = System.start(settings.current(), "cli")
+    try:
+        yield system
+    finally:
+        system.close()
