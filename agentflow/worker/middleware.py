@@ -34,7 +34,6 @@ logger = log.get(__name__)
 
 Call = Callable[[], Any]
 _DATABASE_AWAY_S: Final = 5.0
-#: Redis is left alone for so long after it failed: each try may cost seconds.
 _TRACEBACK_LINES: Final = 30
 
 
@@ -233,9 +232,7 @@ class Lifecycle(Middleware):
     def _or_exit(step: Callable[[], None]) -> None:
         try:
             step()
-        except (
-            Exception
-        ) as error:  # any: a worker that did not start whole must not take work, and hooks swallow errors
+        except Exception as error:  # any: a worker that is not whole must take no work, and hooks swallow errors
             logger.critical("the worker could not start", error=str(error), exc_info=not isinstance(error, OSError))
             threading.Timer(5.0, os._exit, (1,)).start()  # in case threads that run already keep it alive
             raise SystemExit(1) from error
