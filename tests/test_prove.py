@@ -216,6 +216,17 @@ def test_a_recovery_does_not_count_the_time_in_which_what_it_needs_was_away() ->
     assert found["disturbed"] == ["taken_s", "rerun_s"]
 
 
+def test_a_locked_table_keeps_jobs_from_being_taken_as_a_database_does_that_is_away() -> None:
+    job = uuid4()
+    kill = Fault("kill_process", began=10.0, back=14.0, victims=[(job, 1)])
+    lock = Fault("cut_rabbitmq", began=15.0, back=18.5)
+
+    found = report.recovery(kill, [kill, lock], BROKER, ends=[14.5], victims=({job: 22.0}, {job: 22.5}))
+
+    assert (found["taken_s"], found["rerun_s"]) == (3.5, 4.0)
+    assert found["disturbed"] == ["taken_s", "rerun_s"]
+
+
 def test_what_came_back_in_spite_of_another_fault_is_counted_in_full() -> None:
     job = uuid4()
     kill = Fault("kill_worker", began=10.0, back=12.0, victims=[(job, 1)])

@@ -269,7 +269,6 @@ class Faults:
             conn.execute("set local idle_in_transaction_session_timeout = '8s'")
             conn.execute("lock table agentflow.jobs in exclusive mode")
             time.sleep(_IN_HAND_S)
-            fault.began = time.time()
             self._rabbit.cut()
             time.sleep(_RECONNECTED_S)  # they are connected again by the time the claims are answered
             return

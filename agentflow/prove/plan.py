@@ -25,6 +25,8 @@ LANES: Final[dict[str, tuple[str, ...]]] = {
     "web": ("kill_web", "fill_disk", "kill_scheduler"),
 }
 FAULTS: Final = tuple(kind for kinds in LANES.values() for kind in kinds)
+#: While one of these is on, no row changes: the server is away, or somebody has locked the table.
+STOPS_THE_TABLE: Final = (*LANES["postgres"], "cut_rabbitmq")
 #: A lane goes through all its kinds in about so many seconds, hence each comes five times in ten minutes; where only some are
 #: wanted they come more often.
 _ROUND_S: Final = 100.0

@@ -77,7 +77,12 @@ def _handler(receiver: Receiver) -> type[BaseHTTPRequestHandler]:
         timeout = 30
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            length = int(self.headers["Content-Length"])
+            text = self.rfile.read(length)
+            if len(text) < length:
+                self.close_connection = True  # the caller was killed in the middle of its request
+                return
+            body = json.loads(text)
             at = time.time()
             if self.path == "/effects":
                 status = receiver.take("effects", self.headers["Idempotency-Key"], body, at)

@@ -147,13 +147,13 @@ def recovery(
     """How long a fault was felt.
 
     `recovered_s`: from the part's return to the first success. `taken_s`, `rerun_s`: from a worker's death until the last of
-    its jobs was taken from it, and ran again. Where a part that this needs (Postgres for all; for a rerun the `broker`, too)
+    its jobs was taken from it, and ran again. Where a part that this needs (the table for all; for a rerun the `broker`, too)
     was away meanwhile, by another fault, it is counted from that part's return, and `disturbed` names what it was.
     """
     back = fault.back or fault.began
     others = [other for other in others if other is not fault]
-    database = [other for other in others if other.kind in plan.LANES["postgres"]]
-    needed = [*database, *(other for other in others if other.kind in broker)]
+    table = [other for other in others if other.kind in plan.STOPS_THE_TABLE]
+    needed = [*table, *(other for other in others if other.kind in broker and other not in table)]
     first = next((moment for moment in ends if moment >= back), None)
     taken, rerun = (max(moments.values(), default=None) for moments in victims)
     disturbed = []
@@ -167,7 +167,7 @@ def recovery(
     }
     for name, since, end, need in (
         ("recovered_s", back, first, needed),
-        ("taken_s", fault.began, taken, database),
+        ("taken_s", fault.began, taken, table),
         ("rerun_s", fault.began, rerun, needed),
     ):
         away = [o for o in need if end is not None and o.began <= end and (o.back or o.began) >= since]
