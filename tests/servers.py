@@ -33,6 +33,7 @@ from psycopg import sql
 
 from agentflow import schema
 from agentflow.embedded import binaries
+from agentflow.prove.servers import family
 from tests import rabbitmq
 from tests.processes import eventually, free_port
 
@@ -264,10 +265,10 @@ class RabbitMQ(rabbitmq.Node):
 
     @property
     def running(self) -> bool:
-        return self._popen is not None and self._popen.poll() is None
+        return self.alive()
 
     def family(self) -> list[psutil.Process]:
-        return self._family()
+        return family(self._popen.pid) if self._popen is not None else []
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ def production(address: str = "127.0.0.1") -> Iterator[Servers]:
             scratchpad = Redis(folder / "redis", address)
             stack.callback(scratchpad.close)
             scratchpad.start()
-            broker.wait_started()
+            broker.wait_answers()
             yield Servers(postgres, scratchpad, broker)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -42,15 +42,28 @@ def installed() -> bool:
 
 
 class Node:
-    def __init__(self, folder: Path, name: str, epmd_port: int, cookie: str) -> None:
+    """One node. `url` is a user's; the methods are the operator's and the fate's."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        epmd_port: int,
+        cookie: str,
+        *,
+        address: str = "127.0.0.1",
+        conf: str = _CONF,
+        advanced: str = "[].\n",
+    ) -> None:
         self.folder = folder
         self.name = f"{name}@localhost"
+        self.address = address
         self.port = free_port()
         self._popen: subprocess.Popen[bytes] | None = None
         for part in ("db", "log"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        (folder / "rabbitmq.conf").write_text(_CONF)
-        (folder / "advanced.config").write_text("[].\n")
+        (folder / "rabbitmq.conf").write_text(conf)
+        (folder / "advanced.config").write_text(advanced)
         (folder / "plugins").write_text("[].\n")
         secret = folder / ".erlang.cookie"
         secret.write_text(cookie)
@@ -63,7 +76,7 @@ class Node:
             "ERL_EPMD_PORT": str(epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODENAME": self.name,
-            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_IP_ADDRESS": address,
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_DIST_PORT": str(free_port()),
             "RABBITMQ_CTL_DIST_PORT_MIN": str(first),
@@ -82,7 +95,7 @@ class Node:
 
     @property
     def url(self) -> str:
-        return f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
+        return f"amqp://guest:guest@{self.address}:{self.port}/%2F"
 
     def launch(self) -> None:
         with (self.folder / "out").open("ab") as out:
@@ -172,6 +185,14 @@ class Node:
         return found
 
 
+def end_epmd(port: int) -> None:
+    """A daemon that outlives its nodes, and refuses `epmd -kill` while it remembers one that was killed."""
+    for process in psutil.process_iter(["name"]):
+        with suppress(psutil.Error):
+            if process.info["name"] == "epmd" and process.environ().get("ERL_EPMD_PORT") == str(port):
+                process.kill()
+
+
 class Rabbit:
     """One node, or a cluster, behind one address; its epmd ends with it."""
 
@@ -220,10 +241,7 @@ class Rabbit:
         for node in self.nodes:
             node.thaw()
             node.kill()
-        for process in psutil.process_iter(["name"]):
-            with suppress(psutil.Error):  # a daemon that outlives its nodes
-                if process.info["name"] == "epmd" and process.environ().get("ERL_EPMD_PORT") == str(self._epmd_port):
-                    process.kill()
+        end_epmd(self._epmd_port)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
