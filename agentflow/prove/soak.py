@@ -1,4 +1,8 @@
-"""Half an hour of steady load and no faults: does any process grow? Memory (PSS) and open descriptors, every ten seconds."""
+"""Half an hour of steady load and no faults: does any process grow? Memory and open descriptors, every ten seconds.
+
+Memory is what a process has filled itself (anonymous pages, also those that were swapped out). Its share of libraries' pages,
+as in PSS, rises and falls with the neighbours that use them, too.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ MB_PER_H: Final = 1.0
 DESCRIPTORS: Final = 1.0
 _BATCHES: Final = 0.1
 
-Samples = dict[str, list[tuple[float, float, int]]]  # name of the process -> (second, PSS in MB, descriptors)
+Samples = dict[str, list[tuple[float, float, int]]]  # name of the process -> (second, MB, descriptors)
 
 
 def soak(options: Options, say: Say = lambda _: None) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def _sample(copy: Copy, samples: Samples, stop: threading.Event, load: Load, opt
         second = time.monotonic() - began
         for name, process in _processes(copy).items():
             with suppress(OSError, psutil.Error):
-                samples.setdefault(name, []).append((second, _pss_mb(process.pid), process.num_fds()))
+                samples.setdefault(name, []).append((second, _filled_mb(process.pid), process.num_fds()))
         say(f"{second:.0f} of {options.seconds:.0f} s: {load.jobs} jobs accepted")
 
 
@@ -128,11 +132,9 @@ def _processes(copy: Copy) -> dict[str, psutil.Process]:
     return found
 
 
-def _pss_mb(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
+def _filled_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous:", "Swap:"))) / 1024
 
 
 # ---- the picture ----
@@ -155,7 +157,7 @@ svg text {{ font: 12px system-ui, sans-serif; fill: currentColor; opacity: .7 }}
 i {{ display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 8px }} h2 {{ font-size: 16px }}
 </style></head><body><h1>{words[made["verdict"]]}</h1>
 <p>{made["minutes"]:g} minutes at {made["jobs_per_s"]:g} jobs a second, {escape(made["machine"])}. Slopes over the last two thirds.</p>
-<h2>Memory (PSS), MB</h2>{_plot(made, 1)}<h2>Open descriptors</h2>{_plot(made, 2)}
+<h2>Memory, MB</h2>{_plot(made, 1)}<h2>Open descriptors</h2>{_plot(made, 2)}
 <table><tr><th>process</th><th>memory</th><th>slope</th><th>descriptors</th><th>more</th></tr>{rows}</table></body></html>
 """
 
