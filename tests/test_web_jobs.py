@@ -340,6 +340,24 @@ def test_cancel_says_what_became_of_the_job(client: FlaskClient, system: System,
     problem(client.post(f"/api/jobs/{uuid4()}/cancel"), 404)
 
 
+def test_a_job_that_succeeds_while_it_is_told_to_stop_is_not_called_cancelled(
+    client: FlaskClient, system: System, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = claim(conn, submit(client)["id"])
+    cancel = system.cancel
+
+    def cancelled_too_late(*asked: Any) -> str | None:
+        state = cancel(*asked)
+        finish(system, conn, job)
+        return state
+
+    monkeypatch.setattr(system, "cancel", cancelled_too_late)
+
+    document = problem(client.post(f"/api/jobs/{job.id}/cancel"), 409)
+
+    assert "it succeeded" in document["detail"]
+
+
 def test_retry_makes_a_new_job_of_a_dead_letter_only(
     client: FlaskClient, system: System, conn: psycopg.Connection
 ) -> None:

@@ -321,14 +321,12 @@ def cancel(call: Call, job_id: UUID) -> Answer:
 
     200: it is cancelled; 202: it is running and was told to stop; 409: it has ended otherwise.
     """
-    found = find(call, job_id)
-    state = call.system.cancel(found.organization_id, job_id)
-    if state is None:
+    if call.system.cancel(find(call, job_id).organization_id, job_id) is None:
         raise _unknown(job_id)
-    if state in ("succeeded", "failed"):
-        raise Refused(409, f"the job has ended already: it {state}")
-    job = find(call, job_id)
-    return Answer(summary(call, job), 202 if job.state == "running" else 200)
+    job = find(call, job_id)  # as it is now: one that was told to stop may have come to its end by itself
+    if job.state in ("succeeded", "failed"):
+        raise Refused(409, f"the job has ended already: it {job.state}")
+    return Answer(summary(call, job), 200 if job.state == "cancelled" else 202)
 
 
 @routes.post("/api/jobs/<uuid:job_id>/retry", {202: JobSummary}, scope="manage", problems=(404, 409))
