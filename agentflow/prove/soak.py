@@ -31,6 +31,7 @@ _SAMPLE_EVERY_S: Final = 10.0
 #: What a slope may be over the last two thirds: there the caches are full and the pools have their size.
 MB_PER_H: Final = 1.0
 DESCRIPTORS: Final = 1.0
+_FLOOR_S: Final = 30.0
 _BATCHES: Final = 0.1
 
 Samples = dict[str, list[tuple[float, float, int]]]  # name of the process -> (second, MB, descriptors)
@@ -76,7 +77,7 @@ def make(
         if len(late) < 3 or taken[0][0] > options.seconds / 3:
             continue  # it came later, or went
         hours = [second / 3600 for second, _, _ in late]
-        descriptors = statistics.linear_regression(hours, [n for _, _, n in late]).slope * (hours[-1] - hours[0])
+        descriptors = statistics.linear_regression(hours, _floors(late)).slope * (hours[-1] - hours[0])
         processes[name] = {
             "mb_first": round(taken[0][1], 2),
             "mb_last": round(taken[-1][1], 2),
@@ -109,6 +110,11 @@ def make(
         "processes": processes,
         "samples": {name: [[round(s), round(mb, 2), n] for s, mb, n in taken] for name, taken in samples.items()},
     }
+
+
+def _floors(taken: Sequence[tuple[float, float, int]]) -> list[int]:
+    """The fewest descriptors within half a minute of each sample: what a running job opens it closes again."""
+    return [min(n for other, _, n in taken if abs(other - second) <= _FLOOR_S) for second, _, _ in taken]
 
 
 def _sample(copy: Copy, samples: Samples, stop: threading.Event, load: Load, options: Options, say: Say) -> None:
