@@ -244,6 +244,11 @@ class System:
     def sealer(self) -> Sealer:
         return Sealer(self.settings.link_secret)
 
+    @cached_property
+    def installation_id(self) -> str:
+        """Made once per database; no secret."""
+        return self._installation_secret("id").hex()[:32]
+
     def prepare(self, organization_id: int, new: NewJob, *, public_only: bool = True) -> Prepared:
         """Check a request for a job, without the database. Raises InvalidJob, UnknownType."""
         return intake.prepare(
