@@ -80,8 +80,8 @@ class Calendar:
         self._working: set[str] = set()
         self._alarms: dict[str, str] = {}
 
-    def look(self) -> None:
-        """Do what is due. Without a database: nothing, and the next look makes up for it."""
+    def look(self) -> bool:
+        """Do what is due. False without a database: the next look makes up for it."""
         try:
             for tick, entry in self._due():
                 self._do(entry, tick)
@@ -91,8 +91,9 @@ class Calendar:
                 metrics.ticked(ticks.USER, "submitted")
         except Unavailable as error:
             logger.debug("the calendar was not looked at: the database is away", error=str(error).strip())
-            return
+            return False
         self._looked_at = time.monotonic()
+        return True
 
     def silent_s(self) -> float:
         """Seconds since the last look that found the database."""
