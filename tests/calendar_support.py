@@ -16,7 +16,6 @@ from agentflow.schedules.when import When
 from agentflow.system import System
 from scheduler import schedule
 from scheduler.calendar import Calendar, Entry
-from tests.processes import eventually
 
 Connection = psycopg.Connection
 

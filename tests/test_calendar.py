@@ -1,4 +1,4 @@
-"""The calendar: what is due happens once, however many look, and late rather than never; alarms; the canary; user-defined schedules."""
+"""The calendar: what is due happens once, however many look, late rather than never; alarms, canaries, schedules of users."""
 
 from __future__ import annotations
 
