@@ -16,6 +16,7 @@ from agentflow.schedules.when import When
 from agentflow.system import System
 from scheduler import schedule
 from scheduler.calendar import Calendar, Entry
+from tests.processes import eventually
 
 Connection = psycopg.Connection
 
@@ -33,6 +34,11 @@ def calendar(system: System, entries: Sequence[Entry] = ()) -> Calendar:
         function(*arguments)
 
     return Calendar(system, entries, at_once)
+
+
+def looked(looking: Calendar) -> None:
+    """Look until the database answers: on a busy machine a connection may come too late."""
+    eventually(looking.look)
 
 
 def made(

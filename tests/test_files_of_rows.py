@@ -56,10 +56,8 @@ def doomed(conn: Connection) -> list[str]:
     return [row[0] for row in conn.execute("select key from agentflow.doomed_files order by key").fetchall()]
 
 
-def make_older(conn: Connection, table: str, hours: float) -> None:
-    conn.execute(
-        f"update agentflow.{table} set created_at = created_at - make_interval(secs => {hours} * 3600)".encode()
-    )
+def make_videos_older(conn: Connection, hours: float) -> None:
+    conn.execute("update agentflow.videos set created_at = created_at - make_interval(secs => %s * 3600)", (hours,))
 
 
 def make_files_older(system: System, days: float) -> None:
@@ -177,7 +175,7 @@ def test_a_video_that_a_job_is_just_being_handed_in_for_stays(
     system: System, conn: Connection, connect: Callable[[], Connection]
 ) -> None:
     video = upload(system, conn)
-    make_older(conn, "videos", 200)
+    make_videos_older(conn, 200)
     other = connect()
 
     with conn.transaction():
@@ -232,7 +230,7 @@ def test_clean_up_as_a_whole_leaves_no_file_of_what_it_forgot(system: System, co
     video = upload(system, conn)
     analysed(system, conn, video)
     conn.execute("update agentflow.jobs set finished_at = finished_at - interval '300 h'")
-    make_older(conn, "videos", 300)
+    make_videos_older(conn, 300)
     settings = system.settings.model_copy(update={"retain_succeeded_count": 0})
     system.settings = settings
 
