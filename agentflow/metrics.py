@@ -130,9 +130,9 @@ def key_refused(why: str) -> None:
     _keys_refused.labels(why).inc()
 
 
-def ticked(schedule: str, outcome: str) -> None:
-    """An entry of the calendar; user-defined schedules are one, `user`."""
-    _ticks.labels(schedule, outcome).inc()
+def ticked(schedule: str, outcome: str, number: int = 1) -> None:
+    """Of an entry of the calendar; user-defined schedules are one, `user`."""
+    _ticks.labels(schedule, outcome).inc(number)
 
 
 def cleaned_up(what: str, number: int) -> None:

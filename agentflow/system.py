@@ -76,6 +76,8 @@ class System:
         self.home = settings.agentflow_home
         self._embedded: embedded.Embedded | None = None
         self._lock = threading.Lock()
+        #: Set when the process is about to end: long work stops at its next step.
+        self.closing = False
 
     @classmethod
     def start(cls, settings: Settings, kind: str) -> System:
@@ -306,6 +308,7 @@ class System:
             self._embedded.ensure()
 
     def close(self, *, wait_stopped_s: float = 0.0) -> None:
+        self.closing = True
         if "publisher" in self.__dict__:
             self.publisher.close()
         if "broker" in self.__dict__:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -66,6 +66,14 @@ def latest(now: datetime, seconds: int) -> datetime:
     return EPOCH + timedelta(seconds=(now - EPOCH).total_seconds() // seconds * seconds)
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Ticks of entries that nobody claimed yet, and whether any user-defined schedule is due."""
+
+    entries: list[tuple[Tick, Entry]]
+    schedules: bool
+
+
 class Calendar:
     """The entries, and what this process knows of their ticks. `at_once(function, *arguments)` runs it in another thread."""
 
@@ -83,12 +91,13 @@ class Calendar:
     def look(self) -> bool:
         """Do what is due. False without a database: the next look makes up for it."""
         try:
-            for tick, entry in self._due():
+            found, fired = self._due(), 0
+            for tick, entry in found.entries:
                 self._do(entry, tick)
-            for _ in range(_MOST_AT_ONCE):
-                if not firing.fire_due(self._system):
-                    break
-                metrics.ticked(ticks.USER, "submitted")
+            while found.schedules and fired < _MOST_AT_ONCE and firing.fire_due(self._system):
+                fired += 1
+            if fired:
+                metrics.ticked(ticks.USER, "submitted", fired)
         except Unavailable as error:
             logger.debug("the calendar was not looked at: the database is away", error=str(error).strip())
             return False
@@ -115,7 +124,7 @@ class Calendar:
         elif sentence is None and before is not None:
             logger.info("this is over", schedule=name, alarm=before)
 
-    def _due(self) -> Iterator[tuple[Tick, Entry]]:
+    def _due(self) -> _Found:
         asking = time.monotonic() - self._asked_at >= ASK_EVERY_S
         with self._system.database.connection() as conn:
             now = records.now(conn)
@@ -128,12 +137,13 @@ class Calendar:
             # Most looks find nothing new, and ask no more.
             new = [tick for tick in found if self._claimed.get((tick.schedule, tick.subject)) != tick.at]
             unclaimed = set(ticks.unclaimed(conn, new))
+            schedules = records.any_due(conn)
         if asking:
             self._asked_at = time.monotonic()
         for tick in new:
             if tick not in unclaimed:
                 self._know(tick)
-        yield from ((tick, found[tick]) for tick in new if tick in unclaimed)
+        return _Found([(tick, found[tick]) for tick in new if tick in unclaimed], schedules)
 
     def _due_of(self, entry: Entry, conn: Connection, now: datetime) -> list[Tick]:
         try:
@@ -158,7 +168,14 @@ class Calendar:
             if entry.name in self._working:  # its last run is not over: this tick is made up for after it
                 return
         if entry.submit is not None:
-            self._submit(entry.submit, tick)
+            try:
+                self._submit(entry.submit, tick)
+            except Unavailable:
+                raise
+            except Exception as error:  # of one entry: the next look tries it again, and the others go on
+                self.alarm(entry.name, f"{entry.name} could not be handed in: {str(error) or type(error).__name__}")
+                return
+            self.alarm(entry.name, None)
         elif entry.work is not None:
             with self._system.database.transaction() as conn:
                 mine = ticks.claim(conn, tick)

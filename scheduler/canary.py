@@ -24,19 +24,24 @@ TYPE: Final = "ping"
 LATE_INTERVALS: Final = 2
 
 
-def entries(interval_s: int) -> list[Entry]:
+def entries(known: rules.Known, interval_s: int) -> list[Entry]:
     """None where the interval is 0."""
     if not interval_s:
         return []
+
+    def served(conn: Connection) -> list[str]:
+        """Without queues that somebody paused: there nothing is to come back."""
+        now = known.now()
+        return [q for q in canaries.queues(conn) if now.pause_of(canaries.ORGANIZATION, q, TYPE) is None]
 
     def due(conn: Connection, now: datetime) -> list[Tick]:
         canaries.measure(conn)
         away = canaries.under_way(conn)  # one in each queue: where nobody takes them they must not pile up
         at = latest(now, interval_s)
-        return [Tick("", at, queue, canaries.ORGANIZATION) for queue in _served(conn) if queue not in away]
+        return [Tick("", at, queue, canaries.ORGANIZATION) for queue in served(conn) if queue not in away]
 
     def watch(conn: Connection) -> dict[str, str]:
-        said = ((each.queue, _sentence(each, interval_s)) for each in canaries.states(conn, _served(conn)))
+        said = ((each.queue, _sentence(each, interval_s)) for each in canaries.states(conn, served(conn)))
         return {queue: sentence for queue, sentence in said if sentence is not None}
 
     return [Entry(canaries.SCHEDULE, due, submit=_submit, watch=watch, asks=True)]
@@ -45,12 +50,6 @@ def entries(interval_s: int) -> list[Entry]:
 def _submit(transaction: Transaction, tick: Tick) -> Job:
     prepared = transaction.system.prepare(tick.organization_id, NewJob(TYPE, {}, priority="critical"))
     return transaction.submit_prepared(tick.organization_id, replace(prepared, queue=tick.subject)).job
-
-
-def _served(conn: Connection) -> list[str]:
-    """Without those that somebody paused: there nothing is to come back."""
-    known = rules.read(conn)
-    return [q for q in canaries.queues(conn) if known.pause_of(canaries.ORGANIZATION, q, TYPE) is None]
 
 
 def _sentence(canary: Canary, interval_s: int) -> str | None:

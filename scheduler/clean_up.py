@@ -24,17 +24,17 @@ def in_batches(delete: Callable[[Connection], int], *, batch: int = retention.BA
             with system.database.connection() as conn:
                 return delete(conn)
 
-        return until_done(one, batch)
+        return until_done(system, one, batch)
 
     return work
 
 
-def until_done(one_batch: Callable[[], int], batch: int) -> Done:
+def until_done(system: System, one_batch: Callable[[], int], batch: int) -> Done:
     total, end = 0, time.monotonic() + BUDGET_S
     while True:
         deleted = one_batch()
         total += deleted
-        if deleted < batch:
+        if deleted < batch or system.closing:
             return Done({"deleted": total})
         if time.monotonic() >= end:
             return Done({"deleted": total}, behind=True)

@@ -40,7 +40,7 @@ def entries(system: System) -> list[Entry]:
     batches = clean_up.in_batches
 
     return [
-        *canary.entries(settings.canary_interval),
+        *canary.entries(system.rules, settings.canary_interval),
         Entry(
             "clean_up.succeeded",
             every(_CLEAN_UP_S),

@@ -19,7 +19,7 @@ _MARKS: Final = "installations"
 
 def remove_doomed(system: System) -> Done:
     """Files of deleted jobs and videos. Behind while some of them cannot be removed."""
-    done = until_done(lambda: files.remove_batch(system.database, system.storage), files.BATCH)
+    done = until_done(system, lambda: files.remove_batch(system.database, system.storage), files.BATCH)
     with system.database.connection() as conn:
         stuck = files.overdue(conn)
     return Done({**done.facts, "stuck": stuck}, behind=done.behind or stuck > 0)

@@ -59,6 +59,7 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "delete from agentflow.doomed_files where key": "the same, removed: a key says itself whose it was",
     "select count(*) from agentflow.doomed_files where tries": "how many cannot be removed",
     "join unnest(%s::bigint[], %s::uuid[]) w(organization_id, id)": "what is in storage: each with its organization",
+    "select exists (select from agentflow.schedules where wake_at": "the calendar: whether anything is due",
     "from agentflow.schedules where wake_at": "the calendar: what is due, whoever's it is",
     "with recursive schedules as (": "the last tick of each entry of the calendar, for the operator and the metrics",
     "select schedule, subject, at from agentflow.ticks where": "which ticks are claimed already",

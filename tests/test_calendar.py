@@ -19,6 +19,7 @@ import pytest
 
 from agentflow import health, metrics, settings
 from agentflow.errors import Permanent
+from agentflow.jobs import rules
 from agentflow.jobs.intake import NewJob
 from agentflow.schedules import canaries, firing, records, ticks
 from agentflow.schedules.ticks import KEPT, Tick
@@ -226,6 +227,23 @@ def test_an_entry_that_fails_to_say_what_is_due_does_not_hold_up_the_others(syst
 
     assert len(ticks_of(conn, "test")) == 1
     assert looking.alarms() == ["broken does not say what is due: KeyError"]
+
+
+def test_an_entry_that_cannot_be_handed_in_is_an_alarm_until_it_can(system: System, conn: Connection) -> None:
+    errors = [KeyError("account")]
+
+    def submit(transaction: Transaction, tick: Tick) -> Any:
+        if errors:
+            raise errors.pop()
+        return transaction.submit(1, NewJob("ping", {})).job
+
+    looking = calendar(system, [replace(pings("broken"), submit=submit), pings()])
+    looked(looking)
+    assert len(ticks_of(conn, "test")) == 1 and ticks_of(conn, "broken") == []
+    assert looking.alarms() == ["broken could not be handed in: 'account'"]
+
+    looked(looking)
+    assert len(ticks_of(conn, "broken")) == 1 and looking.alarms() == []
 
 
 def test_work_that_is_not_over_is_not_begun_again(
@@ -445,7 +463,7 @@ def test_a_canary_goes_through_each_queue_that_is_served_and_its_round_trip_is_k
     now = [datetime(2026, 1, 1, tzinfo=UTC)]
     monkeypatch.setattr(records, "now", clock(now))
     serve(conn, "default", "heavy")
-    looking = calendar(system, canary.entries(60))
+    looking = calendar(system, canary.entries(system.rules, 60))
     looked(looking)
 
     jobs = dict(conn.execute("select queue, id from agentflow.jobs").fetchall())
@@ -471,7 +489,7 @@ def test_a_canary_that_does_not_come_back_is_an_alarm_until_it_does(
 ) -> None:
     now = [datetime(2026, 1, 1, tzinfo=UTC)]
     monkeypatch.setattr(records, "now", clock(now))
-    looking = calendar(system, canary.entries(60))
+    looking = calendar(system, canary.entries(system.rules, 60))
     looked(looking)
     later(looking, now, 60)
     assert looking.alarms() == []
@@ -496,7 +514,7 @@ def test_a_canary_that_does_not_come_back_is_an_alarm_until_it_does(
 def test_a_canary_that_failed_is_an_alarm(system: System, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [datetime(2026, 1, 1, tzinfo=UTC)]
     monkeypatch.setattr(records, "now", clock(now))
-    looking = calendar(system, canary.entries(60))
+    looking = calendar(system, canary.entries(system.rules, 60))
     looked(looking)
     ((job,),) = conn.execute("select id from agentflow.jobs").fetchall()
     run(system, conn, job, "failed", error={"code": "no", "message": "No."})
@@ -507,20 +525,18 @@ def test_a_canary_that_failed_is_an_alarm(system: System, conn: Connection, monk
 
 
 def test_what_is_paused_gets_no_canary(system: System, conn: Connection) -> None:
-    from agentflow.jobs import rules
-
     serve(conn, "default", "heavy")
     gone = serve(conn, "gpu")
     conn.execute("update agentflow.workers set stopped_at = clock_timestamp() where id = %s", (gone,))
     rules.pause(conn, "queue", "heavy", rules.EVERY)
 
-    looked(calendar(system, canary.entries(60)))
+    looked(calendar(system, canary.entries(system.rules, 60)))
 
     assert conn.execute("select queue from agentflow.jobs").fetchall() == [("default",)]
 
 
-def test_without_an_interval_there_is_no_canary() -> None:
-    assert canary.entries(0) == []
+def test_without_an_interval_there_is_no_canary(system: System) -> None:
+    assert canary.entries(system.rules, 0) == []
 
 
 # ---- the process ----

@@ -205,6 +205,11 @@ def delete(conn: Connection, organization_id: int, schedule_id: UUID) -> bool:
     return deleted > 0
 
 
+def any_due(conn: Connection) -> bool:
+    row = conn.execute("select exists (select from agentflow.schedules where wake_at <= clock_timestamp())").fetchone()
+    return bool(row and row[0])
+
+
 def hold_due(conn: Connection) -> tuple[Schedule, datetime] | None:
     """A schedule that is due and that nobody else holds, held until the transaction ends, and the time; None: there is none."""
     row = conn.execute(

@@ -47,7 +47,6 @@ class Ticked:
     by_hand: bool
     job_id: UUID | None
     outcome: Outcome | None
-    ended_at: datetime | None
     facts: dict[str, Any] | None
 
 
@@ -63,7 +62,7 @@ class Latest:
     behind_s: float
 
 
-_TICKED: Final = "at, claimed_at, missed, by_hand, job_id, outcome, ended_at, facts"
+_TICKED: Final = "at, claimed_at, missed, by_hand, job_id, outcome, facts"
 
 
 def claim(conn: Connection, tick: Tick) -> bool:
@@ -113,16 +112,6 @@ def end(
             tick.organization_id,
         ),
     )
-
-
-def newest(conn: Connection, schedule: str) -> dict[str, Ticked]:
-    """The last tick of each subject of an entry, of those that are due at least every day."""
-    rows = conn.execute(
-        f"select distinct on (subject) subject, {_TICKED} from agentflow.ticks"  # noqa: S608 - constants
-        " where schedule = %s and at > clock_timestamp() - interval '1 day' order by subject, at desc",
-        (schedule,),
-    ).fetchall()
-    return {row[0]: Ticked(*row[1:]) for row in rows}
 
 
 def history(
