@@ -172,7 +172,7 @@ class Calendar:
                 self._submit(entry.submit, tick)
             except Unavailable:
                 raise
-            except Exception as error:  # of one entry: the next look tries it again, and the others go on
+            except Exception as error:  # noqa: BLE001 - of one entry: the next look tries again, and the others go on
                 self.alarm(entry.name, f"{entry.name} could not be handed in: {str(error) or type(error).__name__}")
                 return
             self.alarm(entry.name, None)
