@@ -59,13 +59,13 @@ def at_once(*workers: Callable[[], Any]) -> None:
         thread.join(60)
 
 
-def pings(name: str = "test", due: Due | None = None) -> Entry:
+def pings(name: str = "test", due: Due | None = None, *, asks: bool = False) -> Entry:
     """An entry that hands a ping in."""
 
     def submit(transaction: Transaction, tick: Tick) -> Any:
         return transaction.submit(1, NewJob("ping", {}, correlation_id=f"{name}:{tick.subject}")).job
 
-    return Entry(name, due or every(60), submit=submit, asks=due is not None)
+    return Entry(name, due or every(60), submit=submit, asks=asks)
 
 
 def clock(moments: list[datetime]) -> Callable[[Connection], datetime]:
@@ -203,13 +203,13 @@ def test_entries_may_be_made_by_what_the_database_says_is_due(system: System, co
     """As those for the accounts of a CRM: each in its own rhythm, for its organization."""
     at = datetime(2026, 1, 1, tzinfo=UTC)
     accounts = [Tick("", at, "account 7"), Tick("", at + timedelta(seconds=90), "account 9")]
-    looking = calendar(system, [pings("sync", lambda _conn, _now: accounts)])
+    looking = calendar(system, [pings("sync", lambda _conn, _now: accounts, asks=True)])
 
     looked(looking)
     accounts[0] = replace(accounts[0], at=at + timedelta(minutes=5))
     looking._asked_at = float("-inf")
     looked(looking)
-    looked(calendar(system, [pings("sync", lambda _conn, _now: accounts)]))
+    looked(calendar(system, [pings("sync", lambda _conn, _now: accounts, asks=True)]))
 
     assert [(row[0], row[1]) for row in ticks_of(conn, "sync")] == [
         ("account 7", at),
@@ -222,7 +222,7 @@ def test_an_entry_that_fails_to_say_what_is_due_does_not_hold_up_the_others(syst
     def broken(_conn: Connection, _now: datetime) -> list[Tick]:
         raise KeyError("account")
 
-    looking = calendar(system, [pings("broken", broken), pings()])
+    looking = calendar(system, [pings("broken", broken, asks=True), pings()])
     looked(looking)
 
     assert len(ticks_of(conn, "test")) == 1
