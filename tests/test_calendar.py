@@ -28,9 +28,21 @@ from agentflow.storage import StorageError
 from agentflow.system import System, Transaction
 from scheduler import canary, clean_up, schedule
 from scheduler.calendar import Calendar, Done, Due, Entry, every, latest
-from tests.calendar_support import Connection, calendar, jobs_of, looked, made, overdue, ticks_of
+from tests.calendar_support import (
+    Connection,
+    calendar,
+    database_url,
+    jobs_of,
+    looked,
+    made,
+    original,
+    overdue,
+    ticks_of,
+)
 from tests.processes import ROOT, eventually
 from tests.web_support import run
+
+__all__ = ["database_url", "original"]
 
 HOUR = When(every_s=3600)
 

@@ -19,8 +19,10 @@ from agentflow.jobs.retention import Keep
 from agentflow.storage import StorageError
 from agentflow.system import System
 from scheduler import storage
-from tests.calendar_support import cleaned_up
+from tests.calendar_support import cleaned_up, database_url, original
 from tests.web_support import run
+
+__all__ = ["database_url", "original"]
 
 Connection = psycopg.Connection
 NOTHING = Keep(hours=0, count=0)
