@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -106,9 +106,17 @@ class Health:
         self._system = weakref.ref(system)
         self._schema_checked = False
         self._redis: redis.Redis | None = None
+        self._also: list[Callable[[], Iterable[str]]] = []
         self.database = Check("database", self._look_at_database)
         self.redis = Check("redis", self._look_at_redis)
         self.rabbitmq = Check("rabbitmq", self._look_at_rabbitmq)
+
+    def also(self, ask: Callable[[], Iterable[str]]) -> None:
+        """From now on `ask` is asked, too: for sentences on what does not go well, none when all does."""
+        self._also.append(ask)
+
+    def complaints(self) -> list[str]:
+        return [sentence for ask in self._also for sentence in ask()]
 
     @property
     def uses_redis(self) -> bool:
@@ -188,13 +196,14 @@ def report(system: System, service: str) -> tuple[dict[str, Any], bool]:
     """The document of /health, and whether this process should get traffic. Takes 1.5 s at most and raises nothing."""
     health = of(system)
     connections = health.connections()
+    complaints = health.complaints()
     wrong = [name for name, each in connections.items() if not each.connected and each.last_error != NOT_CONFIGURED]
     status = "ok"
     if health.stuck:
         status = "stuck"
     elif health.draining:
         status = "draining"
-    elif wrong:
+    elif wrong or complaints:
         status = "degraded"
     document = {
         "status": status,
@@ -203,6 +212,7 @@ def report(system: System, service: str) -> tuple[dict[str, Any], bool]:
         "uptime": round(time.monotonic() - health.started, 1),
         **{name: each.view() for name, each in connections.items()},
         "jobs": metrics.jobs(),
+        "degraded": [*(f"{name}: {connections[name].last_error}" for name in wrong), *complaints],
     }
     return document, connections["database"].connected and not health.draining and not health.stuck
 

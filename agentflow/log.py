@@ -14,7 +14,7 @@ _NOISY = {
     "pika": logging.CRITICAL,
     "httpx2": logging.WARNING,
     "httpcore2": logging.WARNING,
-    "apscheduler": logging.WARNING,
+    "apscheduler": logging.ERROR,  # what it warns of is a look that takes longer than the time to the next
     "psycopg.pool": logging.CRITICAL,  # each attempt to connect; agentflow/presence.py says it once
 }
 

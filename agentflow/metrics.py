@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import prometheus_client
@@ -23,6 +24,7 @@ from agentflow.database import Unavailable
 from agentflow.jobs import statistics
 from agentflow.jobs.model import State
 from agentflow.jobs.registry import JobType
+from agentflow.schedules import canaries, ticks
 
 if TYPE_CHECKING:
     from agentflow.system import System
@@ -93,6 +95,11 @@ _keys_refused = Counter(
     registry=REGISTRY,
 )
 
+_ticks = Counter(
+    "agentflow_schedule_ticks", "Ticks that this process claimed", ("schedule", "outcome"), registry=REGISTRY
+)
+_deleted = Counter("agentflow_cleanup_deleted", "Rows and files deleted by retention", ("what",), registry=REGISTRY)
+
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -121,6 +128,15 @@ def job_ended(job_type: str, queue: str, state: State | None, seconds: float) ->
 
 def key_refused(why: str) -> None:
     _keys_refused.labels(why).inc()
+
+
+def ticked(schedule: str, outcome: str, number: int = 1) -> None:
+    """Of an entry of the calendar; user-defined schedules are one, `user`."""
+    _ticks.labels(schedule, outcome).inc(number)
+
+
+def cleaned_up(what: str, number: int) -> None:
+    _deleted.labels(what).inc(number)
 
 
 def redis_connected(connected: bool) -> None:
@@ -206,12 +222,21 @@ def _queues_of(system: System) -> CollectorRegistry:
         return _of_systems[system]
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the database said."""
+
+    queues: list[statistics.Queue]
+    entries: list[ticks.Latest]
+    canaries: list[canaries.Canary]
+
+
 class Queues(prometheus_client.registry.Collector):
-    """Gauges from the database. One scrape at a time asks it; the others get what was known before."""
+    """Gauges from the database: queues, and the calendar. One scrape at a time asks it; the others get what was known before."""
 
     def __init__(self, system: weakref.ref[System]) -> None:
         self._system = system
-        self._found: list[statistics.Queue] | None = None
+        self._found: _Known | None = None
         self._fresh_until = 0.0
         self._asking = threading.Lock()
 
@@ -226,7 +251,7 @@ class Queues(prometheus_client.registry.Collector):
         parked = GaugeMetricFamily("agentflow_jobs_parked", "Queued jobs that wait", labels=("queue", "reason"))
         oldest = GaugeMetricFamily("agentflow_oldest_due_age_seconds", "Age of the oldest due job", labels=("queue",))
         threads = GaugeMetricFamily("agentflow_worker_threads", "Threads of live workers", labels=("queue",))
-        for queue in self._found:
+        for queue in self._found.queues:
             jobs_.add_metric((queue.name, "due"), queue.due)
             jobs_.add_metric((queue.name, "parked"), sum(queue.parked.values()))
             jobs_.add_metric((queue.name, "running"), queue.running)
@@ -235,6 +260,7 @@ class Queues(prometheus_client.registry.Collector):
             for reason, number in queue.parked.items():
                 parked.add_metric((queue.name, reason), number)
         yield from (jobs_, parked, oldest, threads)
+        yield from _of_calendar(self._found)
 
     def _refresh(self) -> None:
         system: Any = self._system()
@@ -243,7 +269,7 @@ class Queues(prometheus_client.registry.Collector):
         try:
             began = time.monotonic()
             with system.database.connection() as conn:
-                self._found = statistics.queues(conn)
+                self._found = _Known(statistics.queues(conn), ticks.latest(conn), canaries.states(conn))
             took = time.monotonic() - began
             self._fresh_until = time.monotonic() + max(CACHE_S, _CACHE_SHARE * took)
         except Unavailable as error:
@@ -251,3 +277,34 @@ class Queues(prometheus_client.registry.Collector):
             logger.debug("no gauges of queues: the database is away", error=str(error))
         finally:
             self._asking.release()
+
+
+def _of_calendar(known: _Known) -> Iterator[Metric]:
+    last = GaugeMetricFamily(
+        "agentflow_schedule_last_tick_timestamp_seconds", "When an entry ticked last", labels=("schedule",)
+    )
+    behind = GaugeMetricFamily(
+        "agentflow_cleanup_behind_seconds",
+        "Since clean-up last got to the end of what there was to delete; 0: its last run did",
+        labels=("what",),
+    )
+    for entry in known.entries:
+        last.add_metric((entry.schedule,), entry.claimed_at.timestamp())
+        kind, _, what = entry.schedule.partition(".")
+        if kind == "clean_up":
+            behind.add_metric((what,), entry.behind_s)
+    trip = GaugeMetricFamily(
+        "agentflow_canary_round_trip_seconds", "Of the last canary that came back", labels=("queue",)
+    )
+    away = GaugeMetricFamily(
+        "agentflow_canary_away_seconds",
+        "Since the canary that has not come back was sent; 0: it has",
+        labels=("queue",),
+    )
+    failed = GaugeMetricFamily("agentflow_canary_failed", "1 while the last canary failed", labels=("queue",))
+    for canary in known.canaries:
+        if canary.round_trip_s is not None:
+            trip.add_metric((canary.queue,), canary.round_trip_s)
+        away.add_metric((canary.queue,), canary.age_s if canary.state == "waiting" else 0.0)
+        failed.add_metric((canary.queue,), canary.state == "failed")
+    yield from (last, behind, trip, away, failed)

@@ -142,6 +142,14 @@ class Settings(BaseModel):
     retain_failed_hours: Seconds = Field(168.0, description="Failed and cancelled jobs: the same …")
     retain_failed_count: Annotated[int, Field(ge=0)] = Field(5000, description="… per organization")
     retain_idempotency_hours: Seconds = Field(24.0, description="How long an Idempotency-Key is remembered")
+    retain_upload_hours: Seconds = Field(
+        168.0, description="How long a video is kept, with its file, after the last job that named it is gone"
+    )
+    schedules_most: Count = Field(100, description="Most schedules of one organization")
+    schedule_min_interval: Count = Field(60, description="Least seconds between two ticks of such a schedule")
+    canary_interval: Annotated[int, Field(ge=0)] = Field(
+        60, description="Seconds between two canaries (a ping through each queue, timed); `0`: none"
+    )
     upload_max_bytes: Count = Field(5 << 30, description="Largest upload or download of a video, in bytes")
     fetch_allow: StrList = Field(
         (), description="`host:port` entries, comma-separated, that may be fetched although they are private addresses"

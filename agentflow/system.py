@@ -76,6 +76,8 @@ class System:
         self.home = settings.agentflow_home
         self._embedded: embedded.Embedded | None = None
         self._lock = threading.Lock()
+        #: Set when the process is about to end: long work stops at its next step.
+        self.closing = False
 
     @classmethod
     def start(cls, settings: Settings, kind: str) -> System:
@@ -244,6 +246,11 @@ class System:
     def sealer(self) -> Sealer:
         return Sealer(self.settings.link_secret)
 
+    @cached_property
+    def installation_id(self) -> str:
+        """Made once per database; no secret."""
+        return self._installation_secret("id").hex()[:32]
+
     def prepare(self, organization_id: int, new: NewJob, *, public_only: bool = True) -> Prepared:
         """Check a request for a job, without the database. Raises InvalidJob, UnknownType."""
         return intake.prepare(
@@ -301,6 +308,7 @@ class System:
             self._embedded.ensure()
 
     def close(self, *, wait_stopped_s: float = 0.0) -> None:
+        self.closing = True
         if "publisher" in self.__dict__:
             self.publisher.close()
         if "broker" in self.__dict__:

@@ -12,6 +12,8 @@ from uuid import UUID
 from uuid6 import uuid7
 
 from agentflow.database import Connection
+from agentflow.jobs import files
+from agentflow.jobs.files import Doomed
 
 _COLUMNS: Final = "id, organization_id, storage_key, source_url, filename, content_type, size_bytes, created_at"
 _WRITTEN: Final = "id, organization_id, storage_key, filename, content_type, size_bytes"
@@ -73,11 +75,45 @@ def create_url(conn: Connection, organization_id: int, url: str, *, video_id: UU
     return video
 
 
-def get(conn: Connection, organization_id: int | None, video_id: UUID) -> Video | None:
-    """None where there is no such video, or it is another organization's (an organization of None sees all)."""
+def get(conn: Connection, organization_id: int | None, video_id: UUID, *, keep: bool = False) -> Video | None:
+    """None where there is no such video, or it is another organization's (an organization of None sees all).
+
+    `keep`: it is not deleted before the caller's transaction ends, which hands in a job on it.
+    """
     row = conn.execute(
         f"select {_COLUMNS} from agentflow.videos where id = %(id)s"  # noqa: S608 - constants
-        " and (%(organization)s::bigint is null or organization_id = %(organization)s)",
+        " and (%(organization)s::bigint is null or organization_id = %(organization)s)"
+        + (" for share" if keep else ""),
         {"id": video_id, "organization": organization_id},
     ).fetchone()
     return Video(*row) if row else None
+
+
+def delete_old(conn: Connection, *, hours: float, limit: int = 1000) -> int:
+    """Forget one batch of videos older than that which no job names any more; files that lie here are doomed with them.
+
+    Returns how many were looked at and are old; fewer than `limit`: done.
+    """
+    with conn.transaction():
+        old = conn.execute(
+            "select id, organization_id from agentflow.videos v"  # noqa: S608 - constants
+            " where v.created_at < clock_timestamp() - make_interval(secs => %(hours)s * 3600)"
+            f" and not exists ({_NAMED}) order by v.id limit %(limit)s for update skip locked",
+            {"hours": hours, "limit": limit},
+        ).fetchall()
+        # A statement of its own, now that they are held: a job on one may have been handed in since that one began.
+        deleted = conn.execute(
+            "delete from agentflow.videos v"  # noqa: S608 - constants
+            " using unnest(%(ids)s::uuid[], %(organizations)s::bigint[]) o(id, organization_id)"
+            f" where v.id = o.id and v.organization_id = o.organization_id and not exists ({_NAMED})"
+            " returning v.organization_id, v.storage_key",
+            {"ids": [row[0] for row in old], "organizations": [row[1] for row in old]},
+        ).fetchall()
+        files.doom(conn, [Doomed(row[0], row[1]) for row in deleted if row[1] is not None])
+    return len(old)
+
+
+_NAMED: Final = (
+    "select from agentflow.jobs j where j.payload ? 'video_id' and j.payload->>'video_id' = v.id::text"
+    " and j.organization_id = v.organization_id"
+)

@@ -24,6 +24,8 @@ def main() -> int:
         print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - before there is a log
         return 2
     log.configure(read, "scheduler")
+    import actors  # noqa: F401 - makes their job types known; with wrong settings it would end the process in its own words
+
     told = Inbox()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup

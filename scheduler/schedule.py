@@ -1,117 +1,114 @@
-"""The whole schedule on one page. Each entry runs in one process at a time, by a try-lock in Postgres, and once per interval
-however many processes there are and however often they are started anew: Postgres remembers the last tick."""
+"""The whole schedule on one page: what happens, how often, and what does it.
+
+Whatever is due is claimed as a row in Postgres, once, however many schedulers run, by the database's clock. Of what was missed
+while none ran the last tick is made up for. An entry of another kind is one line here: a function that says what is due.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.interval import IntervalTrigger
 
-from agentflow import log
-from agentflow.database import Connection, Unavailable
+from agentflow import health
 from agentflow.jobs import retention
 from agentflow.jobs.retention import Keep
 from agentflow.models import answers
-from agentflow.storage import StorageError
+from agentflow.schedules import ticks
 from agentflow.system import System
+from agentflow.videos import delete_old as delete_old_videos
+from scheduler import canary, clean_up, storage
+from scheduler.calendar import Calendar, Entry, every
 
-logger = log.get(__name__)
-
-CLEAN_UP_EVERY_S: Final = 600
 HEARTBEAT_EVERY_S: Final = 5
-_PAUSE_S: Final = 0.05  # between two batches of deletions, so that vacuum and the workers keep up
-_LEFTOVER_AGE_S: Final = 86_400.0
+#: User-defined schedules change and come due at any time: so late do they tick.
+LOOK_EVERY_S: Final = 1
+#: What has not looked for so long is stuck, or has no database.
+_SILENT_S: Final = 30.0
+_CLEAN_UP_S: Final = 600
+_DAY_S: Final = 86_400
 
 
-def start(system: System) -> BackgroundScheduler:
-    """Start the schedule in a thread. A tick that was missed, since the process was down or busy, runs once, late."""
-    scheduler = BackgroundScheduler(
-        timezone="UTC", job_defaults={"coalesce": True, "misfire_grace_time": None, "max_instances": 1}
-    )
-    scheduler.add_job(
-        _guarded(system, "clean_up", clean_up, CLEAN_UP_EVERY_S),
-        "interval",
-        seconds=CLEAN_UP_EVERY_S,
-        jitter=30,
-        next_run_time=datetime.now(UTC),  # whatever was missed while nobody was there; else Postgres says no
-    )
-    scheduler.add_job(system.heartbeat, "interval", seconds=HEARTBEAT_EVERY_S)
-    scheduler.start()
-    return scheduler
-
-
-def clean_up(system: System) -> dict[str, int]:
-    """Forget what retention says: ended jobs, idempotency keys, batches, dead workers' rows, leftovers of cut uploads."""
+def entries(system: System) -> list[Entry]:
     settings = system.settings
     succeeded = Keep(settings.retain_succeeded_hours, settings.retain_succeeded_count)
     failed = Keep(settings.retain_failed_hours, settings.retain_failed_count)
-    with system.database.connection() as conn:
-        deleted = {
-            "succeeded": _in_batches(lambda: retention.delete_jobs(conn, succeeded=True, keep=succeeded)),
-            "failed": _in_batches(lambda: retention.delete_jobs(conn, succeeded=False, keep=failed)),
-            "idempotency_keys": _in_batches(
-                lambda: retention.delete_idempotency_keys(conn, hours=settings.retain_idempotency_hours)
-            ),
-            "unique_keys": _in_batches(lambda: retention.delete_unique_keys(conn)),
-            "batches": _in_batches(lambda: retention.delete_batches(conn, hours=settings.retain_failed_hours)),
-            "model_answers": _in_batches(lambda: answers.delete_old(conn, hours=settings.retain_failed_hours)),
-            "workers": retention.delete_workers(conn),
-        }
-    try:
-        deleted["leftovers"] = system.storage.sweep(_LEFTOVER_AGE_S)
-    except StorageError as error:
-        logger.warning("leftovers in storage were not looked for", error=str(error))
-    return deleted
+    hours = settings.retain_failed_hours
+    batches = clean_up.in_batches
+
+    return [
+        *canary.entries(system.rules, settings.canary_interval),
+        Entry(
+            "clean_up.succeeded",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: retention.delete_jobs(conn, succeeded=True, keep=succeeded)),
+        ),
+        Entry(
+            "clean_up.failed",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: retention.delete_jobs(conn, succeeded=False, keep=failed)),
+        ),
+        Entry(
+            "clean_up.idempotency_keys",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: retention.delete_idempotency_keys(conn, hours=settings.retain_idempotency_hours)),
+        ),
+        Entry("clean_up.unique_keys", every(_CLEAN_UP_S), work=batches(retention.delete_unique_keys)),
+        Entry(
+            "clean_up.batches",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: retention.delete_batches(conn, hours=hours)),
+        ),
+        Entry(
+            "clean_up.model_answers",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: answers.delete_old(conn, hours=hours)),
+        ),
+        Entry("clean_up.workers", every(_CLEAN_UP_S), work=clean_up.once(retention.delete_workers)),
+        Entry(
+            "clean_up.videos",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: delete_old_videos(conn, hours=settings.retain_upload_hours)),
+        ),
+        Entry("clean_up.files", every(_CLEAN_UP_S), work=storage.remove_doomed),
+        Entry("clean_up.orphans", every(_DAY_S), work=storage.doom_orphans),
+        Entry("clean_up.leftovers", every(_DAY_S), work=storage.sweep),
+        Entry(
+            "clean_up.ticks",
+            every(_DAY_S),
+            work=batches(lambda conn: ticks.delete_old(conn, days=30)),
+        ),
+    ]
 
 
-def _in_batches(delete: Callable[[], int]) -> int:
-    total = 0
-    while (deleted := delete()) > 0:
-        total += deleted
-        if deleted < retention.BATCH:
-            break
-        time.sleep(_PAUSE_S)
-    return total
+class Running(BackgroundScheduler):  # type: ignore[misc]
+    """APScheduler's loop around the calendar."""
+
+    def __init__(self, system: System, listed: Sequence[Entry]) -> None:
+        super().__init__(
+            timezone="UTC", job_defaults={"coalesce": True, "misfire_grace_time": None, "max_instances": 1}
+        )
+        self.calendar = Calendar(system, listed, self._at_once)
+        self.add_job(self.calendar.look, IntervalTrigger(seconds=LOOK_EVERY_S), next_run_time=datetime.now(UTC))
+        self.add_job(system.heartbeat, IntervalTrigger(seconds=HEARTBEAT_EVERY_S))
+        health.of(system).also(self.degraded)
+
+    def degraded(self) -> Iterable[str]:
+        """Sentences on what is not well."""
+        if (silent_s := self.calendar.silent_s()) > _SILENT_S:
+            yield f"the calendar was not looked at for {silent_s:.0f} s"
+        yield from self.calendar.alarms()
+
+    def _at_once(self, function: Any, *arguments: Any) -> None:
+        """In a thread of the scheduler's pool."""
+        self.add_job(function, args=arguments)
 
 
-def _guarded(system: System, name: str, work: Callable[[System], dict[str, int]], every_s: float) -> Callable[[], None]:
-    """Run by one process at a time, and not sooner than it is due; an outage of the database is one line, and the next tick
-    tries again."""
-
-    def run() -> None:
-        try:
-            with system.database.connection() as conn, conn.transaction():
-                if not _try_lock(conn, name) or not _is_due(conn, name, every_s):
-                    return
-                done = work(system)
-            logger.info("schedule ran", schedule=name, **done)
-        except Unavailable as error:
-            logger.warning("schedule could not run", schedule=name, error=str(error).strip())
-
-    run.__name__ = name
-    return run
-
-
-def _try_lock(conn: Connection, name: str) -> bool:
-    """Held until the transaction ends. Transaction-level, so that it works behind a transaction pooler."""
-    row = conn.execute(
-        "select pg_try_advisory_xact_lock(hashtextextended(%s, 7))", (f"agentflow.schedule:{name}",)
-    ).fetchone()
-    return bool(row and row[0])
-
-
-def _is_due(conn: Connection, name: str, every_s: float) -> bool:
-    """Whether the last tick, anybody's, is an interval ago; if so this one is noted, unless the transaction is rolled back."""
-    return (
-        conn.execute(
-            "insert into agentflow.installation as i (name, value)"
-            " values (%s, extract(epoch from clock_timestamp())::text) on conflict (name) do update"
-            " set value = excluded.value where i.value::float8 < excluded.value::float8 - %s",
-            # The jitter of two ticks, either way, must not skip one.
-            (f"schedule.{name}", every_s * 0.8),
-        ).rowcount
-        > 0
-    )
+def start(system: System, listed: Sequence[Entry] | None = None) -> Running:
+    """Start the schedule in threads; `shutdown()` ends it. What was missed while none ran is done now, once."""
+    running = Running(system, entries(system) if listed is None else listed)
+    running.start()
+    return running

@@ -87,6 +87,7 @@ def environment(stack: embedded.Embedded, database_url: str, tmp_path: Path) -> 
         "STORAGE_SHARED": "true",  # one machine
         "ADMIN_API_KEY": ADMIN_KEY,
         "JOB_QUEUE_NAME": f"t{os.getpid()}-{next(_numbers)}",
+        "CANARY_INTERVAL": "0",  # jobs are counted
         "JOB_CONCURRENCY": "8",
         "WORKER_POLLING_INTERVAL": "0.2",
         statements.FOLDER: str(tmp_path / "statements"),

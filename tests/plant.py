@@ -116,6 +116,7 @@ def running_plant(servers: Servers) -> Iterator[Plant]:
         "STORAGE_SHARED": "true",
         "ADMIN_API_KEY": ADMIN_KEY,
         "JOB_QUEUE_NAME": f"plant{uuid4().hex[:6]}",
+        "CANARY_INTERVAL": "0",
         "JOB_CONCURRENCY": "8",
         "WORKER_POLLING_INTERVAL": "0.2",
         "JOB_LEASE": f"{LEASE_S:g}",

@@ -13,8 +13,8 @@ from agentflow import embedded
 from agentflow.jobs import batches, intake, records, retention
 from agentflow.jobs.retention import BATCH, Keep
 from agentflow.system import System
-from scheduler import schedule
 from tests import core_support
+from tests.calendar_support import cleaned_up
 from tests.core_support import (
     ORGANIZATION,
     Original,
@@ -247,7 +247,7 @@ def test_the_schedule_cleans_up_whole_backlogs(system: System, conn: Connection)
     ended(conn, "failed")
     pass_time(conn, 30 * 86_400)
 
-    deleted = schedule.clean_up(system)
+    deleted = cleaned_up(system)
 
-    assert (deleted["succeeded"], deleted["failed"]) == (1501, 0)
+    assert (deleted["clean_up.succeeded"], deleted["clean_up.failed"]) == (1501, 0)
     assert len(left(conn)) == 1001  # the newest thousand, and one dead letter

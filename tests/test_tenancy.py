@@ -18,8 +18,8 @@ from agentflow.jobs import batches, records, retention
 from agentflow.jobs.intake import NewJob
 from agentflow.organizations import SCOPES, Scope
 from agentflow.system import System
-from scheduler import schedule
 from tests import statements
+from tests.calendar_support import cleaned_up
 from tests.conftest import ADMIN_KEY, RECORDER
 from tests.statements import IN_REQUESTS, SYSTEM_WIDE, Statement, problem_of
 from tests.web_support import claim, count, finish, problem
@@ -83,7 +83,9 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
     task = owner.client.post("/api/videos/analyze", json={"url": "http://8.8.8.8/film.mp4"}).json
     (key,) = organizations.keys(conn, owner.organization_id)
     owner.client.post("/api/callback-secrets", json={})
+    schedule = owner.client.post("/api/schedules", json={"name": "hourly", "every_s": 3600, "type": "ping"}).json
     return {
+        "schedule_id": schedule["id"],
         "job_id": failed["id"],
         "batch_id": batch["batch_id"],
         "callback_id": str(callback.id),
@@ -101,6 +103,8 @@ BODIES: dict[str, Any] = {
     "/api/keys": {"name": "x", "scopes": ["read"]},
     "/api/callback-secrets": {},
     "/api/keys/{key_id}/rotate": {},
+    "/api/schedules": {"name": "another", "every_s": 3600, "type": "ping"},
+    "/api/schedules/{schedule_id}": {"name": "renamed"},
 }
 
 
@@ -119,7 +123,7 @@ class Route:
         if self.path == "/api/videos/analyze":
             body = {"video_id": things["video_id"]}
         path = re.sub(r"{(\w+)}", lambda match: things[match.group(1)], self.path)
-        return client.open(path, method=self.method, json=body if self.method == "POST" else None)
+        return client.open(path, method=self.method, json=body if self.method in ("POST", "PATCH") else None)
 
 
 def routes(app: Any) -> list[Route]:
@@ -136,7 +140,9 @@ def routes(app: Any) -> list[Route]:
     return found
 
 
-ANYTHING = dict.fromkeys(("job_id", "batch_id", "callback_id", "video_id", "task_id", "key_id"), str(uuid4()))
+ANYTHING = dict.fromkeys(
+    ("job_id", "batch_id", "callback_id", "video_id", "task_id", "key_id", "schedule_id"), str(uuid4())
+)
 
 
 # ---- routes ----
@@ -191,7 +197,16 @@ def test_every_list_holds_only_the_callers_own(
 
 
 def snapshot(conn: psycopg.Connection) -> list[int]:
-    tables = ("jobs", "batches", "videos", "api_keys", "callback_secrets", "idempotency_keys", "unique_keys")
+    tables = (
+        "jobs",
+        "batches",
+        "videos",
+        "api_keys",
+        "callback_secrets",
+        "idempotency_keys",
+        "unique_keys",
+        "schedules",
+    )
     return [count(conn, table) for table in tables]
 
 
@@ -313,14 +328,14 @@ def test_the_statements_of_a_whole_life_are_heard_and_each_names_its_organizatio
         prepared = [system.prepare(MINE, NewJob("ping", {}, idempotency_key="b"))]
         batches.submit(pooled, MINE, prepared, idempotency_key="b")
         signing.live_secrets(pooled, MINE, system.sealer)
-    schedule.clean_up(system)
+    cleaned_up(system)
 
     heard = set().union(*(statements.tables_of(text) for text in RECORDER.texts))
 
     # Rows of `attempts` are written by settle alone, and read through the view.
     assert {
         *("jobs", "job_attempts", "batches", "videos", "idempotency_keys", "unique_keys"),
-        *("api_keys", "callback_secrets", "callback_attempts"),
+        *("api_keys", "callback_secrets", "callback_attempts", "schedules", "ticks", "doomed_files"),
     } <= heard
     assert RECORDER.problems == []
 

@@ -32,6 +32,7 @@ task_id = "{task}"
 video_id = "{video}"
 batch_id = "{batch}"
 key_id = "{key}"
+schedule_id = "{schedule}"
 
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "302", "400", "401", "403", "404", "408", "409", "413", "414", "416", "422", "431"]
@@ -48,6 +49,11 @@ parameters = {{ key_id = "{revoked}" }}
 [[operations]]
 include-path = "/api/batches/{{batch_id}}/callbacks/{{callback_id}}/replay"
 parameters = {{ callback_id = "{batch_callback}" }}
+
+[[operations]]
+include-path = "/api/schedules/{{schedule_id}}"
+include-method = "DELETE"
+parameters = {{ schedule_id = "{unwanted}" }}
 
 # Texts in a form and the bare bytes of an upload mean nothing to the API: there is no wrong file.
 [[operations]]
@@ -201,6 +207,9 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
     def key() -> str:
         return str(web.http.post("/api/keys", json={"name": "x", "scopes": ["read"]}).json()["id"])
 
+    def schedule(name: str) -> str:
+        return str(web.http.post("/api/schedules", json={"name": name, "every_s": 3600, "type": "ping"}).json()["id"])
+
     return {
         "failed": failed,
         "cancelled": cancelled,
@@ -211,6 +220,8 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
         "video": task["video_id"],
         "key": key(),
         "revoked": key(),
+        "schedule": schedule("kept"),
+        "unwanted": schedule("unwanted"),
         "file": "o/1/x.png",
         "expires": link["expires"][0],
         "signature": link["signature"][0],

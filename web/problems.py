@@ -14,6 +14,7 @@ from agentflow import log
 from agentflow.database import Unavailable
 from agentflow.jobs.intake import IdempotencyConflict, InvalidJob
 from agentflow.jobs.registry import UnknownType
+from agentflow.schedules.when import InvalidWhen
 from agentflow.storage import StorageError, TooLarge
 
 logger = log.get(__name__)
@@ -100,6 +101,10 @@ def install(app: Flask) -> None:
 
     @app.errorhandler(InvalidJob)
     def invalid_job(error: InvalidJob) -> Response:
+        return http_of(invalid(error.field, error.problem))
+
+    @app.errorhandler(InvalidWhen)
+    def invalid_when(error: InvalidWhen) -> Response:
         return http_of(invalid(error.field, error.problem))
 
     @app.errorhandler(UnknownType)

@@ -14,6 +14,7 @@ from pydantic import Field
 import agentflow
 from agentflow import health, metrics
 from agentflow.jobs import statistics
+from agentflow.schedules import canaries, ticks
 from web.api import Call, Media, Routes, View
 from web.problems import Refused
 
@@ -63,12 +64,37 @@ class ConnectionView(View):
     lastError: str | None
 
 
+class CalendarView(View):
+    """The last tick of an entry of the calendar."""
+
+    schedule: str = Field(description="`canary`, `clean_up.…`, …; `user` is all schedules that organizations made")
+    at: datetime = Field(description="When it was due")
+    claimed_at: datetime
+    outcome: str | None = Field(
+        description="submitted, refused, done, behind (there was more than it could do), failed; null: at work, or cut off"
+    )
+    age_s: float
+    behind_s: float = Field(description="Seconds since its last run that got to the end; 0: the last one did")
+
+
+class CanaryView(View):
+    """The last ping through a queue."""
+
+    queue: str
+    at: datetime
+    state: str = Field(description="well, waiting (it has not come back yet), failed")
+    age_s: float
+    round_trip_s: float | None = Field(description="From handing in to the end, of the last one that came back")
+
+
 class SystemStats(View):
     queues: list[QueueView]
     workers: list[WorkerView]
     lately: LatelyView
     versions: dict[str, str | None]
     connections: dict[str, ConnectionView]
+    calendar: list[CalendarView] = Field(description="Empty until a scheduler runs")
+    canaries: list[CanaryView]
 
 
 class HealthView(View):
@@ -80,6 +106,7 @@ class HealthView(View):
     rabbitmq: ConnectionView
     database: ConnectionView
     jobs: dict[str, int]
+    degraded: list[str] = Field(description="What does not go well, in sentences")
 
 
 class ReadyView(HealthView):
@@ -99,7 +126,7 @@ def queue_stats(call: Call) -> QueueStats:
 
 @system_routes.get("/api/system/stats", {200: SystemStats}, scope="admin")
 def stats(call: Call) -> SystemStats:
-    """The whole picture: queues, workers, what was done lately, versions, connections."""
+    """The whole picture: queues, workers, what was done lately, versions, connections, the calendar."""
     with call.system.database.connection() as conn:
         return SystemStats(
             queues=[_view(QueueView, each) for each in statistics.queues(conn)],
@@ -113,6 +140,8 @@ def stats(call: Call) -> SystemStats:
             connections={
                 name: ConnectionView(**each.view()) for name, each in health.of(call.system).connections().items()
             },
+            calendar=[_view(CalendarView, each) for each in ticks.latest(conn)],
+            canaries=[_view(CanaryView, each) for each in canaries.states(conn)],
         )
 
 

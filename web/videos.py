@@ -231,7 +231,7 @@ def analyze(call: Call, body: AnalyzeRequest, headers: jobs.BatchHeaders) -> Ans
             if video.source_url != body.url:
                 raise Refused(409, f"idempotency key {key!r} was used for another request")
         else:
-            found = videos.get(transaction.conn, call.sees, body.video_id)
+            found = videos.get(transaction.conn, call.sees, body.video_id, keep=True)
             if found is None:
                 raise _unknown(body.video_id)
             video = found

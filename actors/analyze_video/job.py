@@ -32,12 +32,18 @@ class AnalyzeVideo(Payload):
     video_id: UUID
 
 
+def folder(organization_id: int, job_id: UUID, payload: AnalyzeVideo) -> str:
+    """Where an analysis keeps its files."""
+    return f"o/{organization_id}/videos/{payload.video_id}/{job_id}"
+
+
 @job(
     "analyze_video",
     payload=AnalyzeVideo,
     queue="heavy",
     time_limit_s=3600.0,
     process_limit=lambda settings: settings.video_concurrency,
+    files=folder,
 )
 def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
     """Find a video's shots, with the sharpest keyframe of each and a contact sheet; with models, what it is about."""
@@ -46,12 +52,12 @@ def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
         video = videos.get(conn, organization, payload.video_id)
     if video is None:
         raise Permanent(f"There is no video {payload.video_id}.", code="no_such_video")
-    prefix = f"o/{organization}/videos/{video.id}/{context.job.id}"
-    with tempfile.TemporaryDirectory(prefix="agentflow-video-") as folder:
-        out = Path(folder) / "out"
+    prefix = folder(organization, context.job.id, payload)
+    with tempfile.TemporaryDirectory(prefix="agentflow-video-") as scratch:
+        out = Path(scratch) / "out"
         out.mkdir()
         with Keeping(context, prefix, out) as keeping:
-            analysis = _earlier(context, prefix) or _analyzed(context, video, Path(folder), keeping)
+            analysis = _earlier(context, prefix) or _analyzed(context, video, Path(scratch), keeping)
             analysis |= _understood(context, analysis, out, prefix)
     return {"video_id": str(video.id), "filename": video.filename, **analysis}
 

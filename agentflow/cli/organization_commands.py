@@ -46,7 +46,7 @@ def list_all(as_json: bool) -> None:
 def create_key(org: str, name: str, scopes: Sequence[str], expires_days: float | None) -> None:
     expires_at = datetime.now(UTC) + timedelta(days=expires_days) if expires_days else None
     with connected() as system, system.database.transaction() as conn:
-        organization = _organization(conn, org)
+        organization = find_organization(conn, org)
         _made, key = organizations.create_key(
             conn, organization.id, name, cast(Sequence[Scope], scopes), expires_at=expires_at
         )
@@ -56,7 +56,7 @@ def create_key(org: str, name: str, scopes: Sequence[str], expires_days: float |
 
 def list_keys(org: str | None, as_json: bool) -> None:
     with connected() as system, system.database.connection() as conn:
-        organization = _organization(conn, org) if org is not None else None
+        organization = find_organization(conn, org) if org is not None else None
         found = organizations.keys(conn, organization.id if organization else None)
         slugs = {o.id: o.slug for o in organizations.every(conn)}
     if as_json:
@@ -135,7 +135,7 @@ def replay_callback(callback: str) -> None:
 
 def create_secret(org: str, grace_h: float) -> None:
     with connected() as system, system.database.transaction() as conn:
-        organization = _organization(conn, org)
+        organization = find_organization(conn, org)
         _made, secret = signing.create_secret(conn, organization.id, system.sealer, grace_s=grace_h * 3600)
     print(secret)
     _note(f"signs the callbacks of {organization.slug} from now on; it is not shown again")
@@ -143,7 +143,7 @@ def create_secret(org: str, grace_h: float) -> None:
 
 def list_secrets(org: str) -> None:
     with connected() as system, system.database.connection() as conn:
-        found = signing.secrets_of(conn, _organization(conn, org).id)
+        found = signing.secrets_of(conn, find_organization(conn, org).id)
     if found:
         rows = [(s.id, output.ago(s.created_at), output.ago(s.expires_at) or "when another is made") for s in found]
         output.console().print(output.table(("id", "created", "ends"), rows))
@@ -151,7 +151,7 @@ def list_secrets(org: str) -> None:
         print("no secret: callbacks go out unsigned until `agentflow callbacks secret` makes one")
 
 
-def _organization(conn: Connection, named: str) -> Organization:
+def find_organization(conn: Connection, named: str) -> Organization:
     organization = organizations.find(conn, named)
     if organization is None:
         raise Failure(f"there is no organization {named!r}; `agentflow orgs list` shows them", USAGE)

@@ -83,6 +83,7 @@ class WorkerHealth:
             "uptime": round(time.monotonic() - self._started, 1),
             **self._servers(answers),
             "jobs": self._jobs(answers),
+            "degraded": list(dict.fromkeys(said for a in answers for said in a.document.get("degraded", ()))),
             "processes": [self._process(answer) for answer in answers],
         }
         if path == "/health/ready":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
+from uuid import UUID
 
 from pydantic import BaseModel
 
@@ -82,6 +83,7 @@ class JobType:
     unique: Callable[[Any], Unique | None]
     repeatable: bool
     public: bool
+    files: Callable[[int, UUID, Any], str] | None
     description: str
 
 
@@ -110,8 +112,13 @@ def job(
     unique: Callable[[P], Unique | None] = lambda _: None,
     repeatable: bool = True,
     public: bool = True,
+    files: Callable[[int, UUID, P], str] | None = None,
 ) -> Callable[[Callable[[Any, P], Any]], Callable[[Any, P], Any]]:
-    """Declare a function `(context, payload) -> result` as a job type. `public` types may be submitted over the API."""
+    """Declare a function `(context, payload) -> result` as a job type. `public` types may be submitted over the API.
+
+    `files` gives the folder in storage that is the job's alone, by organization, job and payload: it goes when the job is
+    forgotten.
+    """
 
     def declare(function: Callable[[Any, P], Any]) -> Callable[[Any, P], Any]:
         if name in _types and _types[name].function is not function:
@@ -130,6 +137,7 @@ def job(
             unique=unique,
             repeatable=repeatable,
             public=public,
+            files=files,
             description=(function.__doc__ or "").strip().split("\n")[0],
         )
         return function

@@ -1,11 +1,17 @@
-"""Forgetting: ended jobs, idempotency and unique keys, batches, workers' rows. In small batches, never what is still needed."""
+"""Forgetting: ended jobs with their files, idempotency and unique keys, batches, workers' rows. In small batches, never what is
+still needed."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
+
+from pydantic import ValidationError
 
 from agentflow.database import Connection
+from agentflow.jobs import files, registry
+from agentflow.jobs.files import Doomed
 from agentflow.jobs.unique import MAX_PERIOD_S
 
 BATCH: Final = 1000
@@ -22,39 +28,63 @@ class Keep:
 def delete_jobs(conn: Connection, *, succeeded: bool, keep: Keep, limit: int = BATCH) -> int:
     """Delete one batch of succeeded jobs, or of failed and cancelled ones. Returns how many; fewer than `limit`: done.
 
-    A job stays while a job that it started (`then`, its callback) is open. Attempts go with it.
+    A job stays while a job that it started (`then`, its callback) is open. Attempts go with it; its files are doomed.
     """
     states = ["succeeded"] if succeeded else ["failed", "cancelled"]
-    return conn.execute(
-        """
-        with recursive organizations as (          -- by skip scan
-            (select organization_id from agentflow.jobs order by organization_id limit 1)
-            union all
-            select n.organization_id from organizations o cross join lateral (
-                select j.organization_id from agentflow.jobs j where j.organization_id > o.organization_id
-                order by j.organization_id limit 1
-            ) n
-        ), newest as (
-            select o.organization_id, b.id as oldest_kept from organizations o left join lateral (
-                select j.id from agentflow.jobs j where j.organization_id = o.organization_id and j.state = any (%(states)s)
-                order by j.id desc offset greatest(%(count)s - 1, 0) limit 1
-            ) b on %(count)s > 0
-        ), old as materialized (
-            select v.id from newest n cross join lateral (
-                select j.id from agentflow.jobs j
-                where j.organization_id = n.organization_id and j.state = any (%(states)s)
-                    and (n.oldest_kept is null and %(count)s = 0 or j.id < n.oldest_kept)
-                    and j.finished_at < clock_timestamp() - make_interval(secs => %(hours)s * 3600)
-                    and not exists (
-                        select from agentflow.jobs c where c.parent_id = j.id and c.state in ('queued', 'running')
-                    )
-                order by j.id limit %(limit)s for update skip locked
-            ) v limit %(limit)s
-        )
-        delete from agentflow.jobs j using old where j.id = old.id
-        """,
-        {"states": states, "count": keep.count, "hours": keep.hours, "limit": limit},
-    ).rowcount
+    with conn.transaction():
+        deleted = conn.execute(
+            _DELETE_JOBS,
+            {
+                "states": states,
+                "count": keep.count,
+                "hours": keep.hours,
+                "limit": limit,
+                "types": [each.name for each in registry.every() if each.files is not None],
+            },
+        ).fetchall()
+        files.doom(conn, [doomed for row in deleted if row[3] is not None and (doomed := _files_of(*row))])
+    return len(deleted)
+
+
+_DELETE_JOBS: Final = """
+with recursive organizations as (          -- by skip scan
+    (select organization_id from agentflow.jobs order by organization_id limit 1)
+    union all
+    select n.organization_id from organizations o cross join lateral (
+        select j.organization_id from agentflow.jobs j where j.organization_id > o.organization_id
+        order by j.organization_id limit 1
+    ) n
+), newest as (
+    select o.organization_id, b.id as oldest_kept from organizations o left join lateral (
+        select j.id from agentflow.jobs j where j.organization_id = o.organization_id and j.state = any (%(states)s)
+        order by j.id desc offset greatest(%(count)s - 1, 0) limit 1
+    ) b on %(count)s > 0
+), old as materialized (
+    select v.id from newest n cross join lateral (
+        select j.id from agentflow.jobs j
+        where j.organization_id = n.organization_id and j.state = any (%(states)s)
+            and (n.oldest_kept is null and %(count)s = 0 or j.id < n.oldest_kept)
+            and j.finished_at < clock_timestamp() - make_interval(secs => %(hours)s * 3600)
+            and not exists (
+                select from agentflow.jobs c where c.parent_id = j.id and c.state in ('queued', 'running')
+            )
+        order by j.id limit %(limit)s for update skip locked
+    ) v limit %(limit)s
+)
+delete from agentflow.jobs j using old where j.id = old.id
+returning j.id, j.organization_id, j.type, case when j.type = any (%(types)s) then j.payload end
+"""
+
+
+def _files_of(id: Any, organization_id: int, type_: str, payload: dict[str, Any]) -> Doomed | None:
+    job_type = registry.get(type_)
+    if job_type.files is None:
+        return None
+    try:
+        read = job_type.payload.model_validate_json(json.dumps(payload))
+    except ValidationError:  # of an older version's shape: it failed, and left nothing
+        return None
+    return Doomed(organization_id, f"{job_type.files(organization_id, id, read).rstrip('/')}/")
 
 
 def delete_idempotency_keys(conn: Connection, *, hours: float, limit: int = BATCH) -> int:

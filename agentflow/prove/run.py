@@ -119,6 +119,7 @@ def _environment(
         "STORAGE_SHARED": "true",
         "ADMIN_API_KEY": key,
         "JOB_QUEUE_NAME": "prove",
+        "CANARY_INTERVAL": "0",  # the checker asks of every job who handed it in
         "JOB_CONCURRENCY": str(options.threads),
         "JOB_LEASE": str(options.lease_s),
         "JOB_LEASE_RENEW": str(options.lease_s / 4),
