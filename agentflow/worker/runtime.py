@@ -28,6 +28,7 @@ from agentflow.worker.admission import Admission
 from agentflow.worker.chores import NO_ROOM, Relay, Rescue, Room
 from agentflow.worker.claimer import ClaimAbandoned, Claimer
 from agentflow.worker.heart import Heart
+from agentflow.worker.observer import Observer
 from agentflow.worker.running import JobContext, Running
 from agentflow.worker.settler import Ended, Settler
 from agentflow.worker.watchdog import GRACE_S, Watchdog
@@ -113,12 +114,14 @@ class Runtime:
             draining=lambda: self.draining,
             work_done=self.admission.work_done,
         )
+        self.observer = Observer(system.outlooks, system.rules, self.queues, busy=lambda: bool(self._held))
         self.rescue = Rescue(
             system.database,
             self.id,
             lease_s=lease_s,
             max_crashes=crashes,
             after=self._after_rescue,
+            besides=self.observer.step,
         )
         self.watchdog = Watchdog(
             held=self.held,
@@ -281,6 +284,8 @@ class Runtime:
         seconds = time.monotonic() - running.started
         metrics.job_ended(running.job.type, running.job.queue, state, seconds)
         self.admission.done(running.job, seconds)
+        if state == "succeeded":
+            self.observer.ended(running.job.type, seconds)
         if state is None:
             metrics.lease_lost()
             logger.warning(
