@@ -145,7 +145,8 @@ def free_after(slots: float, left_s: Sequence[float], ahead: float, work_s: floa
 class Outcome:
     """What was expected and what happened, in seconds. `inside`: whether the range that was given held; None: none was given.
 
-    `over` is false while it has not happened yet: it took `happened_s` at least.
+    `over` is false while it has not happened yet: it takes `happened_s` at least. That says something once it is longer than the
+    range was.
     """
 
     expected_s: float
@@ -170,7 +171,7 @@ class Calibration:
     """What the last forecasts of one kind came to; the oldest outcome first."""
 
     def __init__(self, outcomes: Sequence[Outcome]) -> None:
-        counted = [o for o in outcomes if o.over or o.happened_s > o.expected_s]
+        counted = [o for o in outcomes if o.over or o.inside is False]
         self._scores = [_log(o.happened_s) - _log(o.expected_s) for o in counted]
         self._at = [_log(o.expected_s) for o in counted]
         self._types = [o.type for o in counted]
@@ -198,16 +199,14 @@ class Calibration:
     def _weights(self, here: float, type_: str) -> list[float] | None:
         if len(self._scores) < _ENOUGH:
             return None
-        near = _NEAR
+        far = [((at - here) / _NEAR) ** 2 / 2 for at in self._at]
+        base = [w * (1.0 if t == type_ else _OTHER_TYPE) for w, t in zip(self._fresh, self._types, strict=True)]
         while True:
-            weights = [
-                fresh * math.exp(-(((at - here) / near) ** 2) / 2) * (1.0 if known == type_ else _OTHER_TYPE)
-                for fresh, at, known in zip(self._fresh, self._at, self._types, strict=True)
-            ]
+            weights = [w * math.exp(-d) for w, d in zip(base, far, strict=True)]
             squares = sum(w * w for w in weights)
-            if near > 16 or (squares > 0 and sum(weights) ** 2 / squares >= _ENOUGH):
+            if max(far) < 0.01 or (squares > 0 and sum(weights) ** 2 / squares >= _ENOUGH):
                 return weights
-            near *= 1.5
+            far = [d / 2 for d in far]
 
 
 def _level(held: Sequence[bool | None]) -> float:
