@@ -22,7 +22,6 @@ _FRESH_S: Final = 1.0
 _LOOKING_SHARE: Final = 0.05
 #: What is said is compared with what happens: so often, of each queue and process.
 _REMEMBER_EVERY_S: Final = 0.5
-_MOST_OPEN: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,7 @@ class Outlooks:
 
     def _worth_remembering(self, queue: _Queue) -> bool:
         with self._lock:
-            if queue.open > _MOST_OPEN or time.monotonic() - queue.remembered_at < _REMEMBER_EVERY_S:
+            if queue.open >= forecasts.MOST_OPEN or time.monotonic() - queue.remembered_at < _REMEMBER_EVERY_S:
                 return False
             queue.remembered_at = time.monotonic()
             return True

@@ -66,7 +66,7 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "select count(*) filter (where id >= ": "what was done lately, for the operator and the metrics",
     "from agentflow.jobs j where true": "the operator's list of all jobs",
     "insert into agentflow.durations": "how long jobs of a type take, whoever's they are",
-    "with open as materialized (select f.job_id": "what became of forecasts, by the jobs' ids",
+    "with open as materialized ( select f.job_id": "what became of forecasts, by the jobs' ids",
     "delete from agentflow.forecasts where queue": "retention of forecasts",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
 }

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import pytest
 
 from agentflow.jobs.estimates import (
-    COVERAGE,
     RESOLUTION_S,
     Calibration,
     Durations,
@@ -22,6 +21,7 @@ from agentflow.jobs.estimates import (
     free_after,
     turns_before,
 )
+from agentflow.jobs.forecasts import MOST_OPEN
 
 # ---- how long jobs take ----
 
@@ -127,7 +127,7 @@ def test_short_and_long_forecasts_are_judged_each_by_its_like() -> None:
 
 
 def test_new_outcomes_count_more_than_old_ones() -> None:
-    before, now = [Outcome(10.0, 10.0)] * 300, [Outcome(10.0, 40.0)] * 150
+    before, now = [Outcome(10.0, 10.0)] * 300, [Outcome(10.0, 40.0)] * 250
 
     assert Calibration([*before, *now]).around(10.0).middle == pytest.approx(40.0)
 
@@ -147,8 +147,11 @@ def test_ranges_that_do_not_hold_are_made_wider() -> None:
     hits = Calibration([Outcome(10.0, 10 * s, inside=True) for s in scores])
     misses = Calibration([Outcome(10.0, 10 * s, inside=n % 3 > 0) for n, s in enumerate(scores)])
 
-    assert misses.missing < 1 - COVERAGE < hits.missing
+    assert hits.stretch < 1 < misses.stretch
     assert width(misses.around(10.0)) > width(hits.around(10.0))
+
+
+KEPT = 400
 
 
 @dataclass
@@ -166,8 +169,18 @@ BURSTS = Shop(lambda t: 30.0 if t % 90 < 15 else 2.0, lambda t: 8, 0.3)
 LOST_WORKERS = Shop(lambda t: 6.0, lambda t: 8 if t < 120 else 5, 0.3)
 
 
-@pytest.mark.parametrize("shop", [CALM, WAVES, BURSTS, LOST_WORKERS], ids=["calm", "waves", "bursts", "lost_workers"])
-@pytest.mark.parametrize("bias", [1.0, 0.4], ids=["right", "biased"])
+@pytest.mark.parametrize(
+    ("shop", "bias"),
+    [
+        pytest.param(BURSTS, 1.0, id="bursts"),
+        pytest.param(LOST_WORKERS, 0.4, id="lost_workers_biased"),
+        pytest.param(CALM, 1.0, id="calm", marks=pytest.mark.long),
+        pytest.param(WAVES, 1.0, id="waves", marks=pytest.mark.long),
+        pytest.param(WAVES, 0.4, id="waves_biased", marks=pytest.mark.long),
+        pytest.param(BURSTS, 2.5, id="bursts_biased", marks=pytest.mark.long),
+        pytest.param(LOST_WORKERS, 1.0, id="lost_workers", marks=pytest.mark.long),
+    ],
+)
 def test_nine_in_ten_jobs_end_within_their_range(shop: Shop, bias: float) -> None:
     """2,000 jobs under a load that changes, also where what is thought to be left is wrong by a constant factor."""
     held, widths = run(shop, bias, random.Random(4))
@@ -194,19 +207,20 @@ def run(shop: Shop, bias: float, chance: random.Random) -> tuple[list[bool], lis
         lately = jobs[max(0, len(jobs) - ahead - 60) : len(jobs) - ahead]
         running = [now - started for started, ended in lately if ended > now]
         start_s = free_after(len(free), [known.left(e) for e in running], ahead, ahead * known.mean)
-        if number % 10 == 0:
+        if number % 20 == 0:
             for each in [each for each in open_ if each[0] <= now]:
                 open_.remove(each)
                 outcomes.append(judged(each[2], each[0] - each[1]))
             waiting = [judged(said, now - asked, over=False) for _, asked, said in open_]
-            calibration = Calibration([*outcomes[-300:], *waiting])
+            calibration = Calibration([*outcomes[-KEPT:], *waiting])
         said = calibration.around((start_s + known.median) * bias)
 
         started = max(now, heapq.heappop(free))
         ended = started + duration(shop, chance)
         heapq.heappush(free, ended)
         jobs.append((started, ended))
-        open_.append((ended, now, said))
+        if len(open_) < MOST_OPEN:  # as it is remembered
+            open_.append((ended, now, said))
         if said.low is not None and said.high is not None:
             held.append(said.low <= ended - now <= said.high)
             widths.append(width(said) / (ended - now))

@@ -4,8 +4,9 @@ A forecast is computed from what is known now: who goes before, how long such jo
 and how wrong the last ones were says how far to trust the next: its range is the forecast times quantiles of the ratios of what
 happened to what was expected. That is split conformal prediction (Lei et al., JASA 2018, arXiv:1604.04173) with the log of the
 ratio as the score; weighted towards new outcomes and such as were expected to take about as long (Barber et al., Annals of
-Statistics 2023, arXiv:2202.13415), since load changes; and with the level moved by whether the last ranges held (adaptive
-conformal inference: Gibbs and Candès, NeurIPS 2021, arXiv:2106.00263).
+Statistics 2023, arXiv:2202.13415), since load changes; and made wider or narrower by whether the last ranges held (Gibbs and
+Candès, NeurIPS 2021, arXiv:2106.00263; on the width, as the quantile tracker of Angelopoulos, Candès and Tibshirani, NeurIPS
+2023, arXiv:2307.16895, since while load rises no earlier outcome was as late as the next one).
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ _LOW_SHARE: Final = 0.1
 #: So many jobs per slot are placed one by one; what is beyond them flows.
 _PLACED: Final = 8
 #: Outcomes, in effect, below which more distant ones are taken in: of 19 the extremes are a 90 % range.
-_ENOUGH: Final = 24
+_ENOUGH: Final = 40
 #: An outcome counts half when so many newer ones are there.
-_HALF_LIFE: Final = 120
+_HALF_LIFE: Final = 250
 #: Outcomes count by how near their expectation was, in powers of e; widened until there are enough.
-_NEAR: Final = 0.5
+_NEAR: Final = 0.7
 _OTHER_TYPE: Final = 0.4
-#: How far the level moves for a range that did not hold (the step γ of adaptive conformal inference), and its bounds.
-_STEP: Final = 0.01
-_STRICTEST, _LAXEST = 0.01, 0.2
+#: How much a range that did not hold widens the next ones, in powers of e (the step of the quantile tracker), and its bounds.
+_STEP: Final = 0.1
+_NARROWEST, _WIDEST = 0.5, 8.0
 
 
 # ---- how long jobs take ----
@@ -176,7 +177,7 @@ class Calibration:
         self._at = [_log(o.expected_s) for o in counted]
         self._types = [o.type for o in counted]
         self._fresh = [0.5 ** ((len(counted) - 1 - i) / _HALF_LIFE) for i in range(len(counted))]
-        self.missing = _level([o.inside for o in outcomes])
+        self.stretch = _stretch([o.inside for o in outcomes])
 
     def around(self, expected_s: float, type_: str = "") -> Estimate:
         """The estimate for a forecast: corrected by what forecasts like it were wrong by, and its range."""
@@ -185,16 +186,21 @@ class Calibration:
             return Estimate(expected_s, expected_s)
         effective = sum(weights) ** 2 / sum(w * w for w in weights)
         # The next outcome is one of n + 1, of which n are known.
-        tail = max(0.0, self.missing / 2 - (1 - self.missing / 2) / effective)
+        missing = (1 - COVERAGE) / 2
+        tail = max(0.0, missing - (1 - missing) / effective)
         order = sorted(zip(self._scores, weights, strict=True))
         cumulated = list(accumulate(weight for _, weight in order))
 
         def at(level: float) -> float:
             index = bisect_right(cumulated, level * cumulated[-1])
-            score = order[min(index, len(order) - 1)][0]
+            return order[min(index, len(order) - 1)][0]
+
+        def seconds(score: float) -> float:
             return max(0.0, (expected_s + RESOLUTION_S) * math.exp(score) - RESOLUTION_S)
 
-        return Estimate(expected_s, at(0.5), at(tail), at(1 - tail))
+        middle = at(0.5)
+        low, high = (middle + self.stretch * (at(level) - middle) for level in (tail, 1 - tail))
+        return Estimate(expected_s, seconds(middle), seconds(low), seconds(high))
 
     def _weights(self, here: float, type_: str) -> list[float] | None:
         if len(self._scores) < _ENOUGH:
@@ -209,14 +215,14 @@ class Calibration:
             far = [d / 2 for d in far]
 
 
-def _level(held: Sequence[bool | None]) -> float:
-    """The share that ranges are allowed to miss: less after misses, more after hits."""
-    level = 1 - COVERAGE
+def _stretch(held: Sequence[bool | None]) -> float:
+    """How much wider than the quantiles a range has to be: more after misses, less after hits, neither where COVERAGE hold."""
+    logarithm = 0.0
     for inside in held:
         if inside is not None:
-            level += _STEP * ((1 - COVERAGE) - (not inside))
-            level = min(_LAXEST, max(_STRICTEST, level))
-    return level
+            logarithm += _STEP * ((not inside) - (1 - COVERAGE))
+            logarithm = min(math.log(_WIDEST), max(math.log(_NARROWEST), logarithm))
+    return math.exp(logarithm)
 
 
 def _log(seconds: float) -> float:

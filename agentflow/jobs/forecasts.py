@@ -14,7 +14,10 @@ Kind = Literal["waiting", "later", "running"]
 
 #: Of each type so many durations are kept, and of each queue so many forecasts.
 _DURATIONS: Final = 200
-KEPT: Final = 600
+_KEPT: Final = 600
+#: No more forecasts than this are waited for at a time: those that are kept reach back for many times what the longest one takes.
+#: Of the last few minutes alone all would share one mood of the load, and a range made from them would be too narrow.
+MOST_OPEN: Final = 60
 _OLDEST_S: Final = 7 * 86_400
 #: How fast the threads in use are followed: a fifth of each look.
 _FOLLOW: Final = 0.2
@@ -126,7 +129,7 @@ def close(conn: Connection, queue: str) -> None:
         "delete from agentflow.forecasts where queue = %(queue)s"
         " and (made_at < clock_timestamp() - make_interval(secs => %(oldest)s) or made_at < ("
         "select made_at from agentflow.forecasts where queue = %(queue)s order by made_at desc offset %(kept)s limit 1))",
-        {"queue": queue, "oldest": _OLDEST_S, "kept": KEPT},
+        {"queue": queue, "oldest": _OLDEST_S, "kept": _KEPT},
     )
 
 

@@ -22,7 +22,6 @@ logger = log.get(__name__)
 EVERY_S: Final = 4.0
 _MOST_OF_A_TYPE: Final = 50
 _WAITING, _RUNNING = 6, 4
-_MOST_OPEN: Final = 200
 
 
 class Observer:
@@ -66,7 +65,7 @@ class Observer:
         picture = self._outlooks.picture(conn, queue)
         if (share := share_in_use(picture)) is not None:
             forecasts.note_in_use(conn, queue, share)
-        if forecasts.open_ones(conn, queue) > _MOST_OPEN:
+        if forecasts.open_ones(conn, queue) >= forecasts.MOST_OPEN:
             return
         found = []
         for job_id in standing.sample(conn, queue, waiting=_WAITING, running=_RUNNING):
