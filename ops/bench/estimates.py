@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import lengths  # noqa: F401 - registers the types
 from fairness import ROOT, servers, wait_all, worker
 
 from agentflow.jobs import records
@@ -38,7 +39,7 @@ from agentflow.system import System
 SHORT_S, LONG_S, SPREAD, LONG_SHARE = 0.3, 2.0, 0.3, 0.25
 #: Jobs handed in per second, as a multiple of what one worker can do, over a wave.
 LOW, HIGH, WAVE_S = 0.4, 2.0, 30.0
-LATEST_ASK_S = 4.0
+ASKED_AT_ONCE, LATEST_ASK_S = 0.75, 4.0
 
 
 @dataclass
@@ -88,17 +89,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     "insert into agentflow.organizations (id, slug, name) values (%s, %s, %s)",
                     (number, f"organization-{number}", f"Organization {number}"),
                 )
-        with worker(system, environment, options.threads):
+        with worker(system, environment, options.threads, "lengths"):
             asking = Asking(system, asked)
             began = time.monotonic()
-            for number, (organization, seconds, pause_s) in enumerate(load(learning + options.jobs, options.threads)):
-                time.sleep(pause_s)
+            for number, (organization, seconds, at_s) in enumerate(load(learning + options.jobs, options.threads)):
+                time.sleep(max(0.0, began + at_s - time.monotonic()))
                 if number == options.jobs // 2:
-                    second.enter_context(worker(system, environment, options.threads // 2))
+                    second.enter_context(worker(system, environment, options.threads // 2, "lengths"))
                 if number == options.jobs * 3 // 4:
                     second.close()
-                new = NewJob("ping", {"sleep_ms": round(seconds * 1000)})
-                asking.later(system.submit(organization, new).job.id, counts=number >= learning)
+                type_ = "bench_long" if seconds > (SHORT_S * LONG_S) ** 0.5 else "bench_short"
+                new = NewJob(type_, {"sleep_ms": round(seconds * 1000)})
+                asking.now_or_later(system.submit(organization, new).job.id, counts=number >= learning)
             asking.finish()
             wait_all(system)
             took = time.monotonic() - began
@@ -106,17 +108,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(count: int, threads: int) -> list[tuple[int, float, float]]:
-    """Whose job, how long it takes, and how long after the one before it is handed in."""
+    """Whose job, how long it takes, and how many seconds after the start it is handed in."""
     chance, made, at = random.Random(7), [], 0.0
     mean_s = (SHORT_S * (1 - LONG_SHARE) + LONG_S * LONG_SHARE) * math.exp(SPREAD**2 / 2)
     for _ in range(count):
         wave = (1 + math.sin(2 * math.pi * at / WAVE_S)) / 2
         rate = threads * 0.75 / mean_s * (LOW + (HIGH - LOW) * wave**2)
-        pause_s = chance.expovariate(rate)
-        at += pause_s
+        at += chance.expovariate(rate)
         usual_s = LONG_S if chance.random() < LONG_SHARE else SHORT_S
         organization = chance.choices((1, 2, 3), (6, 3, 1))[0]
-        made.append((organization, usual_s * math.exp(chance.gauss(0, SPREAD)), pause_s))
+        made.append((organization, usual_s * math.exp(chance.gauss(0, SPREAD)), at))
     return made
 
 
@@ -133,8 +134,11 @@ class Asking:
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
-    def later(self, job_id: UUID, *, counts: bool) -> None:
-        delay_s = 0.0 if self._chance.random() < 0.5 else self._chance.uniform(0, LATEST_ASK_S)
+    def now_or_later(self, job_id: UUID, *, counts: bool) -> None:
+        if self._chance.random() < ASKED_AT_ONCE:
+            self._ask(job_id, counts)
+            return
+        delay_s = self._chance.uniform(0, LATEST_ASK_S)
         with self._lock:
             self._due.append((time.monotonic() + delay_s, job_id, counts))
 

@@ -206,10 +206,22 @@ def free_port() -> int:
 
 
 @contextmanager
-def worker(system: System, environment: dict[str, str], threads: int) -> Iterator[None]:
+def worker(system: System, environment: dict[str, str], threads: int, module: str = "actors") -> Iterator[None]:
+    """A process with so many threads, as soon as it is known; `module` declares the types, here or in the root."""
     home = Path(environment["AGENTFLOW_HOME"])
-    log = home / "worker.log"
-    command = [str(BIN / "dramatiq"), "actors", "--processes", "1", "--threads", str(threads)]
+    log = home / f"worker-{uuid4().hex[:8]}.log"
+    known = live_workers(system)
+    command = [
+        str(BIN / "dramatiq"),
+        module,
+        "--path",
+        str(ROOT),
+        str(Path(__file__).parent),
+        "--processes",
+        "1",
+        "--threads",
+        str(threads),
+    ]
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
@@ -225,7 +237,7 @@ def worker(system: System, environment: dict[str, str], threads: int) -> Iterato
             stderr=file,
         )
     try:
-        while not live_workers(system):
+        while live_workers(system) <= known:
             if process.poll() is not None:
                 raise SystemExit(f"the worker did not start:\n{log.read_text()[-3000:]}")
             time.sleep(0.1)
