@@ -36,9 +36,9 @@ _HALF_LIFE: Final = 250
 _NEAR: Final = 0.7
 _OTHER_TYPE: Final = 0.4
 #: By how much a range that did not hold widens the next ones on either side, in powers of e (the step of the quantile tracker),
-#: and the most that this comes to.
+#: and the most that this comes to; below nothing it is a factor of the width.
 _STEP: Final = 0.05
-_NARROWEST, _WIDEST = -0.2, 0.7
+_NARROWEST, _WIDEST = -1.0, 0.7
 
 
 # ---- how long jobs take ----
@@ -200,7 +200,10 @@ class Calibration:
             return max(0.0, (expected_s + RESOLUTION_S) * math.exp(score) - RESOLUTION_S)
 
         middle = at(0.5)
-        low, high = min(middle, at(tail) - self.margin), max(middle, at(1 - tail) + self.margin)
+        beyond, factor = max(0.0, self.margin), math.exp(min(0.0, self.margin))
+        low, high = (
+            middle + factor * (at(level) - middle) + way * beyond for level, way in ((tail, -1), (1 - tail, 1))
+        )
         return Estimate(expected_s, seconds(middle), seconds(low), seconds(high))
 
     def _weights(self, here: float, type_: str) -> list[float] | None:
