@@ -38,7 +38,7 @@ _OTHER_TYPE: Final = 0.4
 #: By how much a range that did not hold widens the next ones on either side, in powers of e (the step of the quantile tracker),
 #: and the most that this comes to; below nothing it is a factor of the width.
 _STEP: Final = 0.05
-_NARROWEST, _WIDEST = -1.0, 0.7
+_NARROWEST, _WIDEST = -0.5, 0.7
 
 
 # ---- how long jobs take ----
