@@ -28,6 +28,7 @@ from agentflow.limits import Limits
 from agentflow.links import Links
 from agentflow.live import Live, Rows
 from agentflow.models import Models
+from agentflow.outlook import Outlooks
 from agentflow.presence import Presence
 from agentflow.publisher import Publisher
 from agentflow.secrets import Sealer
@@ -208,6 +209,10 @@ class System:
     @cached_property
     def rules(self) -> rules.Known:
         return rules.Known(self.database)
+
+    @cached_property
+    def outlooks(self) -> Outlooks:
+        return Outlooks(self.database, self.rules, self.settings)
 
     @cached_property
     def limits(self) -> Limits:

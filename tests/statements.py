@@ -24,7 +24,17 @@ FOLDER: Final = "AGENTFLOW_TEST_STATEMENTS"
 
 #: What belongs to no organization, or says itself whose it is.
 SHARED: Final = frozenset(
-    {"organizations", "installation", "migrations", "workers", "concurrency_keys", "window_1", "share_1"}
+    {
+        "organizations",
+        "installation",
+        "migrations",
+        "workers",
+        "concurrency_keys",
+        "window_1",
+        "share_1",
+        "durations",
+        "paces",
+    }
 )
 
 #: Statements for all organizations at once, by a piece of their text (of functions without their version), each with its reason.
@@ -67,6 +77,9 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "delete from agentflow.workers w": "retention of workers' rows, not while one holds a job",
     "select count(*) filter (where id >= ": "what was done lately, for the operator and the metrics",
     "from agentflow.jobs j where true": "the operator's list of all jobs",
+    "insert into agentflow.durations": "how long jobs of a type take, whoever's they are",
+    "with open as materialized ( select f.job_id": "what became of forecasts, by the jobs' ids",
+    "delete from agentflow.forecasts where queue": "retention of forecasts",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
 }
 
@@ -76,6 +89,11 @@ IN_REQUESTS: Final[Mapping[str, str]] = {
     "select id, queue, type, priority from agentflow.jobs where id = any (%s)": (
         "whom to ring after a transition: the next in line of a type's key may be another's job"
     ),
+    "select j.organization_id, j.type, j.concurrency_key, extract(": "estimates: how long threads will be taken",
+    "with recursive lanes as (": "estimates: how many wait in each lane",
+    "select type, count(*) from (select j.type": "estimates: how many were sent",
+    "select x.type, count(*) from (select j.type": "estimates: how many are before one, of a line that several may share",
+    "from agentflow.forecasts where queue": "estimates: how wrong the last ones of the queue were",
     "select k.hash, k.id, k.organization_id": "whose key this is: the organization is the answer",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -17,11 +18,13 @@ from dramatiq.results.backends import RedisBackend
 from standardwebhooks.webhooks import Webhook
 
 from agentflow import signing
-from agentflow.broker import message_for
+from agentflow.broker import DeliveredMessage, message_for
 from agentflow.jobs import batches, records
 from agentflow.jobs.intake import NewJob
-from agentflow.jobs.model import Job, Ring
+from agentflow.jobs.model import Job, Ring, Verdict
 from agentflow.system import System
+from agentflow.worker.running import JobContext, Running
+from agentflow.worker.runtime import Runtime
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.http_server import Reply, serve
 from tests.processes import Process, eventually, worker
@@ -302,6 +305,60 @@ def test_critical_jobs_run_while_default_ones_take_all_the_room(system: System, 
 
     done = ended(system, urgent)
     assert done.finished_at is not None and done.finished_at - done.created_at < timedelta(seconds=2.5)
+
+
+class Nobody:
+    """A consumer that only hears."""
+
+    def ack(self, message: Any) -> None:
+        message.acknowledged = True
+
+    def pass_on(self, message: Any) -> bool:
+        return False
+
+
+def test_a_job_that_meets_a_thread_kept_for_critical_ones_waits_there_for_the_next_free_one(system: System) -> None:
+    gate, brought_up = threading.Event(), list[Any]()
+
+    def perform(running: Running, _context: JobContext) -> Verdict:
+        gate.wait(60)
+        return Verdict(*running.key, "succeeded")
+
+    runtime = Runtime(
+        system,
+        kind="test",
+        threads=4,  # one of them kept
+        perform=perform,
+        replace=lambda: None,
+        threads_ready=lambda: True,
+        enqueue=brought_up.append,
+    )
+    runtime.claimer.start()
+    runtime.settler.start()
+    jobs = [submit(system, "ping") for _ in range(5)]
+    messages = [
+        DeliveredMessage(message_for(Ring(job.id, job.queue, job.type), system.settings.job_queue_name), Nobody())
+        for job in jobs
+    ]
+    threads = [threading.Thread(target=runtime.handle, args=(message,)) for message in messages[:3]]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: all(read(system, job.id).state == "running" for job in jobs[:3]))
+
+    runtime.handle(messages[3])
+    runtime.handle(messages[4])  # more than will soon be begun
+
+    assert not messages[3].given_back and not messages[3].acknowledged
+    assert messages[4].given_back
+    assert brought_up == []
+    gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert brought_up == messages[3:4]
+    runtime.handle(messages[3])
+    assert ended(system, jobs[3]).fence == 1
+    runtime.claimer.stop()
+    runtime.settler.stop()
 
 
 def test_a_doubled_a_stale_and_a_malformed_message_change_nothing(system: System, running_worker: Process) -> None:

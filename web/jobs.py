@@ -23,7 +23,7 @@ from agentflow.jobs.intake import InvalidJob, NewJob
 from agentflow.jobs.model import Job, Priority, State
 from agentflow.jobs.text import is_storable
 from agentflow.settings import Settings
-from web import events
+from web import events, outlook
 from web.api import Answer, Body, Call, Media, Query, Routes, View
 from web.problems import Refused, invalid
 
@@ -176,6 +176,8 @@ class JobSummary(View):
 
 class JobView(JobSummary):
     payload: dict[str, Any]
+    waiting: outlook.WaitingView | None = Field(description="Why it waits and where it stands, while it is queued")
+    estimate: outlook.EstimateView | None = Field(description="When it will start and end, until it has ended")
     result: Any = Field(description="An artefact in it (an object with a `key`) has a `url` that is good for minutes")
 
 
@@ -539,12 +541,13 @@ def summary(call: Call, job: Job, *, live: bool = True) -> JobSummary:
 
 def whole(call: Call, job: Job) -> JobView:
     values = _columns(call, job, JobView, live=True)
+    values["waiting"], values["estimate"] = outlook.of(call, job, values["progress"])
     values["result"] = with_links(call, job.result, job.organization_id)
     return JobView(**values)
 
 
 def _columns(call: Call, job: Job, view: type[JobSummary], *, live: bool) -> dict[str, Any]:
-    values = {name: getattr(job, name) for name in view.model_fields}
+    values = {name: getattr(job, name) for name in view.model_fields if name not in ("waiting", "estimate")}
     if job.concurrency_key is not None:
         values["concurrency_key"] = job.concurrency_key.removeprefix(f"{job.organization_id}:")
     if live and job.state == "running" and (progress := call.services.seats.progress(job)) is not None:

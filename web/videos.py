@@ -14,7 +14,7 @@ from agentflow import analysis, videos
 from agentflow.jobs.intake import NewJob
 from agentflow.storage import StorageError
 from agentflow.videos import Video
-from web import jobs, uploads
+from web import jobs, outlook, uploads
 from web.api import Answer, Body, Call, Query, Routes, View, read_json
 from web.problems import Refused
 
@@ -141,6 +141,8 @@ class TaskStatus(View):
     status: str = Field(description="queued, processing, completed, failed or cancelled")
     progress: float | None = Field(description="0 to 1")
     stage: str | None
+    waiting: outlook.WaitingView | None = Field(description="Why it waits and where it stands, while it is queued")
+    estimate: outlook.EstimateView | None = Field(description="When it will start and end, until it has ended")
     result: Annotated[Any, WithJsonSchema({"anyOf": [_result_schema(), {"type": "null"}]})]
     error: str | None
     error_code: str | None
@@ -254,12 +256,15 @@ def status(call: Call, task_id: UUID, query: jobs.WaitQuery) -> TaskStatus:
     if (live := call.services.seats.progress(job)) is not None:
         progress, stage = live
     error = job.error or {}
+    waiting, estimate = outlook.of(call, job, progress)
     return TaskStatus(
         task_id=job.id,
         video_id=_video_id(job.payload),
         status=WORDS[job.state],
         progress=progress,
         stage=stage,
+        waiting=waiting,
+        estimate=estimate,
         result=jobs.with_links(call, job.result, job.organization_id),
         error=error.get("message", "the analysis failed") if job.state == "failed" else None,
         error_code=error.get("code") if job.state == "failed" else None,

@@ -16,13 +16,26 @@ from agentflow.cli import output
 from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure, one_line
 from agentflow.jobs import intake, records, registry, statistics
+from agentflow.jobs.estimates import Estimate
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Attempt, Job, State
+from agentflow.outlook import Outlook
 from agentflow.system import System
 
 #: Whose jobs are submitted and cancelled here. The operator's organization, as over HTTP with the operator's key.
 _ORGANIZATION: Final = 1
 _SHOWN_CHARACTERS: Final = 2000
+_REASONS: Final = {
+    "due": "its turn",
+    "busy": "others that may not run with it to end",
+    "scheduled": "its time",
+    "retry": "its next try",
+    "limit": "a limit of calls",
+    "budget": "the next day's budget",
+    "paused": "somebody to resume it (`agentflow rules`)",
+    "memory": "memory",
+    "unserved": "a worker: none serves its queue",
+}
 
 
 def list_jobs(state: str | None, type_: str | None, limit: int, as_json: bool) -> None:
@@ -46,6 +59,7 @@ def list_jobs(state: str | None, type_: str | None, limit: int, as_json: bool) -
 def show(job_id: str, as_json: bool) -> None:
     with connected() as system, system.database.connection() as conn:
         job = _find(system, job_id)
+        outlook = system.outlooks.of(job)
         attempts = records.attempts(conn, job.id, job.organization_id)
         children = records.children(conn, job.id, job.organization_id)
         parent = records.get(conn, None, job.parent_id) if job.parent_id else None
@@ -53,12 +67,13 @@ def show(job_id: str, as_json: bool) -> None:
         document = _plain(job) | {
             "attempts": [dataclasses.asdict(a) for a in attempts],
             "children": [{"id": c.id, "type": c.type, "state": c.state} for c in children],
+            "outlook": dataclasses.asdict(outlook) if outlook is not None else None,
         }
         output.print_json(document)
         return
     console = output.console()
     console.print(f"[bold]{escape(job.type)}[/bold] {job.id}: {_state(job)}")
-    for name, value in _facts(job, parent, children):
+    for name, value in _facts(job, outlook, parent, children):
         console.print(f"  {name:<12} {escape(str(value))}", soft_wrap=True)
     if attempts:
         console.print("\n[bold]attempts[/bold]")
@@ -251,13 +266,17 @@ def _message(error: dict[str, Any] | None, most: int = 200) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _facts(job: Job, parent: Job | None, children: list[Job]) -> Iterator[tuple[str, object]]:
+def _facts(job: Job, outlook: Outlook | None, parent: Job | None, children: list[Job]) -> Iterator[tuple[str, object]]:
     yield "queue", f"{job.queue}, priority {job.priority}"
     yield "attempt", f"{job.attempt} of {job.max_attempts}" + (f", {job.crashes} crashes" if job.crashes else "")
     if job.state == "queued":
         yield "next", output.ago(job.run_at)
-        if job.wait_reason:
-            yield "waits for", job.wait_reason
+        if outlook is not None and outlook.reason is not None:
+            yield "waits for", _wait(outlook)
+    if outlook is not None:
+        for name, estimate in (("starts", outlook.start), ("ends", outlook.end)):
+            if estimate is not None:
+                yield name, _estimated(estimate)
     yield "created", f"{job.created_at:%Y-%m-%d %H:%M:%S %Z} ({output.ago(job.created_at)})"
     if job.started_at:
         yield "started", f"{job.started_at:%Y-%m-%d %H:%M:%S %Z}"
@@ -276,6 +295,21 @@ def _facts(job: Job, parent: Job | None, children: list[Job]) -> Iterator[tuple[
         yield "after", f"{parent.type} {parent.id} ({parent.state})"
     for child in children:
         yield "then", f"{child.type} {child.id} ({child.state})"
+
+
+def _wait(outlook: Outlook) -> str:
+    reason = _REASONS.get(outlook.reason or "", outlook.reason or "")
+    if outlook.position is None:
+        return reason
+    said = f"{reason}; {'behind more than' if outlook.beyond else 'number'} {outlook.position - outlook.beyond} in its line"
+    return said + (f", some {outlook.before} of all before it" if outlook.before else "")
+
+
+def _estimated(estimate: Estimate) -> str:
+    said = f"in about {output.duration(estimate.middle)}"
+    if estimate.low is None or estimate.high is None:
+        return said + "; too little was measured for a range"
+    return said + f" (9 times in 10: in {output.duration(estimate.low)} to {output.duration(estimate.high)})"
 
 
 def _used(attempt: Attempt) -> str | None:

@@ -140,7 +140,7 @@ def _pause_s(rings: Sequence[Ring], due_in_s: float | None) -> float:
 
 
 class Rescue(Loop):
-    """Takes jobs whose leases ran out. agentflow.rescue_1 says who may."""
+    """Takes jobs whose leases ran out. agentflow.rescue_1 says who may. `besides`: what else has time until the next round."""
 
     def __init__(
         self,
@@ -150,8 +150,10 @@ class Rescue(Loop):
         lease_s: float,
         max_crashes: int,
         after: Callable[[Settled], None],
+        besides: Callable[[BoundedConnection], None] = lambda _conn: None,
     ) -> None:
         super().__init__("rescue", database)
+        self._besides = besides
         self._lease_s = lease_s
         self._max_crashes = max_crashes
         self._worker = worker
@@ -169,4 +171,7 @@ class Rescue(Loop):
                 failed=sum(state == "failed" for state in settled.states.values()),
             )
             self._after(settled)
-        return 0.0 if len(settled.states) == _RESCUE_BATCH else pause_s
+        if len(settled.states) == _RESCUE_BATCH:
+            return 0.0
+        self._besides(conn)
+        return pause_s

@@ -8,7 +8,7 @@ import random
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +28,7 @@ from agentflow.worker.admission import Admission
 from agentflow.worker.chores import NO_ROOM, Relay, Rescue, Room
 from agentflow.worker.claimer import ClaimAbandoned, Claimer
 from agentflow.worker.heart import Heart
+from agentflow.worker.observer import Observer
 from agentflow.worker.running import JobContext, Running
 from agentflow.worker.settler import Ended, Settler
 from agentflow.worker.watchdog import GRACE_S, Watchdog
@@ -40,6 +41,8 @@ _HURRY_LOOK_S: Final = 0.1
 _REPLACED_AT_MOST_EVERY_S: Final = 60.0
 _UNKNOWN_TYPE_S: Final = 30.0
 _ALONE_RENEW_S: Final = 2.0
+#: What will be begun within so long waits here for its thread; given back it would be away for a second.
+_ASIDE_S: Final = 0.25
 
 
 class Runtime:
@@ -56,7 +59,7 @@ class Runtime:
         perform: Callable[[Running, JobContext], Verdict],
         replace: Callable[[], None],
         threads_ready: Callable[[], bool],
-        enqueue: Callable[[PolledMessage], None],
+        enqueue: Callable[[DeliveredMessage], None],
         stuck_grace_s: float = GRACE_S,
     ) -> None:
         settings = system.settings
@@ -78,6 +81,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._busy: dict[str, int] = {}
         self._busy_regular = 0
+        self._aside: deque[DeliveredMessage] = deque()  # met a thread that is kept for critical jobs
         self._claims = 0
         self._rate = 0.0
         self._rated_at = time.monotonic()
@@ -113,12 +117,14 @@ class Runtime:
             draining=lambda: self.draining,
             work_done=self.admission.work_done,
         )
+        self.observer = Observer(system.outlooks, system.rules, self.queues, busy=lambda: bool(self._held))
         self.rescue = Rescue(
             system.database,
             self.id,
             lease_s=lease_s,
             max_crashes=crashes,
             after=self._after_rescue,
+            besides=self.observer.step,
         )
         self.watchdog = Watchdog(
             held=self.held,
@@ -164,6 +170,7 @@ class Runtime:
         logger.info("stopping", jobs=len(self._held), grace_s=grace_s)
         hand_back_s = min(_HAND_BACK_S, grace_s / 2)
         self.system.broker.stop_consuming()
+        self._give_back_aside()
         self.claimer.stop(timeout_s=1.0)
         self._wait_empty(grace_s - hand_back_s, unless_hurried=True)
         for running in self.held():
@@ -180,6 +187,14 @@ class Runtime:
         self.system.publisher.close()
         logger.info("stopped", handed_back=len(stuck))
         return not stuck
+
+    def _give_back_aside(self) -> None:
+        with self._lock:
+            messages = [message for message in self._aside if not message.given_back]
+            self._aside.clear()
+        for message in messages:
+            message.given_back = True
+        self.give_back(messages, 0.0)
 
     def _retire(self) -> None:
         try:
@@ -202,6 +217,8 @@ class Runtime:
             metrics.message_dropped("given_back")
             return
         if not self._enter(message):
+            if self._set_aside(message):
+                return
             message.given_back = True
             if not message.pass_on():
                 # What was picked here is not picked again while its type has no room.
@@ -281,6 +298,8 @@ class Runtime:
         seconds = time.monotonic() - running.started
         metrics.job_ended(running.job.type, running.job.queue, state, seconds)
         self.admission.done(running.job, seconds)
+        if state == "succeeded":
+            self.observer.ended(running.job.type, seconds)
         if state is None:
             metrics.lease_lost()
             logger.warning(
@@ -323,7 +342,8 @@ class Runtime:
         if self.draining:
             return 0
         busy = sum(self._busy.values())
-        return max(0, self.threads - busy) + int(self._claims_per_s() * 0.05)
+        # What was set aside does not stand in the way of critical ones.
+        return max(0, self.threads - busy) + int(self._claims_per_s() * 0.05) + len(self._aside)
 
     def reserved(self) -> int:
         """Of those, how many only critical jobs may have."""
@@ -386,16 +406,40 @@ class Runtime:
                 self._polled_regular -= not critical
             if self.draining or (limit is not None and self._busy.get(name, 0) >= limit(self.system.settings)):
                 return False
-            if not critical and self._busy_regular >= self.threads - self.threads // 4:
+            if not critical and not self._regular_room():
                 return False
             self._busy[name] = self._busy.get(name, 0) + 1
             self._busy_regular += not critical
             return True
 
+    def _set_aside(self, message: DeliveredMessage) -> bool:
+        """Keep what only lacks a thread that is not kept for critical jobs, while such threads soon become free. The next job
+        that leaves one brings it up again; its consumer gives it back after a second, as any message that nobody claims."""
+        if isinstance(message, PolledMessage):
+            return False
+        with self._lock:
+            while self._aside and self._aside[0].given_back:
+                self._aside.popleft()
+            most = max(self.threads // 4, int(self._rate * _ASIDE_S))
+            if self.draining or self._regular_room() or len(self._aside) >= most:
+                return False
+            self._aside.append(message)
+            return True
+
+    def _regular_room(self) -> bool:
+        return self._busy_regular < self.threads - self.threads // 4
+
     def _leave(self, message: DeliveredMessage) -> None:
+        next_one = None
         with self._lock:
             self._busy[message.actor_name] -= 1
             self._busy_regular -= message.options.get("priority") != 0
+            while next_one is None and self._aside and self._regular_room():
+                next_one = self._aside.popleft()
+                if next_one.given_back:
+                    next_one = None
+        if next_one is not None:
+            self._enqueue(next_one)
         self.system.broker.nudge()
         self.relay.room_made()
 

@@ -32,6 +32,7 @@ import psycopg
 
 import actors  # noqa: F401 - registers the job types
 from agentflow import embedded, schema, settings
+from agentflow.jobs import statistics as job_statistics
 from agentflow.jobs.intake import NewJob
 from agentflow.system import System
 
@@ -99,7 +100,7 @@ def one_run(relay: str, options: argparse.Namespace) -> dict[str, Any]:
                 )
             if relay == "fifo":
                 conn.execute(FIFO)
-        with worker(environment, options.threads):
+        with worker(system, environment, options.threads):
             idle = quiet_jobs(system, options.sleep_ms, options.idle_jobs, every_s=0.05)
             wait_all(system)
             idle_ms = pick_ups(system, idle)
@@ -168,6 +169,11 @@ def pick_ups(system: System, ids: list[Any]) -> list[float]:
     return [row[0] for row in rows]
 
 
+def live_workers(system: System) -> int:
+    with system.database.connection() as conn:
+        return len(job_statistics.workers(conn))
+
+
 @contextmanager
 def servers() -> Iterator[tuple[System, dict[str, str]]]:
     home = Path(tempfile.mkdtemp(prefix="agentflow-bench-"))
@@ -200,17 +206,29 @@ def free_port() -> int:
 
 
 @contextmanager
-def worker(environment: dict[str, str], threads: int) -> Iterator[None]:
+def worker(system: System, environment: dict[str, str], threads: int, module: str = "actors") -> Iterator[None]:
+    """A process with so many threads, as soon as it is known; `module` declares the types, here or in the root."""
     home = Path(environment["AGENTFLOW_HOME"])
-    log = home / "worker.log"
-    command = [str(BIN / "dramatiq"), "actors", "--processes", "1", "--threads", str(threads)]
+    log = home / f"worker-{uuid4().hex[:8]}.log"
+    known = live_workers(system)
+    command = [
+        str(BIN / "dramatiq"),
+        module,
+        "--path",
+        str(ROOT),
+        str(Path(__file__).parent),
+        "--processes",
+        "1",
+        "--threads",
+        str(threads),
+    ]
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
             env={
                 **os.environ,
                 **environment,
-                "PORT": "0",
+                "PORT": str(free_port()),
                 "WORKER_LOG_LEVEL": "WARNING",
                 "JOB_CONCURRENCY": str(threads),
             },
@@ -219,9 +237,10 @@ def worker(environment: dict[str, str], threads: int) -> Iterator[None]:
             stderr=file,
         )
     try:
-        time.sleep(5)
-        if process.poll() is not None:
-            raise SystemExit(f"the worker did not start:\n{log.read_text()[-3000:]}")
+        while live_workers(system) <= known:
+            if process.poll() is not None:
+                raise SystemExit(f"the worker did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(0.1)
         yield
     finally:
         process.terminate()
