@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Final, Literal
 
-from agentflow.knowledge.names import Name, Word, parse
+from agentflow.knowledge.names import Name, Word, are_forms, parse, sound_of
 
 #: same: one thing, spelled in two ways. weak: the one may be short for the other, unless others fit it as well. unsure: somebody
 #: has to look. unlike: nothing speaks for it. different: something speaks against it, such as another number.
@@ -77,7 +77,7 @@ def _with_surnames(one: Word, ones: tuple[Word, ...], other: Word, others: tuple
     if surname == "near" or "near" in relations:
         # Александра Волкова may be a woman, or the genitive of a man; a patronymic tells.
         words = ((one, other), *zip(ones, others, strict=False))
-        declined = len(ones) == len(others) and all(pair[0].stem == pair[1].stem for pair in words)
+        declined = len(ones) == len(others) and all(are_forms(*pair) for pair in words)
         return "same" if declined and any(word.is_patronymic for word in ones) else "unsure"
     longer = max(ones, others, key=len)
     extra = longer[len(relations) :]
@@ -104,7 +104,7 @@ def _things(a: Name, b: Name) -> Likeness:
 def _is_declined(a: Name, b: Name) -> bool:
     """Of one word alone it is not sure: Пушкин and Пушкино are two towns."""
     pairs = zip(a.words, b.words, strict=False)
-    return len(a.words) == len(b.words) > 1 and all(one.stem == other.stem for one, other in pairs)
+    return len(a.words) == len(b.words) > 1 and all(are_forms(one, other) for one, other in pairs)
 
 
 def _has_maker_before(a: Name, b: Name) -> bool:
@@ -170,7 +170,7 @@ def _relation(one: Word, other: Word) -> _Relation:
             return "equal"
         alike = SequenceMatcher(None, *sorted((one.sound, other.sound)), autojunk=False).ratio() >= _ALIKE
         return "near" if alike or one.consonants == other.consonants else "none"
-    if one.sound == other.sound or one.stem == other.stem or _distance_is_one(one.plain, other.plain):
+    if one.sound == other.sound or are_forms(one, other) or _distance_is_one(one.plain, other.plain):
         return "near"
     return "none"
 
@@ -204,7 +204,7 @@ def near_keys(organization_id: int, type_: str, name: str) -> list[int]:
         signs += [
             f"surname {sound} {other.sound[:1]}"
             for word in words
-            for sound in {word.consonants, sound_stem(word)}
+            for sound in {word.consonants, sound_of(word.stem)}
             for other in words
             if other is not word and not word.is_initial
         ]
@@ -213,10 +213,6 @@ def near_keys(organization_id: int, type_: str, name: str) -> list[int]:
     signs += [f"band {number} {band}" for number, band in enumerate(_bands(words))]
     prefix = f"{organization_id} {type_} "
     return sorted({_hash(prefix + sign) - (1 << 63) for sign in signs})
-
-
-def sound_stem(word: Word) -> str:
-    return parse("", word.stem).sound
 
 
 def _bands(words: tuple[Word, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -30,7 +31,9 @@ _LONG_FORMS: Final[Mapping[str, str]] = {
     "индивидуальный предприниматель": "ип",
     "limited liability company": "llc",
 }
-_TITLES: Final = frozenset("dr mr mrs ms prof professor sir madam jr sr phd г-н г-жа господин госпожа проф доктор".split())
+_TITLES: Final = frozenset(
+    "dr mr mrs ms prof professor sir madam jr sr phd г-н г-жа господин госпожа проф доктор".split()
+)
 _PLACE_WORDS: Final = frozenset("г гор город city town of".split())
 _STOP_WORDS: Final = frozenset("the and of и for de".split())
 _SAINT: Final = re.compile(r"\bst\b\.?(?=\s)")
@@ -38,11 +41,12 @@ _DOTTED: Final = re.compile(r"\b(?:[^\W\d_]\.\s?){2,}")
 _APOSTROPHES: Final = re.compile(r"['’ʼ`´]")
 _WORDS: Final = re.compile(r"[^\W_]+")
 _ROMAN: Final = re.compile(r"(?=[ivx]{2,})x{0,2}(?:ix|iv|v?i{0,3})")
-_PATRONYMIC: Final = re.compile(r"(?:вич|вна|инична|ильич|кузьмич|vich|vna)(?:[аеуоы]м?|ой)?$")
-#: One ending of Russian declension. Not -ов and -ев: they end more surnames than plurals.
-_ENDING: Final = re.compile(
-    r"(?:ами|ями|ого|его|ому|ему|ыми|ими|ой|ей|ом|ем|ым|им|ую|юю|ая|яя|ою|ею|ах|ях|ий|ый|ых|их|[аяуюеыиойь])$"
+_PATRONYMIC: Final = re.compile(r"(?:[ое]вич|[кмь]ич|vich)(?:а|у|ем|е)?$|(?:[ое]вн|иничн)(?:а|ы|е|у|ой|ою)$|[oe]vna$")
+#: Endings of Russian declension. Not -ов and -ев: they end more surnames than plurals.
+_ENDINGS: Final = frozenset(
+    "ами ями ого его ому ему ыми ими ой ей ом ем ым им ую юю ая яя ою ею ах ях ий ый ых их а я у ю е ы и о й ь".split()
 )
+_LEAST_STEM: Final = 3
 _LETTERS: Final = str.maketrans({"ø": "o", "ł": "l", "æ": "ae", "œ": "oe", "đ": "d", "ı": "i", "ё": "е", "&": " and "})
 _CYRILLIC: Final = dict(
     zip(
@@ -95,9 +99,12 @@ class Word:
 
     @property
     def stem(self) -> str:
-        """Without an ending of Russian declension."""
-        stem = _ENDING.sub("", self.plain) if self.is_cyrillic else self.plain
-        return stem if len(stem) >= 3 else self.plain
+        """Without the longest ending of Russian declension."""
+        if self.is_cyrillic:
+            for length in (3, 2, 1):
+                if len(self.plain) - length >= _LEAST_STEM and self.plain[-length:] in _ENDINGS:
+                    return self.plain[:-length]
+        return self.plain
 
     @property
     def consonants(self) -> str:
@@ -164,6 +171,16 @@ def sound_of(word: str) -> str:
     for pattern, replacement in _SOUNDS:
         sound = pattern.sub(replacement, sound)
     return sound
+
+
+def are_forms(one: Word, other: Word) -> bool:
+    """Whether both may be forms of one Russian word: the same but for endings of declension."""
+    if not (one.is_cyrillic and other.is_cyrillic):
+        return False
+    common = len(os.path.commonprefix([one.plain, other.plain]))
+    return any(
+        {one.plain[at:], other.plain[at:]} <= _ENDINGS | {""} for at in range(max(_LEAST_STEM, common - 2), common + 1)
+    )
 
 
 def _folded(name: str) -> str:
