@@ -83,6 +83,9 @@ def _with_surnames(one: Word, ones: tuple[Word, ...], other: Word, others: tuple
     extra = longer[len(relations) :]
     if not extra and "initial" not in relations:
         return "same"
+    shorter = min(ones, others, key=len)
+    if extra and any(mine.is_initial and not theirs.is_initial for mine, theirs in zip(longer, shorter, strict=False)):
+        return "unsure"  # J. A. Smith and John Smith: each says something that the other does not
     # A second name that only one of the two has is another person's as often as not, but for patronymics and initials.
     return "weak" if all(word.is_patronymic or word.is_initial for word in extra) else "unsure"
 
@@ -168,11 +171,16 @@ def _relation(one: Word, other: Word) -> _Relation:
     if one.is_cyrillic != other.is_cyrillic:
         if one.sound == other.sound:
             return "equal"
-        alike = SequenceMatcher(None, *sorted((one.sound, other.sound)), autojunk=False).ratio() >= _ALIKE
+        alike = _share_alike(one.sound, other.sound) >= _ALIKE
         return "near" if alike or one.consonants == other.consonants else "none"
     if one.sound == other.sound or are_forms(one, other) or _distance_is_one(one.plain, other.plain):
         return "near"
     return "none"
+
+
+def _share_alike(one: str, other: str) -> float:
+    first, second = sorted((one, other))  # difflib's ratio depends on the order
+    return SequenceMatcher(None, first, second, autojunk=False).ratio()
 
 
 def _distance_is_one(one: str, other: str) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
+
+
+def _listed(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
 
 #: Legal forms by family: of two names with forms of different families it is not sure that they mean one company.
 _LEGAL_FORMS: Final[Mapping[str, str]] = {
@@ -31,11 +35,9 @@ _LONG_FORMS: Final[Mapping[str, str]] = {
     "индивидуальный предприниматель": "ип",
     "limited liability company": "llc",
 }
-_TITLES: Final = frozenset(
-    "dr mr mrs ms prof professor sir madam jr sr phd г-н г-жа господин госпожа проф доктор".split()
-)
-_PLACE_WORDS: Final = frozenset("г гор город city town of".split())
-_STOP_WORDS: Final = frozenset("the and of и for de".split())
+_TITLES: Final = _listed("dr mr mrs ms prof professor sir madam jr sr phd господин госпожа проф доктор")
+_PLACE_WORDS: Final = _listed("г гор город city town of")
+_STOP_WORDS: Final = _listed("the and of и for de")
 _SAINT: Final = re.compile(r"\bst\b\.?(?=\s)")
 _DOTTED: Final = re.compile(r"\b(?:[^\W\d_]\.\s?){2,}")
 _APOSTROPHES: Final = re.compile(r"['’ʼ`´]")
@@ -43,15 +45,15 @@ _WORDS: Final = re.compile(r"[^\W_]+")
 _ROMAN: Final = re.compile(r"(?=[ivx]{2,})x{0,2}(?:ix|iv|v?i{0,3})")
 _PATRONYMIC: Final = re.compile(r"(?:[ое]вич|[кмь]ич|vich)(?:а|у|ем|е)?$|(?:[ое]вн|иничн)(?:а|ы|е|у|ой|ою)$|[oe]vna$")
 #: Endings of Russian declension. Not -ов and -ев: they end more surnames than plurals.
-_ENDINGS: Final = frozenset(
-    "ами ями ого его ому ему ыми ими ой ей ом ем ым им ую юю ая яя ою ею ах ях ий ый ых их а я у ю е ы и о й ь".split()
+_ENDINGS: Final = _listed(
+    "ами ями ого его ому ему ыми ими ой ей ом ем ым им ую юю ая яя ою ею ах ях ий ый ых их а я у ю е ы и о й ь"
 )
 _LEAST_STEM: Final = 3
 _LETTERS: Final = str.maketrans({"ø": "o", "ł": "l", "æ": "ae", "œ": "oe", "đ": "d", "ı": "i", "ё": "е", "&": " and "})
 _CYRILLIC: Final = dict(
     zip(
         "абвгдежзийклмнопрстуфхцчшщъыьэюяіїєґ",
-        "a b v g d e zh z i y k l m n o p r s t u f kh ts ch sh shch  y  e yu ya i yi ye g".split(" "),
+        re.split(" ", "a b v g d e zh z i y k l m n o p r s t u f kh ts ch sh shch  y  e yu ya i yi ye g"),
         strict=True,
     )
 )
@@ -177,7 +179,8 @@ def are_forms(one: Word, other: Word) -> bool:
     """Whether both may be forms of one Russian word: the same but for endings of declension."""
     if not (one.is_cyrillic and other.is_cyrillic):
         return False
-    common = len(os.path.commonprefix([one.plain, other.plain]))
+    pairs = zip(one.plain, other.plain, strict=False)
+    common = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one.plain), len(other.plain)))
     return any(
         {one.plain[at:], other.plain[at:]} <= _ENDINGS | {""} for at in range(max(_LEAST_STEM, common - 2), common + 1)
     )
