@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 from uuid import UUID, uuid5
 
 from agentflow.database import Connection
@@ -115,23 +115,36 @@ def read_source(conn: Connection, organization_id: int, document_id: UUID) -> So
 # ---- writing ----
 
 
-def store(conn: Connection, source: Source, mentions: Collection[Mention], relations: Collection[Relation]) -> bool:
-    """These are the facts of the document, in place of those that it had. False: the document is gone, nothing was written."""
+def store(
+    conn: Connection,
+    source: Source,
+    mentions: Collection[Mention],
+    relations: Collection[Relation],
+    *,
+    unread: Collection[bytes] = (),
+) -> Literal["stored", "gone", "changed"]:
+    """These are the facts of the document, in place of those that it had; what it had of the chunks `unread` stays.
+
+    Nothing is written where the document is gone, or has other chunks by now.
+    """
     organization = source.organization_id
-    _lock(conn, organization)
-    if organization_of(conn, organization, source.id) is None:
-        return False
+    lock(conn, organization)
+    now = read_source(conn, organization, source.id)
+    if now is None:
+        return "gone"
+    if now.chunks != source.chunks:
+        return "changed"
     before = _entities_of(conn, organization, source.id)
     _write_entities(conn, organization, {mention.entity for mention in mentions})
-    _write_mentions(conn, source, mentions)
-    _write_edges(conn, source, relations)
+    _write_mentions(conn, source, mentions, list(unread))
+    _write_edges(conn, source, relations, list(unread))
     refresh(conn, organization, before | _entities_of(conn, organization, source.id))
-    return True
+    return "stored"
 
 
 def forget_document(conn: Connection, organization_id: int, document_id: UUID) -> None:
     """Take the document's facts out of the graph, in the transaction that deletes it (before, or it leaves no trace of them)."""
-    _lock(conn, organization_id)
+    lock(conn, organization_id)
     touched = _entities_of(conn, organization_id, document_id)
     for table in ("graph_evidence", "graph_mentions"):  # triggers take edges and entities along that nothing is left of
         conn.execute(
@@ -161,7 +174,7 @@ def refresh(conn: Connection, organization_id: int, entity_ids: Iterable[UUID]) 
     )
 
 
-def _lock(conn: Connection, organization_id: int) -> None:
+def lock(conn: Connection, organization_id: int) -> None:
     """Until the transaction ends: groups are made of what all writers have written."""
     conn.execute("select agentflow.graph_lock_1(%s)", (organization_id,))
 
@@ -203,12 +216,12 @@ def _write_entities(conn: Connection, organization_id: int, entities: set[Entity
     )
 
 
-def _write_mentions(conn: Connection, source: Source, mentions: Collection[Mention]) -> None:
+def _write_mentions(conn: Connection, source: Source, mentions: Collection[Mention], unread: list[bytes]) -> None:
     organization = source.organization_id
     rows = [
         (entity_id(organization, m.entity), m.span.chunk_key, m.span.start, m.span.end, m.entity.name) for m in mentions
     ]
-    values = {"organization": organization, "document": source.id}
+    values = {"organization": organization, "document": source.id, "unread": unread}
     values |= dict(zip(("entities", "chunks", "starts", "ends", "names"), _columns(rows, 5), strict=True))
     wanted = "unnest(%(entities)s::uuid[], %(chunks)s::bytea[], %(starts)s::integer[], %(ends)s::integer[]"
     conn.execute(
@@ -221,12 +234,13 @@ def _write_mentions(conn: Connection, source: Source, mentions: Collection[Menti
     conn.execute(
         "delete from agentflow.graph_mentions m"  # noqa: S608 - constants
         " where m.organization_id = %(organization)s and m.document_id = %(document)s"
+        " and m.chunk_key <> all(%(unread)s::bytea[])"
         f" and (entity_id, chunk_key, start_offset, end_offset) not in (select * from {wanted}) w)",
         values,
     )
 
 
-def _write_edges(conn: Connection, source: Source, relations: Collection[Relation]) -> None:
+def _write_edges(conn: Connection, source: Source, relations: Collection[Relation], unread: list[bytes]) -> None:
     organization = source.organization_id
     edges, evidence = {}, []
     for relation in relations:
@@ -246,7 +260,7 @@ def _write_edges(conn: Connection, source: Source, relations: Collection[Relatio
         (organization, *_columns(list(edges.values()), 4)),
     )
     names = ("edges", "chunks", "starts", "ends", "valid_froms", "valid_tos", "valid_starts", "valid_ends")
-    values = {"organization": organization, "document": source.id}
+    values = {"organization": organization, "document": source.id, "unread": unread}
     values |= dict(zip(names, _columns(evidence, 8), strict=True))
     wanted = "unnest(%(edges)s::uuid[], %(chunks)s::bytea[], %(starts)s::integer[], %(ends)s::integer[]"
     conn.execute(
@@ -262,6 +276,7 @@ def _write_edges(conn: Connection, source: Source, relations: Collection[Relatio
     conn.execute(
         "delete from agentflow.graph_evidence v"  # noqa: S608 - constants
         " where v.organization_id = %(organization)s and v.document_id = %(document)s"
+        " and v.chunk_key <> all(%(unread)s::bytea[])"
         f" and (edge_id, chunk_key, start_offset, end_offset) not in (select * from {wanted}) w)",
         values,
     )

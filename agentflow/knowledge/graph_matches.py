@@ -17,6 +17,7 @@ DecidedBy = Literal["names", "model", "person"]
 _NAMESPACE: Final = UUID("0197a3c0-5d0e-7a51-9b2f-3f1f6c2b7d48")
 #: So many of the nearest are looked at for each entity.
 _NEAREST: Final = 32
+_QUOTE_CHARS: Final = 300
 #: Neighbours by embedding are looked for among so many entities of a type: a scan, a few milliseconds.
 _MOST_SCANNED: Final = 5000
 
@@ -63,9 +64,23 @@ def decided(conn: Connection, organization_id: int, pairs: Collection[tuple[Memb
     return {row[0] for row in rows}
 
 
+def quotes(conn: Connection, organization_id: int, entity_ids: Collection[UUID]) -> dict[UUID, str]:
+    """Where each of them is mentioned: the shortest quote."""
+    rows = conn.execute(
+        "select distinct on (m.entity_id) m.entity_id,"
+        " substr(c.text, m.start_offset + 1, least(m.end_offset - m.start_offset, %(most)s))"
+        " from agentflow.graph_mentions m join agentflow.chunks c on c.organization_id = m.organization_id"
+        " and c.document_id = m.document_id and c.key = m.chunk_key"
+        " where m.organization_id = %(organization)s and m.entity_id = any(%(ids)s)"
+        " order by m.entity_id, m.end_offset - m.start_offset, m.document_id, m.chunk_key, m.start_offset",
+        {"organization": organization_id, "ids": list(entity_ids), "most": _QUOTE_CHARS},
+    ).fetchall()
+    return dict(rows)
+
+
 def decide(conn: Connection, organization_id: int, found: Sequence[tuple[Match, DecidedBy]]) -> None:
     """Keep what was decided. What was decided before stays, first of all what a person has undone."""
-    conn.execute("select agentflow.graph_lock_1(%s)", (organization_id,))
+    graph.lock(conn, organization_id)
     rows = [(match_id(m.one_id, m.other_id), m.one_id, m.other_id, m.same, m.weak, by) for m, by in found]
     conn.execute(
         "insert into agentflow.graph_matches (organization_id, id, one_id, other_id, same, weak, decided_by)"
@@ -90,7 +105,7 @@ def set_same(conn: Connection, sees: int | None, merge_id: UUID, same: bool) -> 
     if not found:
         return None
     merge = found[0]
-    conn.execute("select agentflow.graph_lock_1(%s)", (merge.organization_id,))
+    graph.lock(conn, merge.organization_id)
     conn.execute(
         "update agentflow.graph_matches set same = %s, weak = false, decided_by = 'person', decided_at = clock_timestamp()"
         " where organization_id = %s and id = %s",

@@ -195,6 +195,17 @@ def _distance_is_one(one: str, other: str) -> bool:
     return short[at + 1 :] == long[at + 1 :] or (swapped and short[at + 2 :] == long[at + 2 :])
 
 
+def occurs(type_: str, name: str, text: str) -> bool:
+    """Whether a text calls something by this name, or at least by half of its words, in whatever form; all numbers have to be
+    there."""
+    wanted, there = parse(type_, name), parse(type_, text)
+    if not set(wanted.numbers) <= set(there.numbers):
+        return False
+    words = [word for word in wanted.words if not word.is_initial] or list(wanted.words)
+    found = sum(any(_relation(word, each) in ("equal", "near") for each in there.words) for word in words)
+    return found * 2 >= len(words) and (found > 0 or bool(wanted.numbers))
+
+
 # ---- which to compare ----
 
 
