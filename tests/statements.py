@@ -64,6 +64,7 @@ IN_REQUESTS: Final[Mapping[str, str]] = {
     "select id, queue, type, priority from agentflow.jobs where id = any (%s)": (
         "whom to ring after a transition: the next in line of a type's key may be another's job"
     ),
+    "select agentflow.graph_lock_": "a lock on the graph of the organization that is its argument",
     "select k.hash, k.id, k.organization_id": "whose key this is: the organization is the answer",
 }
 

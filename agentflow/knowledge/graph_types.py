@@ -13,7 +13,7 @@ _Name = Annotated[
     str, Field(pattern="^[a-z][a-z0-9_]{0,49}$", description="As it stands in the graph, such as `works_for`")
 ]
 _Description = Annotated[
-    str, Field(max_length=300, pattern=r"^[^\x00\ud800-\udfff]*$", description="What the model is told about it")
+    str, Field(max_length=300, pattern=r"^[^\x00-\x1f]*$", description="What the model is told about it")
 ]
 
 
