@@ -19,6 +19,9 @@ from agentflow import settings
 from agentflow.errors import Transient, Wait
 from agentflow.jobs import claims
 from agentflow.jobs.intake import NewJob
+from agentflow.knowledge import graph, graph_matches
+from agentflow.knowledge.clusters import Match
+from agentflow.knowledge.graph import Entity, Mention, Relation, Span
 from agentflow.system import System
 from agentflow.worker.running import JobContext, Running
 from tests.openrouter_server import Asked, ModelServer
@@ -254,7 +257,7 @@ def write_chunks(
 
 @dataclass
 class Teller:
-    """What the model answers. With a `share` of mistakes, so many for each fact come on top of what is true."""
+    """What the model answers. `share` is of mistakes, which come on top of what is true: 0.3 is three for ten facts."""
 
     facts: Collection[Fact] = FACTS
     share: float = 0.0
@@ -277,19 +280,18 @@ class Teller:
         rng = random.Random(f"{self.seed} {question}")
         entities: list[dict[str, Any]] = []
         relations: list[dict[str, Any]] = []
+        told: list[tuple[dict[str, Any], Fact, str, re.Match[str]]] = []
         for number, passage in enumerate(passages, 1):
             for fact in self.facts:
                 if (place := re.search(fact.sentence.replace(" ", r"\s+").replace(".", r"\."), passage)) is None:
                     continue
                 if (fact in self.missed_at_first) != second:
                     continue
-                true = self._told(fact, number, place.start())
-                entities += true[:2]
-                relations.append(true[2])
-                for each in true:
-                    if rng.random() < self.share:
-                        self.mistakes += 1
-                        (entities if "name" in each else relations).append(self._wrong(each, fact, passage, place, rng))
+                told += [(each, fact, passage, place) for each in self._told(fact, number, place.start())]
+        mistaken = [self._wrong(*each, rng) for each in rng.sample(told, round(self.share * len(told)))]
+        self.mistakes += len(mistaken)
+        for each in [*(true for true, *_ in told), *mistaken]:
+            (entities if "name" in each else relations).append(each)
         rng.shuffle(entities)
         rng.shuffle(relations)
         return {"entities": entities, "relations": relations}
@@ -400,6 +402,29 @@ def local(vendor: ModelServer) -> dict[str, str]:
 
 
 # ---- what is stored ----
+
+
+def small_graph(conn: psycopg.Connection, organization_id: int) -> dict[str, str]:
+    """A document, two connected things of which one has two names, and the ids of everything."""
+    text = "Acme makes Atlas 3. Acme Corporation is old."
+    document = add_document(conn, [text], organization_id=organization_id)
+    source = graph.read_source(conn, organization_id, document)
+    assert source is not None
+    acme, whole, atlas = (
+        Entity("organization", "Acme"),
+        Entity("organization", "Acme Corporation"),
+        Entity("product", "Atlas 3"),
+    )
+    first, second = (Span(source.chunks[0].key, *place) for place in ((0, 19), (20, 44)))
+    mentions = {Mention(acme, first), Mention(atlas, first), Mention(whole, second)}
+    assert graph.store(conn, source, mentions, [Relation(acme, "makes", atlas, first)]) == "stored"
+    one, other = sorted(graph.entity_id(organization_id, each) for each in (acme, whole))
+    graph_matches.decide(conn, organization_id, [(Match(one, other, True), "names")])
+    acme_id, atlas_id = (graph.entity_id(organization_id, each) for each in (acme, atlas))
+    ids = {"document": document, "entity": acme_id, "from": acme_id, "to": atlas_id}
+    ids |= {"edge": graph.edge_id(acme_id, "makes", atlas_id), "merge": graph_matches.match_id(one, other)}
+    return {f"{name}_id": str(id_) for name, id_ in ids.items()}
+
 
 TABLES = ("graph_entities", "graph_mentions", "graph_edges", "graph_evidence", "graph_matches")
 

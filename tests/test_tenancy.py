@@ -19,7 +19,7 @@ from agentflow.jobs.intake import NewJob
 from agentflow.organizations import SCOPES, Scope
 from agentflow.system import System
 from scheduler import schedule
-from tests import statements
+from tests import graph_support, statements
 from tests.conftest import ADMIN_KEY, RECORDER
 from tests.statements import IN_REQUESTS, SYSTEM_WIDE, Statement, problem_of
 from tests.web_support import claim, count, finish, problem
@@ -83,6 +83,7 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
     task = owner.client.post("/api/videos/analyze", json={"url": "http://8.8.8.8/film.mp4"}).json
     (key,) = organizations.keys(conn, owner.organization_id)
     owner.client.post("/api/callback-secrets", json={})
+    graph = graph_support.small_graph(conn, owner.organization_id)
     return {
         "job_id": failed["id"],
         "batch_id": batch["batch_id"],
@@ -90,6 +91,7 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
         "video_id": task["video_id"],
         "task_id": task["task_id"],
         "key_id": str(key.id),
+        **graph,
     }
 
 
@@ -101,6 +103,8 @@ BODIES: dict[str, Any] = {
     "/api/keys": {"name": "x", "scopes": ["read"]},
     "/api/callback-secrets": {},
     "/api/keys/{key_id}/rotate": {},
+    "/api/graph/documents/{document_id}": {},
+    "/api/graph/types": {"entities": [{"name": "ship"}], "relations": []},
 }
 
 
@@ -119,7 +123,7 @@ class Route:
         if self.path == "/api/videos/analyze":
             body = {"video_id": things["video_id"]}
         path = re.sub(r"{(\w+)}", lambda match: things[match.group(1)], self.path)
-        return client.open(path, method=self.method, json=body if self.method == "POST" else None)
+        return client.open(path, method=self.method, json=body if self.method != "GET" else None)
 
 
 def routes(app: Any) -> list[Route]:
@@ -136,7 +140,13 @@ def routes(app: Any) -> list[Route]:
     return found
 
 
-ANYTHING = dict.fromkeys(("job_id", "batch_id", "callback_id", "video_id", "task_id", "key_id"), str(uuid4()))
+ANYTHING = dict.fromkeys(
+    (
+        *("job_id", "batch_id", "callback_id", "video_id", "task_id", "key_id"),
+        *("document_id", "entity_id", "edge_id", "merge_id", "from_id", "to_id"),
+    ),
+    str(uuid4()),
+)
 
 
 # ---- routes ----
@@ -192,6 +202,7 @@ def test_every_list_holds_only_the_callers_own(
 
 def snapshot(conn: psycopg.Connection) -> list[int]:
     tables = ("jobs", "batches", "videos", "api_keys", "callback_secrets", "idempotency_keys", "unique_keys")
+    tables += (*graph_support.TABLES, "graph_types")
     return [count(conn, table) for table in tables]
 
 
@@ -321,6 +332,7 @@ def test_the_statements_of_a_whole_life_are_heard_and_each_names_its_organizatio
     assert {
         *("jobs", "job_attempts", "batches", "videos", "idempotency_keys", "unique_keys"),
         *("api_keys", "callback_secrets", "callback_attempts"),
+        *(*graph_support.TABLES, "graph_types"),
     } <= heard
     assert RECORDER.problems == []
 
