@@ -28,7 +28,8 @@ create table agentflow.graph_mentions (
     name text not null,                               -- as it is called there
     primary key (document_id, chunk_key, entity_id, start_offset, end_offset)
 );
-create index graph_mentions_entity on agentflow.graph_mentions (organization_id, entity_id);
+-- Not by organization, as cascades are not; nor the indexes of edges and evidence below.
+create index graph_mentions_entity on agentflow.graph_mentions (entity_id);
 
 create table agentflow.graph_edges (
     organization_id bigint not null,
@@ -37,8 +38,8 @@ create table agentflow.graph_edges (
     predicate text not null,
     to_id uuid not null references agentflow.graph_entities on delete cascade
 );
-create index graph_edges_from on agentflow.graph_edges (organization_id, from_id);
-create index graph_edges_to on agentflow.graph_edges (organization_id, to_id);
+create index graph_edges_from on agentflow.graph_edges (from_id);
+create index graph_edges_to on agentflow.graph_edges (to_id);
 
 create table agentflow.graph_evidence (
     organization_id bigint not null,
@@ -55,7 +56,7 @@ create table agentflow.graph_evidence (
     check ((valid_from is null and valid_to is null) = (valid_start_offset is null)),
     check ((valid_start_offset is null) = (valid_end_offset is null))
 );
-create index graph_evidence_edge on agentflow.graph_evidence (organization_id, edge_id);
+create index graph_evidence_edge on agentflow.graph_evidence (edge_id);
 
 -- What was decided of two entities. Without references: what a person has decided outlives the documents.
 create table agentflow.graph_matches (
