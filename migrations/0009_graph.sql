@@ -85,6 +85,14 @@ create function agentflow.graph_lock_1(organization bigint) returns void languag
     select pg_advisory_xact_lock(hashtextextended('agentflow.graph', organization))
 $$;
 
+-- How often entities are mentioned, and by which name most of all.
+create function agentflow.graph_recount_1(organization bigint, ids uuid[]) returns void language sql as $$
+    update agentflow.graph_entities e set name = m.name, mentions = m.mentions
+    from (select entity_id, count(*) as mentions, mode() within group (order by name collate "C") as name
+        from agentflow.graph_mentions where organization_id = organization and entity_id = any(ids) group by entity_id) m
+    where e.organization_id = organization and e.id = m.entity_id and (e.name, e.mentions) <> (m.name, m.mentions)
+$$;
+
 -- An edge needs evidence and an entity a mention: what loses its last goes, also where a document is deleted beside the program.
 create function agentflow.graph_evidence_gone_1() returns trigger language plpgsql as $$
 begin
@@ -105,6 +113,8 @@ begin
     where e.id = g.entity_id and e.organization_id = g.organization_id
         and not exists (select from agentflow.graph_mentions m
             where m.entity_id = e.id and m.organization_id = e.organization_id);
+    perform agentflow.graph_recount_1(g.organization_id, g.ids)
+    from (select organization_id, array_agg(distinct entity_id) as ids from gone group by 1) g;
     return null;
 end $$;
 create trigger graph_mentions_gone after delete on agentflow.graph_mentions referencing old table as gone

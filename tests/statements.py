@@ -65,6 +65,7 @@ IN_REQUESTS: Final[Mapping[str, str]] = {
         "whom to ring after a transition: the next in line of a type's key may be another's job"
     ),
     "select agentflow.graph_lock_": "a lock on the graph of the organization that is its argument",
+    "select agentflow.graph_recount_": "takes the organization as its first argument",
     "select k.hash, k.id, k.organization_id": "whose key this is: the organization is the answer",
 }
 

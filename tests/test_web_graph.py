@@ -75,7 +75,7 @@ def test_a_list_goes_on_where_the_page_before_ended(client: FlaskClient, told: U
 
     assert whole["next_cursor"] is None
     assert [each for page in pages for each in page] == whole["entities"]
-    assert [len(page) for page in pages] == [4, 4, 4]
+    assert [len(page) for page in pages] == [4, 4, 4, 2]
 
 
 def test_around_an_entity_are_things_of_so_many_steps_and_the_edges_between_them(

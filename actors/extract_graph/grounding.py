@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from actors.extract_graph.reading import Found, FoundEntity, FoundRelation
+from agentflow.jobs.text import is_storable
 from agentflow.knowledge import matching
 from agentflow.knowledge.graph import Chunk, Entity, Mention, Relation, Span, Validity
 from agentflow.knowledge.graph_types import GraphTypes
@@ -16,7 +17,8 @@ from agentflow.knowledge.names import key_of
 _ELLIPSES: Final = re.compile(r"^[\s.…]+|[\s…]+$|\.{2,}$")
 #: Models write these as they like, and mean what stands in the text.
 _ALIKE: Final = ("\"'«»“”„‘’`", "-‐‑‒–—−")
-_DATE: Final = re.compile(r"(\d{4})(?:-(?:0[1-9]|1[0-2])(?:-(?:0[1-9]|[12]\d|3[01]))?)?")
+_DATE: Final = re.compile(r"([0-9]{4})(?:-(?:0[1-9]|1[0-2])(?:-(?:0[1-9]|[12][0-9]|3[01]))?)?")
+_MOST_NAME_CHARS: Final = 200
 
 
 class _Unfounded(Exception):
@@ -58,7 +60,7 @@ class Grounding:
     def _mention(self, chunks: Sequence[Chunk], found: FoundEntity) -> Mention:
         if found.type not in self.types.entity_names:
             raise _Unfounded("unknown_type")
-        if not key_of(found.name):
+        if not key_of(found.name) or len(found.name) > _MOST_NAME_CHARS or not is_storable(found.name):
             raise _Unfounded("no_name")
         chunk, span = _located(chunks, found.quote, found.passage, found.start)
         quote = chunk.text[span.start : span.end]

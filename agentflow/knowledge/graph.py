@@ -157,14 +157,7 @@ def forget_document(conn: Connection, organization_id: int, document_id: UUID) -
 def refresh(conn: Connection, organization_id: int, entity_ids: Iterable[UUID]) -> None:
     """Bring names, numbers of mentions and groups up to date around these entities, some of which may be gone."""
     ids = sorted(entity_ids)
-    conn.execute(
-        "update agentflow.graph_entities e set name = m.name, mentions = m.mentions from ("
-        ' select entity_id, count(*) as mentions, mode() within group (order by name collate "C") as name'
-        " from agentflow.graph_mentions where organization_id = %(organization)s and entity_id = any(%(ids)s)"
-        " group by entity_id) m"
-        " where e.organization_id = %(organization)s and e.id = m.entity_id and (e.name, e.mentions) <> (m.name, m.mentions)",
-        {"organization": organization_id, "ids": ids},
-    )
+    conn.execute("select agentflow.graph_recount_1(%s, %s)", (organization_id, ids))
     members, matches = _around(conn, organization_id, ids)
     roots = clusters.roots(members, matches)
     conn.execute(

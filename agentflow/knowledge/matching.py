@@ -25,6 +25,7 @@ _ALIKE: Final = 0.75
 
 _BANDS: Final = 24
 _ROWS: Final = 2
+_parsed: Final = lru_cache(maxsize=5000)(parse)  # names come again and again; texts do not
 _PRIME: Final = (1 << 61) - 1
 _random = random.Random(1)  # the same in every process: the keys are stored
 _PERMUTATIONS: Final = [(_random.randrange(1, _PRIME), _random.randrange(_PRIME)) for _ in range(_BANDS * _ROWS)]
@@ -36,10 +37,10 @@ class Comparison:
     score: float
 
 
-@lru_cache(maxsize=50_000)
+@lru_cache(maxsize=10_000)
 def compare(type_: str, one: str, other: str) -> Comparison:
     """Symmetric: the order of the two does not matter."""
-    a, b = parse(type_, one), parse(type_, other)
+    a, b = _parsed(type_, one), _parsed(type_, other)
     if "sole" in a.families & b.families:  # whoever trades under his own name
         a, b = (parse("person", name.without_form) for name in (a, b))
     likeness = _people(a, b) if a.type == "person" else _things(a, b)
@@ -198,7 +199,7 @@ def _distance_is_one(one: str, other: str) -> bool:
 def occurs(type_: str, name: str, text: str) -> bool:
     """Whether a text calls something by this name, or at least by half of its words, in whatever form; all numbers have to be
     there."""
-    wanted, there = parse(type_, name), parse(type_, text)
+    wanted, there = _parsed(type_, name), parse(type_, text)
     if not set(wanted.numbers) <= set(there.numbers):
         return False
     words = [word for word in wanted.words if not word.is_initial] or list(wanted.words)

@@ -6,7 +6,6 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final
 
 
@@ -143,7 +142,6 @@ def key_of(name: str) -> str:
     return " ".join(_WORDS.findall(_APOSTROPHES.sub("", folded.replace("&", " and "))))
 
 
-@lru_cache(maxsize=20_000)
 def parse(type_: str, name: str) -> Name:
     text = _folded(name)
     families: set[str] = set()
