@@ -15,7 +15,7 @@ create table agentflow.graph_entities (
     unique (organization_id, type, key)
 );
 create index graph_entities_root on agentflow.graph_entities (organization_id, root_id);
-create index graph_entities_near on agentflow.graph_entities using gin (near);
+create index graph_entities_near on agentflow.graph_entities using gin (near) with (fastupdate = off);   -- read at once after writing
 create index graph_entities_words on agentflow.graph_entities using gin (to_tsvector('simple', key));
 
 create table agentflow.graph_mentions (

@@ -16,6 +16,7 @@ from flask.testing import FlaskClient
 from agentflow import organizations, settings, signing
 from agentflow.jobs import batches, records, retention
 from agentflow.jobs.intake import NewJob
+from agentflow.knowledge import graph
 from agentflow.organizations import SCOPES, Scope
 from agentflow.system import System
 from scheduler import schedule
@@ -83,7 +84,6 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
     task = owner.client.post("/api/videos/analyze", json={"url": "http://8.8.8.8/film.mp4"}).json
     (key,) = organizations.keys(conn, owner.organization_id)
     owner.client.post("/api/callback-secrets", json={})
-    graph = graph_support.small_graph(conn, owner.organization_id)
     return {
         "job_id": failed["id"],
         "batch_id": batch["batch_id"],
@@ -91,7 +91,7 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
         "video_id": task["video_id"],
         "task_id": task["task_id"],
         "key_id": str(key.id),
-        **graph,
+        **graph_support.small_graph(conn, owner.organization_id),
     }
 
 
@@ -324,6 +324,7 @@ def test_the_statements_of_a_whole_life_are_heard_and_each_names_its_organizatio
         prepared = [system.prepare(MINE, NewJob("ping", {}, idempotency_key="b"))]
         batches.submit(pooled, MINE, prepared, idempotency_key="b")
         signing.live_secrets(pooled, MINE, system.sealer)
+        graph.forget_document(pooled, MINE, UUID(things["document_id"]))
     schedule.clean_up(system)
 
     heard = set().union(*(statements.tables_of(text) for text in RECORDER.texts))

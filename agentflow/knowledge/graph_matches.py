@@ -52,8 +52,9 @@ def near_pairs(conn: Connection, organization_id: int, document_id: UUID) -> lis
     for id_, type_, name, near in mine:
         rows = conn.execute(
             "select o.id, o.type, o.name from agentflow.graph_entities o"
-            " where o.organization_id = %(organization)s and o.near && %(near)s and o.type = %(type)s and o.id <> %(id)s"
-            " order by (select count(*) from unnest(o.near) k where k = any(%(near)s)) desc, o.id limit %(nearest)s",
+            " where o.organization_id = %(organization)s and o.near && %(near)s::bigint[]"
+            " and o.type = %(type)s and o.id <> %(id)s"
+            " order by (select count(*) from unnest(o.near) k where k = any(%(near)s::bigint[])) desc, o.id limit %(nearest)s",
             {"organization": organization_id, "near": near, "type": type_, "id": id_, "nearest": _NEAREST},
         ).fetchall()
         pairs |= {_ordered(Member(id_, type_, name), Member(*row)) for row in rows}
