@@ -146,5 +146,5 @@ def _named(name: str, entities: Iterable[Entity]) -> Entity | None:
     for entity in entities:
         if key_of(entity.name) == key:
             return entity
-    alike = [e for e in entities if matching.compare(e.type, e.name, name).likeness in ("same", "weak")]
+    alike = [e for e in entities if matching.compare(e.type, e.name, name) in ("same", "weak")]
     return alike[0] if len(alike) == 1 else None

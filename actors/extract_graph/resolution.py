@@ -58,7 +58,7 @@ def resolve(asking: Asking, source: Source, report: Callable[[float], None]) -> 
     for one, other in pairs:
         if graph_matches.match_id(one.id, other.id) in known:
             continue
-        likeness = matching.compare(one.type, one.name, other.name).likeness
+        likeness = matching.compare(one.type, one.name, other.name)
         if likeness in ("same", "weak"):
             found.append((Match(one.id, other.id, True, weak=likeness == "weak"), "names"))
         elif likeness == "unsure" or (likeness == "unlike" and (one, other) in neighbours):

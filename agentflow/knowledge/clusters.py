@@ -80,4 +80,4 @@ class _Groups:
         if frozenset((one, other)) in self._apart:
             return True
         a, b = self._members[one], self._members[other]
-        return matching.compare(a.type, a.name, b.name).likeness == "different"
+        return matching.compare(a.type, a.name, b.name) == "different"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Final, Literal
@@ -16,35 +15,28 @@ from agentflow.knowledge.names import Name, Word, are_forms, parse, sound_of
 #: has to look. unlike: nothing speaks for it. different: something speaks against it, such as another number.
 Likeness = Literal["same", "weak", "unsure", "unlike", "different"]
 _BEST_FIRST: Final[tuple[Likeness, ...]] = ("same", "weak", "unsure", "different", "unlike")
-_SCORES: Final = {"same": 1.0, "weak": 0.8, "unsure": 0.5, "unlike": 0.0, "different": 0.0}
 
 _Relation = Literal["equal", "initial", "near", "none"]
 _CLOSENESS: Final = {"equal": 3, "near": 2, "initial": 1, "none": 0}
 #: From this share of common letters on, words of two alphabets may be one word.
 _ALIKE: Final = 0.75
 
+_parsed: Final = lru_cache(maxsize=5000)(parse)  # names come again and again; texts do not
+
 _BANDS: Final = 24
 _ROWS: Final = 2
-_parsed: Final = lru_cache(maxsize=5000)(parse)  # names come again and again; texts do not
 _PRIME: Final = (1 << 61) - 1
 _random = random.Random(1)  # the same in every process: the keys are stored
 _PERMUTATIONS: Final = [(_random.randrange(1, _PRIME), _random.randrange(_PRIME)) for _ in range(_BANDS * _ROWS)]
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    likeness: Likeness
-    score: float
-
-
 @lru_cache(maxsize=10_000)
-def compare(type_: str, one: str, other: str) -> Comparison:
+def compare(type_: str, one: str, other: str) -> Likeness:
     """Symmetric: the order of the two does not matter."""
     a, b = _parsed(type_, one), _parsed(type_, other)
     if "sole" in a.families & b.families:  # whoever trades under his own name
         a, b = (parse("person", name.without_form) for name in (a, b))
-    likeness = _people(a, b) if a.type == "person" else _things(a, b)
-    return Comparison(likeness, _SCORES[likeness])
+    return _people(a, b) if a.type == "person" else _things(a, b)
 
 
 # ---- people ----

@@ -35,7 +35,7 @@ _LONG_FORMS: Final[Mapping[str, str]] = {
     "limited liability company": "llc",
 }
 _TITLES: Final = _listed("dr mr mrs ms prof professor sir madam jr sr phd господин госпожа проф доктор")
-_PLACE_WORDS: Final = _listed("г гор город city town of")
+_PLACE_WORDS: Final = _listed("г гор город city town")
 _STOP_WORDS: Final = _listed("the and of и for de")
 _SAINT: Final = re.compile(r"\bst\b\.?(?=\s)")
 _DOTTED: Final = re.compile(r"\b(?:[^\W\d_]\.\s?){2,}")
@@ -152,8 +152,8 @@ def parse(type_: str, name: str) -> Name:
     if type_ != "person":
         text = _DOTTED.sub(lambda match: re.sub(r"[.\s]", "", match[0]) + " ", text)
         text = _SAINT.sub("saint", text)
-    words = [word for word in _WORDS.findall(text) if type_ == "person" or word not in _STOP_WORDS]
-    kept = [word for word in words if not _is_dropped(type_, word)] or words
+    words = _WORDS.findall(text)
+    kept = [word for word in words if not _is_dropped(type_, word)] or words  # there is a band called The The
     if type_ == "organization":
         families = {_LEGAL_FORMS[word] for word in words if word in _LEGAL_FORMS}
     numbers = [word for number, word in enumerate(kept) if _is_number(word, number)]
@@ -200,10 +200,10 @@ def _is_dropped(type_: str, word: str) -> bool:
         case "person":
             return word in _TITLES
         case "organization":
-            return word in _LEGAL_FORMS
+            return word in _LEGAL_FORMS or word in _STOP_WORDS
         case "place":
-            return word in _PLACE_WORDS
-    return False
+            return word in _PLACE_WORDS or word in _STOP_WORDS
+    return word in _STOP_WORDS
 
 
 def _is_number(word: str, position: int) -> bool:
