@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 import threading
+import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
 
-from actors.extract_graph import grounding
+from actors.extract_graph import grounding, resolution
 from actors.extract_graph.reading import Found
 from agentflow.database import BoundedConnection
 from agentflow.errors import Permanent
-from agentflow.jobs import records
+from agentflow.jobs import claims, records
 from agentflow.knowledge import graph, graph_matches, graph_types
 from agentflow.knowledge.graph_types import GraphTypes
-from agentflow.models.asking import AT_ONCE
+from agentflow.knowledge.names import key_of
+from agentflow.models.asking import AT_ONCE, Asking
 from agentflow.system import System
+from agentflow.worker.running import JobContext, Running
 from tests import graph_support as support
 from tests import openrouter_server as faults
+from tests import test_names
 from tests.graph_support import (
     BOLT,
     FACTS,
@@ -324,6 +331,44 @@ def test_an_undone_merge_is_not_made_again(runs: Runs, conn: psycopg.Connection,
         graph_matches.set_same(conn, ORGANIZATION, merge.id, True)
     assert frozenset({"Bolt", "Bolt GmbH"}) in {names for type_, names in support.things(conn)}
     assert graph_matches.set_same(conn, 2, merge.id, False) is None
+
+
+@pytest.mark.long
+def test_two_hundred_labelled_pairs_are_merged_through_the_whole(
+    runs: Runs, conn: psycopg.Connection, vendor: ModelServer
+) -> None:
+    """What tests/test_names.py measures on the names alone, with the tables' keys, limits and groups, and the model over HTTP."""
+    means = test_names.meaning()
+
+    def verdict(asked: Asked) -> dict[str, bool]:
+        type_ = re.search(r"same (\w+)\?", asked.text)[1]  # type: ignore[index]
+        one, other = (re.search(rf'^{n}\. (.*) \("', asked.text, re.M)[1] for n in (1, 2))  # type: ignore[index]
+        return {"same": means[type_, one] == means[type_, other]}
+
+    vendor.reply = verdict
+    source = graph.read_source(conn, ORGANIZATION, add_document(conn, [name for _, name in means]))
+    assert source is not None
+    mentions = {
+        graph.Mention(graph.Entity(type_, name), graph.Span(hashlib.sha256(name.encode()).digest(), 0, len(name)))
+        for type_, name in means
+    }
+    assert graph.store(conn, source, mentions, []) == "stored"
+    (job,), _ = claims.claim(conn, [runs.submit(source.id).id], uuid4(), 600.0)
+
+    result = resolution.resolve(
+        Asking(JobContext(Running(job, time.monotonic() + 600), runs.system), runs.system.models),
+        source,
+        lambda _: None,
+    )
+
+    rows = conn.execute("select type, key, root_id from agentflow.graph_entities").fetchall()
+    roots = {(type_, key): root for type_, key, root in rows}
+    of = {name: roots[name[0], key_of(name[1])] for name in means}
+    found = Counter((of[p.type, p.one] == of[p.type, p.other], p.same) for p in test_names.PAIRS)
+    f1 = 2 * found[True, True] / (2 * found[True, True] + found[True, False] + found[False, True])
+    print(f"F1 {f1:.3f}, {result}")
+    assert f1 >= 0.95
+    assert len(vendor.asked) == result["asked"] <= 0.2 * result["compared"]
 
 
 def test_names_that_only_an_embedding_takes_for_alike_go_to_the_model(
