@@ -94,6 +94,8 @@ IN_REQUESTS: Final[Mapping[str, str]] = {
     "select type, count(*) from (select j.type": "estimates: how many were sent",
     "select x.type, count(*) from (select j.type": "estimates: how many are before one, of a line that several may share",
     "from agentflow.forecasts where queue": "estimates: how wrong the last ones of the queue were",
+    "select agentflow.graph_lock_": "a lock on the graph of the organization that is its argument",
+    "select agentflow.graph_recount_": "takes the organization as its first argument",
     "select k.hash, k.id, k.organization_id": "whose key this is: the organization is the answer",
 }
 

@@ -4,7 +4,8 @@ whole run), and every route of the API is walked with foreign ids and with keys 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
@@ -16,9 +17,10 @@ from flask.testing import FlaskClient
 from agentflow import organizations, settings, signing
 from agentflow.jobs import batches, records, retention
 from agentflow.jobs.intake import NewJob
+from agentflow.knowledge import graph
 from agentflow.organizations import SCOPES, Scope
 from agentflow.system import System
-from tests import statements
+from tests import graph_support, statements
 from tests.calendar_support import cleaned_up
 from tests.conftest import ADMIN_KEY, RECORDER
 from tests.statements import IN_REQUESTS, SYSTEM_WIDE, Statement, problem_of
@@ -92,6 +94,7 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
         "video_id": task["video_id"],
         "task_id": task["task_id"],
         "key_id": str(key.id),
+        **graph_support.small_graph(conn, owner.organization_id),
     }
 
 
@@ -105,6 +108,8 @@ BODIES: dict[str, Any] = {
     "/api/keys/{key_id}/rotate": {},
     "/api/schedules": {"name": "another", "every_s": 3600, "type": "ping"},
     "/api/schedules/{schedule_id}": {"name": "renamed"},
+    "/api/graph/documents/{document_id}": {},
+    "/api/graph/types": {"entities": [{"name": "ship"}], "relations": []},
 }
 
 
@@ -118,12 +123,12 @@ class Route:
     def names(self) -> list[str]:
         return re.findall(r"{(\w+)}", self.path)
 
-    def ask(self, client: FlaskClient, things: dict[str, str]) -> Any:
+    def ask(self, client: FlaskClient, things: Mapping[str, str]) -> Any:
         body = BODIES.get(self.path)
         if self.path == "/api/videos/analyze":
             body = {"video_id": things["video_id"]}
         path = re.sub(r"{(\w+)}", lambda match: things[match.group(1)], self.path)
-        return client.open(path, method=self.method, json=body if self.method in ("POST", "PATCH") else None)
+        return client.open(path, method=self.method, json=body if self.method != "GET" else None)
 
 
 def routes(app: Any) -> list[Route]:
@@ -140,9 +145,7 @@ def routes(app: Any) -> list[Route]:
     return found
 
 
-ANYTHING = dict.fromkeys(
-    ("job_id", "batch_id", "callback_id", "video_id", "task_id", "key_id", "schedule_id"), str(uuid4())
-)
+ANYTHING: Mapping[str, str] = defaultdict(lambda: str(uuid4()))
 
 
 # ---- routes ----
@@ -207,6 +210,7 @@ def snapshot(conn: psycopg.Connection) -> list[int]:
         "unique_keys",
         "schedules",
     )
+    tables += (*graph_support.TABLES, "graph_types")
     return [count(conn, table) for table in tables]
 
 
@@ -328,6 +332,7 @@ def test_the_statements_of_a_whole_life_are_heard_and_each_names_its_organizatio
         prepared = [system.prepare(MINE, NewJob("ping", {}, idempotency_key="b"))]
         batches.submit(pooled, MINE, prepared, idempotency_key="b")
         signing.live_secrets(pooled, MINE, system.sealer)
+        graph.forget_document(pooled, MINE, UUID(things["document_id"]))
     cleaned_up(system)
 
     heard = set().union(*(statements.tables_of(text) for text in RECORDER.texts))
@@ -336,6 +341,7 @@ def test_the_statements_of_a_whole_life_are_heard_and_each_names_its_organizatio
     assert {
         *("jobs", "job_attempts", "batches", "videos", "idempotency_keys", "unique_keys"),
         *("api_keys", "callback_secrets", "callback_attempts", "schedules", "ticks", "doomed_files"),
+        *(*graph_support.TABLES, "graph_types"),
     } <= heard
     assert RECORDER.problems == []
 

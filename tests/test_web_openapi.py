@@ -17,6 +17,7 @@ from openapi_spec_validator import validate
 
 from agentflow.jobs import records
 from agentflow.system import System
+from tests import graph_support
 from tests.conftest import ADMIN_KEY
 from tests.processes import BIN
 from tests.web_support import Web, client, count, gunicorn, run
@@ -33,6 +34,12 @@ video_id = "{video}"
 batch_id = "{batch}"
 key_id = "{key}"
 schedule_id = "{schedule}"
+document_id = "{document_id}"
+entity_id = "{entity_id}"
+edge_id = "{edge_id}"
+merge_id = "{merge_id}"
+from_id = "{from_id}"
+to_id = "{to_id}"
 
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "302", "400", "401", "403", "404", "408", "409", "413", "414", "416", "422", "431"]
@@ -163,7 +170,9 @@ def guessed(
     """Run schemathesis with all its checks on everything; every operation must have been reached. Returns the number of cases."""
     config, report = tmp_path / "schemathesis.toml", tmp_path / "report.har"
     # Guesses with wrong keys come by the hundred.
-    with gunicorn(environment, tmp_path, AUTH_FAILURES_PER_MINUTE="1000000") as web:
+    # Nobody asks a model here, but one has to be set for a graph to be asked for.
+    model = {"LLM_BASE_URL": "http://127.0.0.1:9/v1", "LLM_MODEL": "m"}
+    with gunicorn(environment, tmp_path, AUTH_FAILURES_PER_MINUTE="1000000", **model) as web:
         config.write_text(CONFIG.format(**things(web, system, conn)))
         before = count(conn)
         guesses = subprocess.run(
@@ -225,6 +234,7 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
         "file": "o/1/x.png",
         "expires": link["expires"][0],
         "signature": link["signature"][0],
+        **graph_support.small_graph(conn, 1),
     }
 
 

@@ -116,6 +116,11 @@ class Routes:
     ) -> Callable[[Function], Function]:
         return self._add("DELETE", path, answers, {**more, "scope": scope})
 
+    def put(
+        self, path: str, answers: Mapping[int, Any], *, scope: Needed, **more: Any
+    ) -> Callable[[Function], Function]:
+        return self._add("PUT", path, answers, {**more, "scope": scope})
+
     def _add(
         self, method: str, path: str, answers: Mapping[int, Any], more: dict[str, Any]
     ) -> Callable[[Function], Function]:

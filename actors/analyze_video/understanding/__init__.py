@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from actors.analyze_video.understanding import captions, story, transcript
-from actors.analyze_video.understanding.asking import Asking
 from agentflow.models import Models, NotConfigured
+from agentflow.models.asking import Asking
 from agentflow.worker.running import JobContext
 
 #: The parts, and how much of this stage's time each may take.

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel, Field
 
-from actors.analyze_video.understanding.asking import Answer, Asking, status_of
 from agentflow.models import Image, Message, answers
+from agentflow.models.asking import Answer, Asking, status_of
 
 _PROMPT: Final = (
     "This is a still from a video. Describe in one or two sentences what is to be seen: who, doing what, where. Then give each"

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel, Field
 
-from actors.analyze_video.understanding.asking import Answer, Asking
 from agentflow.models import Message, answers
+from agentflow.models.asking import Answer, Asking
 from agentflow.models.structured import Shape
 
 PARTS: Final = ("chapters", "summary", "tags")

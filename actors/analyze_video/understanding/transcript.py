@@ -15,8 +15,8 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Final
 
-from actors.analyze_video.understanding.asking import Answer, Asking, status_of
 from agentflow.models import Transcription, Word, answers
+from agentflow.models.asking import Answer, Asking, status_of
 
 #: How far two hearings of a word may lie apart; and how far outside of what both chunks have one may seem to lie.
 _APART_S: Final = 0.6

@@ -8,12 +8,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from agentflow.errors import JobError, Permanent, Transient, Wait
 from agentflow.models import Models, answers
 from agentflow.models.failures import OF_THE_ACCOUNT
-from agentflow.worker.running import JobContext
+
+if TYPE_CHECKING:
+    from agentflow.worker.running import JobContext
 
 T = TypeVar("T")
 
