@@ -52,7 +52,8 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """What is counted together. `name` is stable and holds no secret; without windows a bucket can only be closed."""
+    """What is counted together. `name` is stable and holds no secret; without windows a bucket can only be closed, and has no
+    line: those who wait for another bucket of the same call do not hold up everybody."""
 
     name: str
     windows: tuple[Window, ...] = ()
@@ -95,12 +96,20 @@ class Limits:
 
     def refused(self, bucket: Bucket, retry_after_s: float | None = None) -> None:
         """The vendor answered 429: closed for all workers until then (None: for one call's distance), and a little slower."""
-        closed_ms = max(1.0, retry_after_s * 1000 if retry_after_s is not None else min(bucket.pace_ms, 60_000.0))
+        seconds = min(bucket.pace_ms / 1000, 60.0) if retry_after_s is None else retry_after_s
+        self._close(bucket, seconds, _LOWERED_MOST)
+
+    def close(self, bucket: Bucket, for_s: float) -> None:
+        """The vendor says that nothing is left until then: closed for all workers, and as fast as before afterwards."""
+        self._close(bucket, for_s, 0.0)
+
+    def _close(self, bucket: Bucket, for_s: float, lowered: float) -> None:
+        closed_ms = max(1.0, for_s * 1000)
         self._alone.refused(bucket, closed_ms)
         if self._client is None or time.monotonic() < self._ask_again_at:
             return
         try:
-            self._refuse(keys=self._keys(bucket)[1:], args=[int(closed_ms), _LOWERED_MOST, _RECOVERS_PER_S])
+            self._refuse(keys=self._keys(bucket)[1:], args=[int(closed_ms), lowered, _RECOVERS_PER_S])
         except redis.RedisError as error:
             self._away(error)
 
@@ -147,13 +156,15 @@ for b = 1, buckets do
         closed = true
         at = math.max(at, tonumber(h[1]))
     end
-    line = math.max(line, tonumber(h[2] or 0))
     local factor = 1
     if h[3] then
         factor = math.min(1, tonumber(h[3]) + (now - tonumber(h[4])) / 1000 * recovers)
     end
     local bucket_pace, windows = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1])
     pace = math.max(pace, bucket_pace / factor)
+    if windows > 0 then
+        line = math.max(line, tonumber(h[2] or 0))
+    end
     arg = arg + 2
     longest[b] = {0, 0}
     for _ = 1, windows do
@@ -182,9 +193,11 @@ end
 if not held or at - now > patience then
     at = math.max(at, line + pace)
     for b = 1, buckets do
-        redis.call('HSET', KEYS[2 * b], 'line', at)
-        if redis.call('PTTL', KEYS[2 * b]) < at - now + 3600000 then
-            redis.call('PEXPIRE', KEYS[2 * b], math.ceil(at - now) + 3600000)
+        if longest[b][1] > 0 then
+            redis.call('HSET', KEYS[2 * b], 'line', at)
+            if redis.call('PTTL', KEYS[2 * b]) < at - now + 3600000 then
+                redis.call('PEXPIRE', KEYS[2 * b], math.ceil(at - now) + 3600000)
+            end
         end
     end
 end
@@ -241,7 +254,8 @@ class _Alone:
                     amount = max(1, int(window.amount * share))
                     if len(state.calls) >= amount:
                         at = max(at, state.calls[-amount] + window.per_s * 1000)
-            line = max([now, *(state.line for state in states)])
+            lines = [state for bucket, state in zip(buckets, states, strict=True) if bucket.windows]
+            line = max([now, *(state.line for state in lines)])
             held = not closed and self._places.get(holder, 0.0) > now
             if at <= now and (held or line <= now):
                 for bucket, state in zip(buckets, states, strict=True):
@@ -253,7 +267,7 @@ class _Alone:
                 return 0.0
             if not held or at - now > _PATIENCE_MS:
                 at = max(at, line + max((b.pace_ms for b in buckets), default=0.0) / share)
-                for state in states:
+                for state in lines:
                     state.line = at
             self._keep_place(holder, at + _KEEP_PLACE_S * 1000, now)
             return max(0.001, (at - now) / 1000)

@@ -12,7 +12,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 from agentflow import log
 from agentflow.database import Connection, Unavailable
-from agentflow.jobs import retention
+from agentflow.jobs import budgets, retention
 from agentflow.jobs.retention import Keep
 from agentflow.models import answers
 from agentflow.storage import StorageError
@@ -24,6 +24,7 @@ CLEAN_UP_EVERY_S: Final = 600
 HEARTBEAT_EVERY_S: Final = 5
 _PAUSE_S: Final = 0.05  # between two batches of deletions, so that vacuum and the workers keep up
 _LEFTOVER_AGE_S: Final = 86_400.0
+_USAGE_DAYS: Final = 400
 
 
 def start(system: System) -> BackgroundScheduler:
@@ -44,7 +45,8 @@ def start(system: System) -> BackgroundScheduler:
 
 
 def clean_up(system: System) -> dict[str, int]:
-    """Forget what retention says: ended jobs, idempotency keys, batches, dead workers' rows, leftovers of cut uploads."""
+    """Forget what retention says: ended jobs, idempotency keys, batches, old days' usage, dead workers' rows, leftovers of cut
+    uploads."""
     settings = system.settings
     succeeded = Keep(settings.retain_succeeded_hours, settings.retain_succeeded_count)
     failed = Keep(settings.retain_failed_hours, settings.retain_failed_count)
@@ -58,6 +60,7 @@ def clean_up(system: System) -> dict[str, int]:
             "unique_keys": _in_batches(lambda: retention.delete_unique_keys(conn)),
             "batches": _in_batches(lambda: retention.delete_batches(conn, hours=settings.retain_failed_hours)),
             "model_answers": _in_batches(lambda: answers.delete_old(conn, hours=settings.retain_failed_hours)),
+            "usage_days": _in_batches(lambda: budgets.delete_old_days(conn, days=_USAGE_DAYS)),
             "workers": retention.delete_workers(conn),
         }
     try:
