@@ -20,7 +20,7 @@ from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, Strict
 from agentflow.errors import Permanent
 from agentflow.jobs import batches, intake, records, registry, unique
 from agentflow.jobs.intake import InvalidJob, NewJob
-from agentflow.jobs.model import Job, Priority, State
+from agentflow.jobs.model import HeadStart, Job, Priority, State
 from agentflow.jobs.text import is_storable
 from agentflow.settings import Settings
 from web import events
@@ -74,6 +74,9 @@ class JobRequest(Body):
     type: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="One of `GET /api/job-types`")
     payload: dict[str, Any] = Field({}, description="The arguments, as the type's schema says")
     priority: Priority | None = None
+    head_start_s: HeadStart | None = Field(
+        None, description="Comes before your other jobs of its priority as if due so many seconds sooner"
+    )
     run_at: Annotated[AwareDatetime, Strict()] | None = Field(None, description="Not before this moment")
     max_attempts: Annotated[int, Field(ge=1, le=1000)] | None = None
     time_limit_s: Annotated[float, Field(ge=0.1, le=86_400)] | None = Field(
@@ -154,6 +157,7 @@ class JobSummary(View):
     state: State
     queue: str
     priority: Priority
+    head_start_s: HeadStart
     attempt: int
     max_attempts: int
     progress: float | None = Field(description="0 to 1")
@@ -226,6 +230,7 @@ class JobTypeView(View):
     description: str
     queue: str
     priority: Priority
+    head_start_s: HeadStart
     max_attempts: int
     time_limit_s: float
     payload: dict[str, Any] = Field(description="JSON Schema of the payload")
@@ -424,6 +429,7 @@ def types(_call: Call) -> JobTypeList:
                 description=each.description,
                 queue=each.queue,
                 priority=each.priority,
+                head_start_s=each.head_start_s,
                 max_attempts=each.retry.max_attempts,
                 time_limit_s=each.time_limit_s,
                 payload=each.payload.model_json_schema(),
@@ -459,6 +465,7 @@ def _new_job(body: JobRequest, settings: Settings, *, idempotency_key: str | Non
         type=body.type,
         payload=body.payload,
         priority=body.priority,
+        head_start_s=body.head_start_s,
         run_at=within_calendars(body.run_at),
         max_attempts=body.max_attempts,
         time_limit_s=body.time_limit_s,

@@ -1,8 +1,9 @@
-"""`agentflow rules …`: what is paused, how much may run at once, and how often others may be called."""
+"""`agentflow rules …`: what is paused, how much may run at once, how often others may be called, and what a day may cost."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, cast
@@ -12,14 +13,14 @@ from agentflow.cli import output
 from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure
 from agentflow.database import Connection
-from agentflow.jobs import registry, rules
+from agentflow.jobs import budgets, registry, rules
 from agentflow.jobs.model import QUEUES
 from agentflow.limits import Window
 
 
 def show(as_json: bool) -> None:
     with connected() as system, system.database.connection() as conn:
-        found = rules.read(conn)
+        found, of_a_day = rules.read(conn), budgets.every(conn)
         slugs: dict[int, str] = {o.id: o.slug for o in organizations.every(conn)} | {rules.EVERY: "each"}
     rows: list[tuple[str, str, str, str]] = []
     for pause in found.pauses.values():
@@ -31,13 +32,16 @@ def show(as_json: bool) -> None:
     for (organization, provider), windows in found.limits.items():
         said = ", ".join(f"{w.amount} in {w.per_s:g} s" for w in windows)
         rows.append(("limit", provider, _slug(slugs, organization), said))
+    for each in of_a_day:
+        used = "" if each.organization_id == rules.EVERY else f", {each.used:g} used today"
+        rows.append(("budget", each.measure, _slug(slugs, each.organization_id), f"{each.per_day:g} a day{used}"))
     if as_json:
         for row in rows:
             print(json.dumps(dict(zip(("rule", "of", "organization", "says"), row, strict=True))))
     elif rows:
         output.console().print(output.table(("rule", "of", "organization", ""), rows))
     else:
-        print("no rules: nothing is paused, capped or limited but by the types themselves")
+        print("no rules: nothing is paused, capped, limited or budgeted but by the types themselves")
 
 
 def pause(kind: str, name: str, org: str | None, reason: str | None) -> None:
@@ -77,6 +81,28 @@ def limit(provider: str, windows: Sequence[str], org: str | None) -> None:
         rules.set_limit(conn, organization, provider, parsed)
     said = ", ".join(f"{w.amount} in {w.per_s:g} s" for w in parsed) or "as it is by default"
     print(f"{org or 'each organization'}: {provider} {said}")
+
+
+def budget(measure: str, per_day: str, org: str | None) -> None:
+    """`per_day` as a number; off takes the budget away."""
+    if not budgets.MEASURE.fullmatch(measure):
+        raise Failure(f"{measure!r} is no measure, such as usd, tokens or gpu_s", USAGE)
+    amount = None if per_day == "off" else _amount(per_day)
+    with connected() as system, system.database.transaction() as conn:
+        organization = _organization(conn, org) if org is not None else rules.EVERY
+        rules.set_budget(conn, organization, measure, amount)
+    said = f"at most {amount:g} a day" if amount is not None else "without a budget"
+    print(f"{org or 'each organization'}: {measure} {said}")
+
+
+def _amount(text: str) -> float:
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = math.nan
+    if not 0 < amount <= budgets.MOST:
+        raise Failure(f"{text!r} is neither an amount above 0 nor off", USAGE)
+    return amount
 
 
 def _target(conn: Connection, kind: str, name: str, org: str | None) -> tuple[rules.Kind, str, int]:
