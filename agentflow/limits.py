@@ -140,18 +140,18 @@ class Limits:
 # KEYS: two for each bucket (calls: a list of times in ms; state: a hash), and the holder's place.
 # ARGV: patience in ms, how long a place is kept in ms, recovery per s, number of buckets, then for each its pace in ms, its
 # number of windows, and for each of those the amount and its length in ms.
-# The hash: closed, the time until which nothing is let through; line, the last place that was handed out; factor and
-# lowered, what a 429 left of the amounts and when.
+# The hash: closed, the time until which nothing is let through; line, the last place that was handed out, and under which
+# windows: a line of other ones is over; factor and lowered, what a 429 left of the amounts and when.
 _TAKE: Final = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local patience, keep, recovers, buckets = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local place = KEYS[#KEYS]
 local at, line, pace, closed = now, now, 0, false
-local longest, arg = {}, 5
+local longest, described, arg = {}, {}, 5
 for b = 1, buckets do
     local calls, state = KEYS[2 * b - 1], KEYS[2 * b]
-    local h = redis.call('HMGET', state, 'closed', 'line', 'factor', 'lowered')
+    local h = redis.call('HMGET', state, 'closed', 'line', 'factor', 'lowered', 'windows')
     if h[1] and tonumber(h[1]) > now then
         closed = true
         at = math.max(at, tonumber(h[1]))
@@ -162,10 +162,11 @@ for b = 1, buckets do
     end
     local bucket_pace, windows = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1])
     pace = math.max(pace, bucket_pace / factor)
-    if windows > 0 then
+    arg = arg + 2
+    described[b] = table.concat(ARGV, ' ', arg, arg + 2 * windows - 1)
+    if windows > 0 and h[5] == described[b] then
         line = math.max(line, tonumber(h[2] or 0))
     end
-    arg = arg + 2
     longest[b] = {0, 0}
     for _ = 1, windows do
         local amount, length = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1])
@@ -194,7 +195,7 @@ if not held or at - now > patience then
     at = math.max(at, line + pace)
     for b = 1, buckets do
         if longest[b][1] > 0 then
-            redis.call('HSET', KEYS[2 * b], 'line', at)
+            redis.call('HSET', KEYS[2 * b], 'line', at, 'windows', described[b])
             if redis.call('PTTL', KEYS[2 * b]) < at - now + 3600000 then
                 redis.call('PEXPIRE', KEYS[2 * b], math.ceil(at - now) + 3600000)
             end
@@ -229,6 +230,7 @@ class _State:
     calls: deque[float] = field(default_factory=deque)
     closed: float = 0.0
     line: float = 0.0
+    windows: tuple[Window, ...] = ()
     seen: float = 0.0
 
 
@@ -254,8 +256,8 @@ class _Alone:
                     amount = max(1, int(window.amount * share))
                     if len(state.calls) >= amount:
                         at = max(at, state.calls[-amount] + window.per_s * 1000)
-            lines = [state for bucket, state in zip(buckets, states, strict=True) if bucket.windows]
-            line = max([now, *(state.line for state in lines)])
+            lines = [(state, b.windows) for b, state in zip(buckets, states, strict=True) if b.windows]
+            line = max([now, *(state.line for state, windows in lines if state.windows == windows)])
             held = not closed and self._places.get(holder, 0.0) > now
             if at <= now and (held or line <= now):
                 for bucket, state in zip(buckets, states, strict=True):
@@ -267,8 +269,8 @@ class _Alone:
                 return 0.0
             if not held or at - now > _PATIENCE_MS:
                 at = max(at, line + max((b.pace_ms for b in buckets), default=0.0) / share)
-                for state in lines:
-                    state.line = at
+                for state, windows in lines:
+                    state.line, state.windows = at, windows
             self._keep_place(holder, at + _KEEP_PLACE_S * 1000, now)
             return max(0.001, (at - now) / 1000)
 

@@ -43,7 +43,6 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "from agentflow.caps order by": "caps are rules of the installation, too",
     "from agentflow.rate_limits order by": "and so are limits",
     "select exists (select from agentflow.budgets)": "whether there are budgets at all",
-    "from agentflow.budgets b left join agentflow.usage_days d": "and budgets, with what is used of them",
     "from agentflow.budgets_reached order by": "who has used up a budget: every worker knows, of all",
     "update agentflow.caps set running = least": "the operator's cap for each organization, which no own one exceeds",
     "with old as materialized (select day, organization_id": "retention of the totals of days",

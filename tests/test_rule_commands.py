@@ -40,8 +40,8 @@ def test_what_is_set_is_read_shown_and_taken_back(agentflow: Command, conn: Conn
     assert (found.cap_of(acme, "ping"), found.cap_of(acme, ""), found.cap_of(1, "")) == (3, 7, None)
     assert found.limit_of(acme, "type:ping") == (Window(100, 60), Window(5000, 3600))
     assert {(each["rule"], each["of"], each["organization"]) for each in listed} == {
-        ("paused", "type ping", "acme"),
-        ("paused", "queue gpu", "all"),
+        ("pause", "type ping", "acme"),
+        ("pause", "queue gpu", "all"),
         ("cap", "ping", "each"),
         ("cap", "all types", "acme"),
         ("limit", "type:ping", "acme"),

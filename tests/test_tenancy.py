@@ -101,6 +101,11 @@ BODIES: dict[str, Any] = {
     "/api/keys": {"name": "x", "scopes": ["read"]},
     "/api/callback-secrets": {},
     "/api/keys/{key_id}/rotate": {},
+    "/api/rules/pause": {"pause": "type", "name": "ping"},
+    "/api/rules/resume": {"resume": "type", "name": "ping"},
+    "/api/rules/cap": {"type": "ping", "running": 3},
+    "/api/rules/limit": {"provider": "openrouter", "windows": [{"amount": 100, "per_s": 60}]},
+    "/api/rules/budget": {"measure": "usd", "per_day": 5},
 }
 
 
@@ -192,6 +197,7 @@ def test_every_list_holds_only_the_callers_own(
 
 def snapshot(conn: psycopg.Connection) -> list[int]:
     tables = ("jobs", "batches", "videos", "api_keys", "callback_secrets", "idempotency_keys", "unique_keys")
+    tables += ("pauses", "caps", "rate_limits", "budgets")
     return [count(conn, table) for table in tables]
 
 

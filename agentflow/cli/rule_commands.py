@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, cast
 
 from agentflow import organizations
@@ -13,28 +14,17 @@ from agentflow.cli import output
 from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure
 from agentflow.database import Connection
-from agentflow.jobs import budgets, registry, rules
+from agentflow.jobs import budgets, registry, rule_list, rules
 from agentflow.jobs.model import QUEUES
+from agentflow.jobs.rule_list import Rule
 from agentflow.limits import Window
 
 
 def show(as_json: bool) -> None:
     with connected() as system, system.database.connection() as conn:
-        found, of_a_day = rules.read(conn), budgets.every(conn)
-        slugs: dict[int, str] = {o.id: o.slug for o in organizations.every(conn)} | {rules.EVERY: "each"}
-    rows: list[tuple[str, str, str, str]] = []
-    for pause in found.pauses.values():
-        whose = "all" if pause.organization_id == rules.EVERY else _slug(slugs, pause.organization_id)
-        what = f"{pause.kind} {pause.name}".strip()
-        rows.append(("paused", what, whose, f"{pause.reason or ''} ({output.ago(pause.created_at)})".strip()))
-    for (organization, type_), running in found.caps.items():
-        rows.append(("cap", type_ or "all types", _slug(slugs, organization), f"{running} at once"))
-    for (organization, provider), windows in found.limits.items():
-        said = ", ".join(f"{w.amount} in {w.per_s:g} s" for w in windows)
-        rows.append(("limit", provider, _slug(slugs, organization), said))
-    for each in of_a_day:
-        used = "" if each.organization_id == rules.EVERY else f", {each.used:g} used today"
-        rows.append(("budget", each.measure, _slug(slugs, each.organization_id), f"{each.per_day:g} a day{used}"))
+        found = rule_list.search(conn, None)
+        slugs: dict[int, str] = {o.id: o.slug for o in organizations.every(conn)}
+    rows = [(rule.kind, rule.name or "all types", _whose(slugs, rule), _says(rule)) for rule in found]
     if as_json:
         for row in rows:
             print(json.dumps(dict(zip(("rule", "of", "organization", "says"), row, strict=True))))
@@ -148,5 +138,23 @@ def _no_window(text: str) -> Any:
     raise Failure(f"{text!r} is not CALLS/SECONDS, such as 100/60", USAGE)
 
 
-def _slug(slugs: dict[int, str], organization: int) -> str:
-    return slugs.get(organization, str(organization))
+def _whose(slugs: dict[int, str], rule: Rule) -> str:
+    if rule.organization_id == rules.EVERY:
+        return "all" if rule.kind == "pause" else "each"
+    slug = slugs.get(rule.organization_id, str(rule.organization_id))
+    return f"{slug} (its own)" if rule.own else slug
+
+
+def _says(rule: Rule) -> str:
+    says = rule.says
+    match rule.kind:
+        case "pause":
+            since = output.ago(datetime.fromisoformat(says["created_at"]))
+            return f"{says['reason'] or ''} ({since})".strip()
+        case "cap":
+            return f"{says['running']} at once"
+        case "limit":
+            return ", ".join(f"{w['amount']} in {w['per_s']} s" for w in says["windows"])
+        case "budget":
+            used = "" if says["used_today"] is None else f", {says['used_today']:g} used today"
+            return f"{says['per_day']:g} a day{used}"

@@ -15,18 +15,6 @@ MOST: Final = 1e15
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """`used` is today's, of the organization (0 for the budget that each one has, as there is no one to ask about). `own`: the
-    organization has set it itself."""
-
-    organization_id: int
-    measure: str
-    per_day: float
-    used: float
-    own: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Reached:
     """A budget that is used up; the day's last second is `resets_in_s` from now."""
 
@@ -34,13 +22,13 @@ class Reached:
     resets_in_s: float
 
 
-def every(conn: Connection) -> list[Budget]:
-    rows = conn.execute(
-        "select b.organization_id, b.measure, b.per_day::float8, coalesce(d.amount, 0)::float8, b.own from agentflow.budgets b"
-        " left join agentflow.usage_days d on d.day = (now() at time zone 'UTC')::date"
-        " and d.organization_id = b.organization_id and d.measure = b.measure order by 1, 2"
-    ).fetchall()
-    return [Budget(*row) for row in rows]
+def used_today(conn: Connection, organization_id: int, measure: str) -> float:
+    row = conn.execute(
+        "select amount::float8 from agentflow.usage_days"
+        " where day = (now() at time zone 'UTC')::date and organization_id = %s and measure = %s",
+        (organization_id, measure),
+    ).fetchone()
+    return float(row[0]) if row else 0.0
 
 
 def over(conn: Connection) -> frozenset[int]:

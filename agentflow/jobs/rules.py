@@ -174,6 +174,17 @@ def pause(
     )
 
 
+def paused(conn: Connection, kind: Kind, name: str, organization_id: int) -> Pause:
+    """The pause, which is there."""
+    row = conn.execute(
+        "select kind, name, organization_id, reason, created_at, own from agentflow.pauses"
+        " where organization_id = %s and kind = %s and name = %s",
+        (organization_id, kind, name),
+    ).fetchone()
+    assert row is not None  # noqa: S101 - said above
+    return Pause(*row)
+
+
 def resume(conn: Connection, kind: Kind, name: str, organization_id: int, *, own: bool = False) -> int | None:
     """End a pause and bring forward what it held. Returns how many jobs (those of a queue wait for nothing), None: no such pause.
 
@@ -194,8 +205,13 @@ def resume(conn: Connection, kind: Kind, name: str, organization_id: int, *, own
     return _let_go(conn, "paused", organization_id, name if kind == "type" else None, name if kind == "queue" else None)
 
 
-def set_cap(conn: Connection, organization_id: int, type_: str, running: int | None, *, own: bool = False) -> None:
-    """None takes the cap away; what it held goes on at once. Raises OperatorsRule."""
+def set_cap(
+    conn: Connection, organization_id: int, type_: str, running: int | None, *, own: bool = False
+) -> int | None:
+    """None takes the cap away; what it held goes on at once. Returns the cap: an own one is at most that of each organization.
+
+    Raises OperatorsRule.
+    """
     if own:
         _check_own(
             conn,
@@ -205,19 +221,18 @@ def set_cap(conn: Connection, organization_id: int, type_: str, running: int | N
     if running is None:
         conn.execute("delete from agentflow.caps where organization_id = %s and type = %s", (organization_id, type_))
         _let_go(conn, "busy", organization_id, type_ or None, None)
-    else:
-        conn.execute(
-            "insert into agentflow.caps (organization_id, type, running, own) values (%(organization)s, %(type)s,"
-            # The relay looks at the organization's cap alone: it is never above the one that everybody has.
-            " least(%(running)s, (select e.running from agentflow.caps e"
-            " where %(own)s and e.organization_id = 0 and e.type = %(type)s)), %(own)s)"
-            " on conflict (organization_id, type) do update set running = excluded.running, own = excluded.own",
-            {"organization": organization_id, "type": type_, "running": running, "own": own},
-        )
-        if organization_id == EVERY:
-            conn.execute(
-                "update agentflow.caps set running = least(running, %s) where own and type = %s", (running, type_)
-            )
+        return None
+    row = conn.execute(
+        "insert into agentflow.caps (organization_id, type, running, own) values (%(organization)s, %(type)s,"
+        # The relay looks at the organization's cap alone: it is never above the one that everybody has.
+        " least(%(running)s, (select e.running from agentflow.caps e"
+        " where %(own)s and e.organization_id = 0 and e.type = %(type)s)), %(own)s)"
+        " on conflict (organization_id, type) do update set running = excluded.running, own = excluded.own returning running",
+        {"organization": organization_id, "type": type_, "running": running, "own": own},
+    ).fetchone()
+    if organization_id == EVERY:
+        conn.execute("update agentflow.caps set running = least(running, %s) where own and type = %s", (running, type_))
+    return int(row[0]) if row else None
 
 
 def set_budget(
