@@ -105,7 +105,7 @@ create index jobs_ahead on agentflow.jobs (queue, priority, organization_id, hea
 -- The first due jobs with each head start, of these types (null: of any).
 create function agentflow.ahead_1(
     p_queue text, p_priority smallint, p_organization bigint, p_types text[], p_moment timestamptz, p_limit integer
-) returns table (id uuid, type text, turn_at timestamptz)
+) returns table (id uuid, type text, wake_at timestamptz, turn_at timestamptz)
 language sql stable
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
 as $$
@@ -122,7 +122,7 @@ as $$
             order by j.head_start_s limit 1
         ) n
     )
-    select h.id, h.type, h.wake_at - make_interval(secs => s.head_start_s) from starts s cross join lateral (
+    select h.id, h.type, h.wake_at, h.wake_at - make_interval(secs => s.head_start_s) from starts s cross join lateral (
         select j.id, j.type, j.wake_at from agentflow.jobs j
         where j.queue = p_queue and j.priority = p_priority and j.organization_id = p_organization
             and j.state = 'queued' and j.head_start_s > 0 and j.head_start_s = s.head_start_s
@@ -131,7 +131,8 @@ as $$
     ) h
 $$;
 
--- The relay (relay_2) with budgets and head starts: organizations that have used up a budget are passed over.
+-- The relay (relay_2) with budgets and head starts: organizations that have used up a budget are passed over. Head starts order an
+-- organization's own jobs; between organizations the turn decides, and then the time since which a job is due.
 create function agentflow.relay_3(p_queue text) returns table (job_id uuid, job_type text, job_priority smallint, due_in_s double precision)
 language plpgsql
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
@@ -207,17 +208,17 @@ begin
         with mine as materialized (
             select * from unnest(organizations, rooms, bases, costs) m(id, own_room, base, cost)
         ), heads as (
-            select c.priority, m.id as organization_id, h.id, h.type, h.turn_at, h.turn, m.own_room, m.base + h.turn * m.cost as place
+            select c.priority, m.id as organization_id, h.id, h.type, h.wake_at, h.turn, m.own_room, m.base + h.turn * m.cost as place
             from mine m cross join (values (0::smallint), (1::smallint), (2::smallint)) c(priority) cross join lateral (
                 select q.*, row_number() over (order by q.turn_at) as turn from (
-                    select d.id, d.type, d.wake_at as turn_at from (
+                    select d.id, d.type, d.wake_at, d.wake_at as turn_at from (
                         select j.id, j.type, j.wake_at, j.head_start_s from agentflow.jobs j
                         where j.queue = p_queue and j.priority = c.priority and j.organization_id = m.id
                             and j.state = 'queued' and j.wake_at <= moment
                         order by j.wake_at limit least(room, m.own_room)
                     ) d where d.head_start_s = 0
                     union all
-                    select a.id, a.type, a.turn_at
+                    select a.id, a.type, a.wake_at, a.turn_at
                     from agentflow.ahead_1(p_queue, c.priority, m.id, null, moment, least(room, m.own_room)) a where ahead
                 ) q
             ) h
@@ -225,7 +226,7 @@ begin
             select h.*, row_number() over (partition by h.organization_id
                 order by (h.priority = 2 and h.turn <= greatest(1, room / 10)) desc, h.priority, h.turn) as turn_of_all from heads h
         ), ranked as (
-            select l.*, row_number() over (partition by l.priority order by l.place, l.turn_at) as rank
+            select l.*, row_number() over (partition by l.priority order by l.place, l.wake_at) as rank
             from limited l where l.turn_of_all <= l.own_room
         ), picked as materialized (
             select r.id, r.organization_id, r.type, r.place from ranked r
@@ -327,24 +328,24 @@ begin
             order by j.priority, j.organization_id limit 1
         ) n
     ), heads as (
-        select l.priority, l.organization_id, h.id, h.type, h.turn_at, h.turn
+        select l.priority, l.organization_id, h.id, h.type, h.wake_at, h.turn
         from lanes l cross join lateral (
-            select q.id, q.type, q.turn_at, row_number() over (order by q.turn_at) as turn from (
-                select d.id, d.type, d.wake_at as turn_at from (
+            select q.id, q.type, q.wake_at, row_number() over (order by q.turn_at) as turn from (
+                select d.id, d.type, d.wake_at, d.wake_at as turn_at from (
                     select j.id, j.type, j.wake_at, j.head_start_s from agentflow.jobs j
                     where j.queue = p_queue and j.priority = l.priority and j.organization_id = l.organization_id
                         and j.state = 'queued' and j.wake_at <= moment and j.type = any (p_types)
                     order by j.wake_at limit p_room
                 ) d where d.head_start_s = 0
                 union all
-                select a.id, a.type, a.turn_at
+                select a.id, a.type, a.wake_at, a.turn_at
                 from agentflow.ahead_1(p_queue, l.priority, l.organization_id, p_types, moment, p_room) a where ahead
             ) q
         ) h
         where not exists (select from agentflow.pauses p where p.kind = 'organization' and p.organization_id = l.organization_id)
             and not (budgeted and agentflow.over_budget_1(l.organization_id))
     ), ranked as (
-        select h.*, row_number() over (partition by h.priority order by h.turn, h.turn_at) as place from heads h
+        select h.*, row_number() over (partition by h.priority order by h.turn, h.wake_at) as place from heads h
     ), ordered as (
         select r.id, r.organization_id, r.type, r.priority, row_number() over (order by (r.priority = 2 and r.place <= for_low) desc, r.priority, r.place) as n
         from ranked r

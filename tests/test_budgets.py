@@ -153,6 +153,7 @@ def test_an_organization_over_its_budget_is_passed_over_until_it_is_raised_or_th
     rules.set_budget(conn, ONE, "usd", 2)
     raised = ring(conn, how)
     spend(conn, usd=1)
+    conn.execute("delete from agentflow.jobs")
     later = due(conn, ONE)
     again = ring(conn, how)
     conn.execute("update agentflow.usage_days set day = day - 1")

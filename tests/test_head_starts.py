@@ -98,8 +98,8 @@ def test_who_is_not_due_gets_nothing_by_a_head_start(conn: Connection, how: str)
 
 def test_a_head_start_takes_no_turn_from_another_organization(conn: Connection, how: str) -> None:
     conn.execute("insert into agentflow.organizations (id, slug, name) values (2, 'two', 'Two')")
-    ahead = {due(conn, 5, 600).id for _ in range(10)}
-    others = {due(conn, 1, organization=TWO).id for _ in range(10)}
+    ahead = {due(conn, 1, 600).id for _ in range(10)}
+    others = {due(conn, 5, organization=TWO).id for _ in range(10)}
 
     turns = order(conn, how)
 
