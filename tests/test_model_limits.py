@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def state(conn: Connection, job: Job) -> tuple[str, str | None, int]:
 
 
 def all_are(conn: Connection, jobs: list[Job], *wanted: tuple[str, str | None, int]) -> Callable[[], bool]:
-    return lambda: sorted(state(conn, job) for job in jobs) == sorted(wanted)
+    return lambda: Counter(state(conn, job) for job in jobs) == Counter(wanted)
 
 
 DONE, PARKED = ("succeeded", None, 1), ("queued", "limit", 0)
