@@ -1,4 +1,4 @@
-"""Rules over HTTP: an organization's key sets its own, and never above the operator's; the operator's key any, and those for all."""
+"""Rules over HTTP: an organization's key sets its own, never above the operator's, whose key sets any, and those for all."""
 
 from __future__ import annotations
 
