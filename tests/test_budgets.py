@@ -230,7 +230,8 @@ def test_a_job_that_runs_into_the_budget_waits_and_goes_on_with_a_larger_one(
         assert len(vendor.asked) == 3  # of a ten-thousandth each
         fresh, other = ask(system, "later"), ask(system, "of another", organization=TWO)
         eventually(lambda: state(conn, other) == DONE, within_s=PATIENCE_S)
-        eventually(lambda: state(conn, fresh) == WAITS, within_s=PATIENCE_S)
+        # Parked where somebody rang for it; where workers look for jobs themselves it is passed over.
+        assert state(conn, fresh) in (WAITS, ("queued", None, 0))
         assert len(vendor.asked) == 4
         assert column(conn, long, "sent_at") is None
 

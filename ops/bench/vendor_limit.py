@@ -198,7 +198,16 @@ def wait_for(check: Any, within_s: float) -> None:
 @contextmanager
 def workers(system: System, environment: dict[str, str], count: int, threads: int) -> Iterator[list[psutil.Process]]:
     home = Path(environment["AGENTFLOW_HOME"])
-    command = [str(BIN / "dramatiq"), "tests.job_types", "--processes", "1", "--threads", str(threads)]
+    command = [
+        str(BIN / "dramatiq"),
+        "tests.job_types",
+        "--path",
+        str(ROOT),
+        "--processes",
+        "1",
+        "--threads",
+        str(threads),
+    ]
     more = {"PORT": "0", "WORKER_LOG_LEVEL": "WARNING", "JOB_CONCURRENCY": str(threads)}
     started = []
     with ExitStack() as files:
@@ -218,6 +227,7 @@ def workers(system: System, environment: dict[str, str], count: int, threads: in
                 process.terminate()
             for process in started:
                 process.wait(60)
+            print(*(log.read_text()[-500:] for log in home.glob("worker-*.log")), file=sys.stderr)
 
 
 if __name__ == "__main__":
