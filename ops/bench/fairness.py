@@ -210,7 +210,7 @@ def worker(environment: dict[str, str], threads: int) -> Iterator[None]:
             env={
                 **os.environ,
                 **environment,
-                "PORT": "0",
+                "PORT": str(free_port()),
                 "WORKER_LOG_LEVEL": "WARNING",
                 "JOB_CONCURRENCY": str(threads),
             },

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from fairness import BIN, ROOT, servers
+from fairness import BIN, ROOT, free_port, servers
 from idle import machine
 
 sys.path.insert(0, str(ROOT))
@@ -208,7 +208,7 @@ def workers(system: System, environment: dict[str, str], count: int, threads: in
         "--threads",
         str(threads),
     ]
-    more = {"PORT": "0", "WORKER_LOG_LEVEL": "WARNING", "JOB_CONCURRENCY": str(threads)}
+    more = {"WORKER_LOG_LEVEL": "WARNING", "JOB_CONCURRENCY": str(threads)}
     started = []
     with ExitStack() as files:
         try:
@@ -216,7 +216,11 @@ def workers(system: System, environment: dict[str, str], count: int, threads: in
                 log = files.enter_context((home / f"worker-{number}.log").open("wb"))
                 started.append(
                     subprocess.Popen(
-                        command, env={**os.environ, **environment, **more}, cwd=ROOT, stdout=log, stderr=log
+                        command,
+                        env={**os.environ, **environment, **more, "PORT": str(free_port())},
+                        cwd=ROOT,
+                        stdout=log,
+                        stderr=log,
                     )
                 )
             wait_for(lambda: counted(system, "stopped_at is null", "workers") >= count, 300)
