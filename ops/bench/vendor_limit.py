@@ -97,6 +97,7 @@ def main() -> None:
             environment |= {"OPENROUTER_API_KEY": KEY, "OPENROUTER_BASE_URL": server.url("/api/v1")}
             with workers(system, environment, options.workers, options.threads) as processes:
                 figures["steady"], figures["lowered"] = asking(system, vendor, options)
+                print(json.dumps(figures, indent=2), flush=True)
                 empty(system)
                 figures["parked"] = parked(system, vendor, processes, options.parked)
     steady, lowered, at_rest = figures["steady"], figures["lowered"], figures["parked"]
@@ -167,9 +168,12 @@ def hand_in(system: System, count: int) -> None:
 
 
 def empty(system: System) -> None:
-    with system.database.transaction() as conn:
-        conn.execute("delete from agentflow.jobs where organization_id = %s and state = 'queued'", (ORGANIZATION,))
-    wait_for(lambda: counted(system, "state in ('queued', 'running')") == 0, 60)
+    def emptied() -> bool:  # those that run now are parked, and then they go, too
+        with system.database.transaction() as conn:
+            conn.execute("delete from agentflow.jobs where organization_id = %s and state = 'queued'", (ORGANIZATION,))
+        return counted(system, "state in ('queued', 'running')") == 0
+
+    wait_for(emptied, 120)
 
 
 def counted(system: System, where: str, table: str = "jobs") -> int:
