@@ -38,7 +38,7 @@ expected-statuses = ["2xx", "302", "400", "401", "403", "404", "408", "409", "41
 
 # A guess that is too long is refused before anybody reads what is wrong with it.
 [checks.negative_data_rejection]
-expected-statuses = ["400", "401", "403", "404", "406", "413", "414", "422", "428", "431", "5xx"]
+expected-statuses = ["400", "401", "403", "404", "406", "409", "413", "414", "422", "428", "431", "5xx"]
 
 # Cancelled already: every guess is answered 200.
 [[operations]]
