@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 from flask import Response
-from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, Strict
+from pydantic import AfterValidator, AwareDatetime, BeforeValidator, ConfigDict, Field, Strict
 
 from agentflow.errors import Permanent
 from agentflow.jobs import batches, intake, records, registry, unique
@@ -46,6 +46,12 @@ def _storable(text: str) -> str:
 Word = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_storable)]
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic takes false for the 0 of a Literal
+        raise ValueError("must be a number")
+    return value
+
+
 class UniqueRequest(Body):
     """Of many requests with one key, of one type, few become jobs; the others answer the job that is there."""
 
@@ -74,7 +80,7 @@ class JobRequest(Body):
     type: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="One of `GET /api/job-types`")
     payload: dict[str, Any] = Field({}, description="The arguments, as the type's schema says")
     priority: Priority | None = None
-    head_start_s: HeadStart | None = Field(
+    head_start_s: Annotated[HeadStart, BeforeValidator(_number)] | None = Field(
         None, description="Comes before your other jobs of its priority as if due so many seconds sooner"
     )
     run_at: Annotated[AwareDatetime, Strict()] | None = Field(None, description="Not before this moment")
