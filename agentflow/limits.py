@@ -52,14 +52,15 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """What is counted together. `name` is stable and holds no secret; without windows a bucket can only be closed."""
+    """What is counted together. `name` is stable and holds no secret; without windows a bucket can only be closed, and has no
+    line: those who wait for another bucket of the same call do not hold up everybody."""
 
     name: str
     windows: tuple[Window, ...] = ()
 
     @property
     def pace_ms(self) -> float:
-        """The distance of two who wait."""
+        """The distance of two calls at the most. Those who wait are as far apart as the window that is full asks for."""
         return min((w.per_s * 1000 / w.amount for w in self.windows), default=0.0)
 
 
@@ -95,12 +96,20 @@ class Limits:
 
     def refused(self, bucket: Bucket, retry_after_s: float | None = None) -> None:
         """The vendor answered 429: closed for all workers until then (None: for one call's distance), and a little slower."""
-        closed_ms = max(1.0, retry_after_s * 1000 if retry_after_s is not None else min(bucket.pace_ms, 60_000.0))
+        seconds = min(bucket.pace_ms / 1000, 60.0) if retry_after_s is None else retry_after_s
+        self._close(bucket, seconds, _LOWERED_MOST)
+
+    def close(self, bucket: Bucket, for_s: float) -> None:
+        """The vendor says that nothing is left until then: closed for all workers, and as fast as before afterwards."""
+        self._close(bucket, for_s, 0.0)
+
+    def _close(self, bucket: Bucket, for_s: float, lowered: float) -> None:
+        closed_ms = max(1.0, for_s * 1000)
         self._alone.refused(bucket, closed_ms)
         if self._client is None or time.monotonic() < self._ask_again_at:
             return
         try:
-            self._refuse(keys=self._keys(bucket)[1:], args=[int(closed_ms), _LOWERED_MOST, _RECOVERS_PER_S])
+            self._refuse(keys=self._keys(bucket)[1:], args=[int(closed_ms), lowered, _RECOVERS_PER_S])
         except redis.RedisError as error:
             self._away(error)
 
@@ -131,30 +140,35 @@ class Limits:
 # KEYS: two for each bucket (calls: a list of times in ms; state: a hash), and the holder's place.
 # ARGV: patience in ms, how long a place is kept in ms, recovery per s, number of buckets, then for each its pace in ms, its
 # number of windows, and for each of those the amount and its length in ms.
-# The hash: closed, the time until which nothing is let through; line, the last place that was handed out; factor and
-# lowered, what a 429 left of the amounts and when.
+# The hash: closed, the time until which nothing is let through; line, the last place that was handed out, pace, how far it was
+# from the one before it, and the windows that they are of: a line of other ones is over; factor and lowered, what a 429 left of
+# the amounts and when.
 _TAKE: Final = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local patience, keep, recovers, buckets = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local place = KEYS[#KEYS]
 local at, line, pace, closed = now, now, 0, false
-local longest, arg = {}, 5
+local longest, described, arg = {}, {}, 5
 for b = 1, buckets do
     local calls, state = KEYS[2 * b - 1], KEYS[2 * b]
-    local h = redis.call('HMGET', state, 'closed', 'line', 'factor', 'lowered')
+    local h = redis.call('HMGET', state, 'closed', 'line', 'factor', 'lowered', 'windows', 'pace')
     if h[1] and tonumber(h[1]) > now then
         closed = true
         at = math.max(at, tonumber(h[1]))
     end
-    line = math.max(line, tonumber(h[2] or 0))
     local factor = 1
     if h[3] then
         factor = math.min(1, tonumber(h[3]) + (now - tonumber(h[4])) / 1000 * recovers)
     end
-    local bucket_pace, windows = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1])
-    pace = math.max(pace, bucket_pace / factor)
+    local lines_pace, windows = tonumber(ARGV[arg]) / factor, tonumber(ARGV[arg + 1])
+    local full = 0
     arg = arg + 2
+    described[b] = table.concat(ARGV, ' ', arg, arg + 2 * windows - 1)
+    if windows > 0 and h[5] == described[b] then
+        line = math.max(line, tonumber(h[2] or 0))
+        lines_pace = tonumber(h[6])
+    end
     longest[b] = {0, 0}
     for _ = 1, windows do
         local amount, length = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1])
@@ -164,8 +178,12 @@ for b = 1, buckets do
         local before = redis.call('LINDEX', calls, -amount)
         if before then
             at = math.max(at, tonumber(before) + length)
+            if tonumber(before) + length > now then
+                full = math.max(full, length / amount)
+            end
         end
     end
+    pace = math.max(pace, full > 0 and full or lines_pace)
 end
 local held = not closed and redis.call('EXISTS', place) == 1
 if at <= now and (held or line <= now) then
@@ -182,9 +200,11 @@ end
 if not held or at - now > patience then
     at = math.max(at, line + pace)
     for b = 1, buckets do
-        redis.call('HSET', KEYS[2 * b], 'line', at)
-        if redis.call('PTTL', KEYS[2 * b]) < at - now + 3600000 then
-            redis.call('PEXPIRE', KEYS[2 * b], math.ceil(at - now) + 3600000)
+        if longest[b][1] > 0 then
+            redis.call('HSET', KEYS[2 * b], 'line', at, 'pace', pace, 'windows', described[b])
+            if redis.call('PTTL', KEYS[2 * b]) < at - now + 3600000 then
+                redis.call('PEXPIRE', KEYS[2 * b], math.ceil(at - now) + 3600000)
+            end
         end
     end
 end
@@ -216,6 +236,8 @@ class _State:
     calls: deque[float] = field(default_factory=deque)
     closed: float = 0.0
     line: float = 0.0
+    pace: float = 0.0
+    windows: tuple[Window, ...] = ()
     seen: float = 0.0
 
 
@@ -236,12 +258,18 @@ class _Alone:
             states = [self._state(bucket.name, now) for bucket in buckets]
             at = max([now, *(state.closed for state in states)])
             closed = at > now
+            pace = 0.0
             for bucket, state in zip(buckets, states, strict=True):
+                full = 0.0
                 for window in bucket.windows:
                     amount = max(1, int(window.amount * share))
-                    if len(state.calls) >= amount:
-                        at = max(at, state.calls[-amount] + window.per_s * 1000)
-            line = max([now, *(state.line for state in states)])
+                    if len(state.calls) >= amount and (free_at := state.calls[-amount] + window.per_s * 1000) > now:
+                        at = max(at, free_at)
+                        full = max(full, window.per_s * 1000 / amount)
+                in_line = bool(bucket.windows) and state.windows == bucket.windows
+                pace = max(pace, full or (state.pace if in_line else bucket.pace_ms / share))
+            lines = [(state, b.windows) for b, state in zip(buckets, states, strict=True) if b.windows]
+            line = max([now, *(state.line for state, windows in lines if state.windows == windows)])
             held = not closed and self._places.get(holder, 0.0) > now
             if at <= now and (held or line <= now):
                 for bucket, state in zip(buckets, states, strict=True):
@@ -252,9 +280,9 @@ class _Alone:
                 self._places.pop(holder, None)
                 return 0.0
             if not held or at - now > _PATIENCE_MS:
-                at = max(at, line + max((b.pace_ms for b in buckets), default=0.0) / share)
-                for state in states:
-                    state.line = at
+                at = max(at, line + pace)
+                for state, windows in lines:
+                    state.line, state.pace, state.windows = at, pace, windows
             self._keep_place(holder, at + _KEEP_PLACE_S * 1000, now)
             return max(0.001, (at - now) / 1000)
 

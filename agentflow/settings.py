@@ -39,6 +39,7 @@ def _split_list(value: Any) -> Any:
 StrList = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Calls = Annotated[int, Field(ge=1, le=1_000_000)]
 Tier = Literal["embedded", "database only", "starter", "production"]
 
 
@@ -168,6 +169,12 @@ class Settings(BaseModel):
     )
     openrouter_referer: str | None = Field(None, description="Your product's URL, for OpenRouter's statistics")
     openrouter_title: Annotated[str, Field(max_length=100)] = Field("AgentFlow", description="And its name")
+    openrouter_rate_per_minute: Calls = Field(
+        100,
+        description="Calls of OpenRouter for each organization; over it jobs are parked. `agentflow rules limit` goes before",
+    )
+    openrouter_rate_per_hour: Calls = Field(5_000, description="The same in an hour")
+    openrouter_rate_per_day: Calls = Field(100_000, description="And in a day")
     llm_base_url: str | None = Field(
         None, description="An OpenAI-compatible server for chat and pictures: `http://127.0.0.1:11434/v1` is Ollama's"
     )

@@ -20,6 +20,7 @@ from dramatiq.middleware import Middleware
 from agentflow import embedded, log, metrics, schema
 from agentflow.broker import BellBroker, Doorbell, PollingBroker, RabbitBroker
 from agentflow.broker import redis as redis_broker
+from agentflow.calls import Calls
 from agentflow.database import Connection, Database, Unavailable
 from agentflow.jobs import dispatch, intake, records, rules, statistics
 from agentflow.jobs.intake import NewJob, Prepared, Submitted
@@ -218,6 +219,10 @@ class System:
     def limits(self) -> Limits:
         client = self.redis_client(answer_timeout_s=2.0, connect_timeout_s=2.0) if self.settings.uses_redis else None
         return Limits(client, self.settings.job_queue_name, workers=self._live_workers)
+
+    @cached_property
+    def calls(self) -> Calls:
+        return Calls(self.database, self.rules, self.limits)
 
     def _live_workers(self) -> int:
         """For who has to take a share because Redis is away. Without Postgres as well it takes all: nobody gets work then."""

@@ -14,7 +14,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
 from agentflow import health
-from agentflow.jobs import retention
+from agentflow.jobs import budgets, retention
 from agentflow.jobs.retention import Keep
 from agentflow.models import answers
 from agentflow.schedules import ticks
@@ -30,6 +30,7 @@ LOOK_EVERY_S: Final = 1
 _SILENT_S: Final = 30.0
 _CLEAN_UP_S: Final = 600
 _DAY_S: Final = 86_400
+_USAGE_DAYS: Final = 400
 
 
 def entries(system: System) -> list[Entry]:
@@ -66,6 +67,11 @@ def entries(system: System) -> list[Entry]:
             "clean_up.model_answers",
             every(_CLEAN_UP_S),
             work=batches(lambda conn: answers.delete_old(conn, hours=hours)),
+        ),
+        Entry(
+            "clean_up.usage_days",
+            every(_DAY_S),
+            work=batches(lambda conn: budgets.delete_old_days(conn, days=_USAGE_DAYS)),
         ),
         Entry("clean_up.workers", every(_CLEAN_UP_S), work=clean_up.once(retention.delete_workers)),
         Entry(

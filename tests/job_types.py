@@ -10,6 +10,7 @@ from typing import Any
 import actors
 from agentflow.errors import Permanent, Wait
 from agentflow.jobs.registry import Payload, Rate, job
+from agentflow.models import Message, answers
 from agentflow.worker.running import JobContext
 from tests import statements
 
@@ -126,6 +127,28 @@ def effect(context: JobContext, payload: Effect) -> dict[str, Any]:
     context.sleep(payload.sleep_ms / 1000)
     Path(payload.folder, f"{context.job.id}.{context.job.fence}").touch()
     return {"fence": context.job.fence}
+
+
+class Asker(Payload):
+    about: str
+    questions: int = 1
+
+
+@job("test_asker", payload=Asker)
+def asker(context: JobContext, payload: Asker) -> dict[str, Any]:
+    """Asks a model one question after the other, and keeps the answers."""
+    said = []
+    for number in range(payload.questions):
+        question = f"{payload.about} {number}"
+        key, organization = answers.key_of(question), context.job.organization_id
+        with context.system.database.connection() as conn:
+            found = answers.find(conn, organization, key)
+        if found is None:
+            found = context.system.models.chat(context, [Message("user", question)]).text
+            with context.system.database.connection() as conn:
+                answers.keep(conn, organization, key, found)
+        said.append(found)
+    return {"said": said}
 
 
 class Spender(Payload):

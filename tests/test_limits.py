@@ -50,6 +50,49 @@ def test_who_waits_is_told_times_one_calls_distance_apart(limits: Limits) -> Non
     assert all(8.5 < distance < 11.5 for distance in distances)  # one place in 10 s, less what the asking took
 
 
+def test_the_distance_is_that_of_the_window_that_is_full(limits: Limits) -> None:
+    bucket = a_bucket((5, 100), (100_000, 86_400))
+    for n in range(5):
+        limits.take([bucket], f"call {n}")
+
+    places = [limits.take([bucket], f"waiting {n}") for n in range(10)]
+
+    assert all(18 < later - sooner < 21 for sooner, later in itertools.pairwise(places))
+
+
+def test_other_windows_begin_another_line(limits: Limits) -> None:
+    bucket = a_bucket((1, 600))
+    for n in range(20):
+        limits.take([bucket], f"call {n}")
+
+    larger = Bucket(bucket.name, (Window(5, 600),))
+
+    assert limits.take([larger], "fresh") == 0.0
+    assert [limits.take([larger], f"call {n}") for n in range(1, 4)] == [0.0] * 3
+    assert limits.take([larger], "late") > 500
+
+
+def test_those_who_wait_for_one_bucket_hold_up_nobody_by_another_without_windows(limits: Limits) -> None:
+    mine, theirs, credential = a_bucket((1, 600)), a_bucket((5, 600)), Bucket(str(uuid4()))
+    for n in range(20):
+        limits.take([mine, credential], f"mine {n}")
+
+    assert [limits.take([theirs, credential], f"theirs {n}") for n in range(5)] == [0.0] * 5
+    limits.close(credential, 30)
+    assert limits.take([theirs, credential], "theirs") > 29
+
+
+def test_a_close_that_was_announced_makes_nobody_slower(stack: embedded.Embedded) -> None:
+    limits, bucket = Limits(redis.Redis.from_url(stack.redis_url), f"t-{uuid4()}"), a_bucket((100, 60))
+
+    limits.close(bucket, 0.2)
+    closed = limits.take([bucket], "a")
+    time.sleep(closed + 0.05)
+
+    assert closed > 0
+    assert [limits.take([bucket], "a" if n == 0 else f"{n}") for n in range(100)].count(0.0) > 95
+
+
 def test_the_tightest_of_several_windows_decides(limits: Limits) -> None:
     bucket = a_bucket((3, 0.2), (4, 600))
 

@@ -16,11 +16,12 @@ import psycopg
 import pytest
 
 from agentflow import embedded
-from agentflow.jobs import claims, dispatch, intake, leases, records, retention
+from agentflow.jobs import claims, dispatch, intake, leases, records, retention, usage
 from agentflow.jobs.leases import Held
 from agentflow.jobs.model import Job, Verdict
 from agentflow.jobs.records import Filter
 from agentflow.jobs.retention import Keep
+from agentflow.jobs.usage import Usage
 from tests import core_support
 from tests.core_support import LEASE_S, MAX_CRASHES, ORGANIZATION, prepared, rescuer, settle, submit
 
@@ -100,7 +101,7 @@ class Plans:
     @property
     def scanned(self) -> list[str]:
         """Tables read from one end to the other, that may be large."""
-        large = ("jobs", "attempts", "idempotency_keys")
+        large = ("jobs", "attempts", "idempotency_keys", "usage", "usage_days")
         return [n["Relation Name"] for n in self.nodes if n["Node Type"] == "Seq Scan" and n["Relation Name"] in large]
 
     @property
@@ -208,6 +209,35 @@ def _relay(conn: Connection) -> Act:
     return lambda: dispatch.pick_due(conn, "default")
 
 
+def _some_ahead(conn: Connection) -> None:
+    """Of each class some have a head start, and there is a budget to be held."""
+    conn.execute(
+        "update agentflow.jobs set head_start_s = 60 where id in"
+        " (select id from agentflow.jobs where state = 'queued' and sent_at is null order by id desc limit 300)"
+    )
+    conn.execute("insert into agentflow.budgets (organization_id, measure, per_day) values (0, 'usd', 1)")
+    conn.execute(
+        "insert into agentflow.usage_days select (now() at time zone 'UTC')::date - d, o, 'usd', 1"
+        " from generate_series(0, 20) d, generate_series(2, 200) o"
+    )
+
+
+def _relay_ahead(conn: Connection) -> Act:
+    _some_ahead(conn)
+    return _relay(conn)
+
+
+def _poll_ahead(conn: Connection) -> Act:
+    _some_ahead(conn)
+    return _poll(conn)
+
+
+def _record_usage(conn: Connection) -> Act:
+    _some_ahead(conn)
+    _, jobs = _held(conn)
+    return lambda: usage.record(conn, [Usage(job.id, job.fence, {"usd": 0.1, "tokens_in": 5}) for job in jobs])
+
+
 def _get(conn: Connection) -> Act:
     (id_,) = ids_of(conn, "true", 1)
     return lambda: records.get(conn, ORGANIZATION, id_)
@@ -233,7 +263,7 @@ def _retention(conn: Connection) -> Act:
 
 
 PKEY, LINE, SLOT, READY, SENT = "jobs_pkey", "jobs_line", "jobs_slot", "jobs_ready", "jobs_sent"
-LIST, RUNNING, PARENT = "jobs_list", "jobs_running", "jobs_parent"
+LIST, RUNNING, PARENT, AHEAD = "jobs_list", "jobs_running", "jobs_parent", "jobs_ahead"
 #: statement -> how it is made, whether its plans are kept (in a function) or made each time, and the indexes that they may use.
 #: Of a key the running jobs are few, and found by the index of all running ones as well as by that of the slots.
 HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
@@ -242,9 +272,12 @@ HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
     "finish": (_settle, True, {PKEY}),
     "finish with a key": (_settle_keyed, True, {PKEY, LINE, SLOT, RUNNING}),
     "heartbeat": (_heartbeat, True, {PKEY, RUNNING}),
-    "relay": (_relay, True, {PKEY, READY, SENT}),
-    "poll": (_poll, True, {PKEY, READY, SENT}),
-    "poll for what nobody claimed": (_poll_again, True, {PKEY, READY, SENT}),
+    "relay": (_relay, True, {PKEY, READY, SENT, AHEAD}),
+    "relay with head starts and budgets": (_relay_ahead, True, {PKEY, READY, SENT, AHEAD}),
+    "poll": (_poll, True, {PKEY, READY, SENT, AHEAD}),
+    "poll with head starts and budgets": (_poll_ahead, True, {PKEY, READY, SENT, AHEAD}),
+    "usage": (_record_usage, True, {PKEY}),
+    "poll for what nobody claimed": (_poll_again, True, {PKEY, READY, SENT, AHEAD}),
     "rescue": (_rescue, True, {PKEY, RUNNING}),
     "submit": (_submit, False, {READY, SENT}),
     "submit many": (_submit_many, False, {READY, SENT}),

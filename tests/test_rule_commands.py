@@ -30,6 +30,8 @@ def test_what_is_set_is_read_shown_and_taken_back(agentflow: Command, conn: Conn
         ("cap", "3", "--type", "ping"),
         ("cap", "7", "--org", "acme"),
         ("limit", "type:ping", "100/60", "5000/3600", "--org", "acme"),
+        ("budget", "usd", "2.5", "--org", "acme"),
+        ("budget", "tokens", "1000000"),
     ):
         assert agentflow("rules", *command).status == 0
     listed = [json.loads(line) for line in agentflow("rules", "list", "--json").out.splitlines()]
@@ -40,12 +42,15 @@ def test_what_is_set_is_read_shown_and_taken_back(agentflow: Command, conn: Conn
     assert (found.cap_of(acme, "ping"), found.cap_of(acme, ""), found.cap_of(1, "")) == (3, 7, None)
     assert found.limit_of(acme, "type:ping") == (Window(100, 60), Window(5000, 3600))
     assert {(each["rule"], each["of"], each["organization"]) for each in listed} == {
-        ("paused", "type ping", "acme"),
-        ("paused", "queue gpu", "all"),
+        ("pause", "type ping", "acme"),
+        ("pause", "queue gpu", "all"),
         ("cap", "ping", "each"),
         ("cap", "all types", "acme"),
         ("limit", "type:ping", "acme"),
+        ("budget", "usd", "acme"),
+        ("budget", "tokens", "each"),
     }
+    assert next(each["says"] for each in listed if each["of"] == "usd") == "2.5 a day, 0 used today"
 
     for command in (
         ("resume", "type", "ping", "--org", "acme"),
@@ -53,6 +58,8 @@ def test_what_is_set_is_read_shown_and_taken_back(agentflow: Command, conn: Conn
         ("cap", "off", "--type", "ping"),
         ("cap", "off", "--org", "acme"),
         ("limit", "type:ping", "--org", "acme"),
+        ("budget", "usd", "off", "--org", "acme"),
+        ("budget", "tokens", "off"),
     ):
         assert agentflow("rules", *command).status == 0
     left = rules.read(conn)
@@ -73,6 +80,10 @@ def test_what_is_set_is_read_shown_and_taken_back(agentflow: Command, conn: Conn
         (("limit", "type:ping", "0/60"), "0/60"),
         (("limit", "type:ping", "1/60", "2/60"), "same length"),
         (("limit", "type:nonsense", "1/60"), "unknown job type"),
+        (("budget", "US$", "5"), "such as usd"),
+        (("budget", "usd", "0"), "an amount above 0"),
+        (("budget", "usd", "nan"), "an amount above 0"),
+        (("budget", "usd", "much"), "an amount above 0"),
     ],
 )
 def test_what_makes_no_sense_is_one_line_and_changes_nothing(

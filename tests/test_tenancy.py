@@ -110,6 +110,11 @@ BODIES: dict[str, Any] = {
     "/api/schedules/{schedule_id}": {"name": "renamed"},
     "/api/graph/documents/{document_id}": {},
     "/api/graph/types": {"entities": [{"name": "ship"}], "relations": []},
+    "/api/rules/pause": {"pause": "type", "name": "ping"},
+    "/api/rules/resume": {"resume": "type", "name": "ping"},
+    "/api/rules/cap": {"type": "ping", "running": 3},
+    "/api/rules/limit": {"provider": "openrouter", "windows": [{"amount": 100, "per_s": 60}]},
+    "/api/rules/budget": {"measure": "usd", "per_day": 5},
 }
 
 
@@ -211,6 +216,7 @@ def snapshot(conn: psycopg.Connection) -> list[int]:
         "schedules",
     )
     tables += (*graph_support.TABLES, "graph_types")
+    tables += ("pauses", "caps", "rate_limits", "budgets")
     return [count(conn, table) for table in tables]
 
 
@@ -365,8 +371,8 @@ def test_every_table_with_an_organization_counts_as_a_tenants(conn: psycopg.Conn
         ("select id from agentflow.jobs where organization_id = %s", (MINE,), MINE, None),
         ("insert into agentflow.videos (id, organization_id) values (%s, %s)", (1, THEIRS), MINE, "is not for"),
         ("insert into agentflow.videos (id) values (%s)", (1,), None, "names no organization"),
-        ("select * from agentflow.relay_2(%s)", ("default",), None, None),
-        ("select * from agentflow.relay_2(%s)", ("default",), MINE, "names no organization"),
+        ("select * from agentflow.relay_3(%s)", ("default",), None, None),
+        ("select * from agentflow.relay_3(%s)", ("default",), MINE, "names no organization"),
         (
             "select j.id from agentflow.jobs j join agentflow.batches b on b.organization_id = j.organization_id",
             (),

@@ -44,6 +44,10 @@ to_id = "{to_id}"
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "302", "400", "401", "403", "404", "408", "409", "413", "414", "416", "422", "431"]
 
+# A guess that is too long is refused before anybody reads what is wrong with it.
+[checks.negative_data_rejection]
+expected-statuses = ["400", "401", "403", "404", "406", "409", "413", "414", "422", "428", "431", "5xx"]
+
 # Cancelled already: every guess is answered 200.
 [[operations]]
 include-path = "/api/jobs/{{job_id}}/cancel"

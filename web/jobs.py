@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 from flask import Response
-from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, Strict
+from pydantic import AfterValidator, AwareDatetime, BeforeValidator, ConfigDict, Field, Strict
 
 from agentflow.errors import Permanent
 from agentflow.jobs import batches, intake, records, registry, unique
 from agentflow.jobs.intake import InvalidJob, NewJob
-from agentflow.jobs.model import Job, Priority, State
+from agentflow.jobs.model import HeadStart, Job, Priority, State
 from agentflow.jobs.text import is_storable
 from agentflow.settings import Settings
 from web import events, outlook
@@ -44,6 +44,12 @@ def _storable(text: str) -> str:
 
 
 Word = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_storable)]
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic takes false for the 0 of a Literal
+        raise ValueError("must be a number")
+    return value
 
 
 class UniqueRequest(Body):
@@ -74,6 +80,9 @@ class JobRequest(Body):
     type: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="One of `GET /api/job-types`")
     payload: dict[str, Any] = Field({}, description="The arguments, as the type's schema says")
     priority: Priority | None = None
+    head_start_s: Annotated[HeadStart, BeforeValidator(_number)] | None = Field(
+        None, description="Comes before your other jobs of its priority as if due so many seconds sooner"
+    )
     run_at: Annotated[AwareDatetime, Strict()] | None = Field(None, description="Not before this moment")
     max_attempts: Annotated[int, Field(ge=1, le=1000)] | None = None
     time_limit_s: Annotated[float, Field(ge=0.1, le=86_400)] | None = Field(
@@ -154,6 +163,7 @@ class JobSummary(View):
     state: State
     queue: str
     priority: Priority
+    head_start_s: HeadStart
     attempt: int
     max_attempts: int
     progress: float | None = Field(description="0 to 1")
@@ -228,6 +238,7 @@ class JobTypeView(View):
     description: str
     queue: str
     priority: Priority
+    head_start_s: HeadStart
     max_attempts: int
     time_limit_s: float
     payload: dict[str, Any] = Field(description="JSON Schema of the payload")
@@ -424,6 +435,7 @@ def types(_call: Call) -> JobTypeList:
                 description=each.description,
                 queue=each.queue,
                 priority=each.priority,
+                head_start_s=each.head_start_s,
                 max_attempts=each.retry.max_attempts,
                 time_limit_s=each.time_limit_s,
                 payload=each.payload.model_json_schema(),
@@ -459,6 +471,7 @@ def _new_job(body: JobRequest, settings: Settings, *, idempotency_key: str | Non
         type=body.type,
         payload=body.payload,
         priority=body.priority,
+        head_start_s=body.head_start_s,
         run_at=within_calendars(body.run_at),
         max_attempts=body.max_attempts,
         time_limit_s=body.time_limit_s,

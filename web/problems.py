@@ -14,6 +14,7 @@ from agentflow import log
 from agentflow.database import Unavailable
 from agentflow.jobs.intake import IdempotencyConflict, InvalidJob
 from agentflow.jobs.registry import UnknownType
+from agentflow.jobs.rules import OperatorsRule
 from agentflow.schedules.when import InvalidWhen
 from agentflow.storage import StorageError, TooLarge
 
@@ -114,6 +115,10 @@ def install(app: Flask) -> None:
     @app.errorhandler(IdempotencyConflict)
     def conflict(error: IdempotencyConflict) -> Response:
         return response(409, str(error))
+
+    @app.errorhandler(OperatorsRule)
+    def operators_rule(error: OperatorsRule) -> Response:
+        return response(403, str(error))
 
     @app.errorhandler(TooLarge)
     def too_large(error: TooLarge) -> Response:

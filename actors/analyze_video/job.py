@@ -79,6 +79,7 @@ def _analyzed(context: JobContext, video: Video, folder: Path, keeping: Keeping)
         resume=keeping.resume(),
         speech=understanding.wants_speech(context.system.models),
     )
+    context.spent(video_min=analysis["video"]["duration_s"] / 60)
     keeping.store(analysis, share_done=end)
     if end == _LOCAL_END:
         context.system.storage.put_bytes(_earlier_key(keeping.prefix), json.dumps(analysis).encode())

@@ -276,7 +276,8 @@ def revoke_key(key: str) -> None:
 
 @cli.group(cls=_Group)
 def rules() -> None:
-    """What is paused, how much runs at once, how often others are called. In force within two seconds, everywhere."""
+    """What is paused, how much runs at once, how often others are called, what a day may cost. In force within two seconds,
+    everywhere."""
 
 
 _OF = click.option("--org", metavar="SLUG", help="Of this organization alone.  [default: of each]")
@@ -340,6 +341,20 @@ def limit(provider: str, windows: tuple[str, ...], org: str | None) -> None:
     from agentflow.cli import rule_commands
 
     rule_commands.limit(provider, windows, org)
+
+
+@rules.command("budget")
+@click.argument("measure")
+@click.argument("per_day", metavar="AMOUNT|off")
+@_OF
+def budget(measure: str, per_day: str, org: str | None) -> None:
+    """What may be used up in a day (UTC), such as: agentflow rules budget usd 5 --org acme
+
+    Measures are what attempts report: usd, tokens, tokens_in, tokens_out, model_calls, audio_s, gpu_s, video_min, crm_calls.
+    """
+    from agentflow.cli import rule_commands
+
+    rule_commands.budget(measure, per_day, org)
 
 
 @cli.group(cls=_Group)

@@ -267,7 +267,8 @@ def _message(error: dict[str, Any] | None, most: int = 200) -> str:
 
 
 def _facts(job: Job, outlook: Outlook | None, parent: Job | None, children: list[Job]) -> Iterator[tuple[str, object]]:
-    yield "queue", f"{job.queue}, priority {job.priority}"
+    ahead = f", {job.head_start_s} s ahead" if job.head_start_s else ""
+    yield "queue", f"{job.queue}, priority {job.priority}{ahead}"
     yield "attempt", f"{job.attempt} of {job.max_attempts}" + (f", {job.crashes} crashes" if job.crashes else "")
     if job.state == "queued":
         yield "next", output.ago(job.run_at)

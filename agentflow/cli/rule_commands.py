@@ -1,10 +1,12 @@
-"""`agentflow rules …`: what is paused, how much may run at once, and how often others may be called."""
+"""`agentflow rules …`: what is paused, how much may run at once, how often others may be called, and what a day may cost."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, cast
 
 from agentflow import organizations
@@ -12,32 +14,24 @@ from agentflow.cli import output
 from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure
 from agentflow.database import Connection
-from agentflow.jobs import registry, rules
+from agentflow.jobs import budgets, registry, rule_list, rules
 from agentflow.jobs.model import QUEUES
+from agentflow.jobs.rule_list import Rule
 from agentflow.limits import Window
 
 
 def show(as_json: bool) -> None:
     with connected() as system, system.database.connection() as conn:
-        found = rules.read(conn)
-        slugs: dict[int, str] = {o.id: o.slug for o in organizations.every(conn)} | {rules.EVERY: "each"}
-    rows: list[tuple[str, str, str, str]] = []
-    for pause in found.pauses.values():
-        whose = "all" if pause.organization_id == rules.EVERY else _slug(slugs, pause.organization_id)
-        what = f"{pause.kind} {pause.name}".strip()
-        rows.append(("paused", what, whose, f"{pause.reason or ''} ({output.ago(pause.created_at)})".strip()))
-    for (organization, type_), running in found.caps.items():
-        rows.append(("cap", type_ or "all types", _slug(slugs, organization), f"{running} at once"))
-    for (organization, provider), windows in found.limits.items():
-        said = ", ".join(f"{w.amount} in {w.per_s:g} s" for w in windows)
-        rows.append(("limit", provider, _slug(slugs, organization), said))
+        found = rule_list.search(conn, None)
+        slugs: dict[int, str] = {o.id: o.slug for o in organizations.every(conn)}
+    rows = [(rule.kind, rule.name or "all types", _whose(slugs, rule), _says(rule)) for rule in found]
     if as_json:
         for row in rows:
             print(json.dumps(dict(zip(("rule", "of", "organization", "says"), row, strict=True))))
     elif rows:
         output.console().print(output.table(("rule", "of", "organization", ""), rows))
     else:
-        print("no rules: nothing is paused, capped or limited but by the types themselves")
+        print("no rules: nothing is paused, capped, limited or budgeted but by the types themselves")
 
 
 def pause(kind: str, name: str, org: str | None, reason: str | None) -> None:
@@ -77,6 +71,28 @@ def limit(provider: str, windows: Sequence[str], org: str | None) -> None:
         rules.set_limit(conn, organization, provider, parsed)
     said = ", ".join(f"{w.amount} in {w.per_s:g} s" for w in parsed) or "as it is by default"
     print(f"{org or 'each organization'}: {provider} {said}")
+
+
+def budget(measure: str, per_day: str, org: str | None) -> None:
+    """`per_day` as a number; off takes the budget away."""
+    if not budgets.MEASURE.fullmatch(measure):
+        raise Failure(f"{measure!r} is no measure, such as usd, tokens or gpu_s", USAGE)
+    amount = None if per_day == "off" else _amount(per_day)
+    with connected() as system, system.database.transaction() as conn:
+        organization = _organization(conn, org) if org is not None else rules.EVERY
+        rules.set_budget(conn, organization, measure, amount)
+    said = f"at most {amount:g} a day" if amount is not None else "without a budget"
+    print(f"{org or 'each organization'}: {measure} {said}")
+
+
+def _amount(text: str) -> float:
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = math.nan
+    if not 0 < amount <= budgets.MOST:
+        raise Failure(f"{text!r} is neither an amount above 0 nor off", USAGE)
+    return amount
 
 
 def _target(conn: Connection, kind: str, name: str, org: str | None) -> tuple[rules.Kind, str, int]:
@@ -122,5 +138,23 @@ def _no_window(text: str) -> Any:
     raise Failure(f"{text!r} is not CALLS/SECONDS, such as 100/60", USAGE)
 
 
-def _slug(slugs: dict[int, str], organization: int) -> str:
-    return slugs.get(organization, str(organization))
+def _whose(slugs: dict[int, str], rule: Rule) -> str:
+    if rule.organization_id == rules.EVERY:
+        return "all" if rule.kind == "pause" else "each"
+    slug = slugs.get(rule.organization_id, str(rule.organization_id))
+    return f"{slug} (its own)" if rule.own else slug
+
+
+def _says(rule: Rule) -> str:
+    says = rule.says
+    match rule.kind:
+        case "pause":
+            since = output.ago(datetime.fromisoformat(says["created_at"]))
+            return f"{says['reason'] or ''} ({since})".strip()
+        case "cap":
+            return f"{says['running']} at once"
+        case "limit":
+            return ", ".join(f"{w['amount']} in {w['per_s']} s" for w in says["windows"])
+        case "budget":
+            used = "" if says["used_today"] is None else f", {says['used_today']:g} used today"
+            return f"{says['per_day']:g} a day{used}"

@@ -20,7 +20,7 @@ from uuid6 import uuid7
 
 from agentflow.database import Connection
 from agentflow.jobs import registry, unique
-from agentflow.jobs.model import JOB_COLUMNS, PRIORITIES, Job, Priority, Ring, job_from_row
+from agentflow.jobs.model import HEAD_STARTS, JOB_COLUMNS, PRIORITIES, HeadStart, Job, Priority, Ring, job_from_row
 from agentflow.jobs.text import is_storable
 from agentflow.jobs.unique import Found, Holder, Unique
 
@@ -53,6 +53,7 @@ class NewJob:
     type: str
     payload: dict[str, Any]
     priority: Priority | None = None
+    head_start_s: HeadStart | None = None
     run_at: datetime | None = None
     max_attempts: int | None = None
     time_limit_s: float | None = None
@@ -81,6 +82,7 @@ class Prepared:
     then_jobs: str | None
     request_hash: bytes
     unique: Unique | None = None
+    head_start_s: HeadStart = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,9 @@ def prepare(
         _storable(name, getattr(new, name))
         if name != "callback_url":
             _short(name, getattr(new, name))
+    head_start_s = job_type.head_start_s if new.head_start_s is None else new.head_start_s
+    if head_start_s not in HEAD_STARTS:
+        raise InvalidJob("head_start_s", f"must be one of {', '.join(map(str, HEAD_STARTS))}")
     concurrency = job_type.concurrency(checked)
     if new.concurrency_key is not None:
         # A caller's keys are the organization's own; those of a type (a GPU, an account) are the system's.
@@ -129,6 +134,7 @@ def prepare(
         then_jobs=json.dumps(children) if children else None,
         request_hash=hashlib.sha256(request.encode()).digest(),
         unique=wanted,
+        head_start_s=head_start_s,
     )
 
 
@@ -194,9 +200,10 @@ def _children(new: NewJob, organization_id: int, max_payload_bytes: int, depth: 
             raise InvalidJob(f"then.{index}.{error.field}", error.problem) from None
         except registry.UnknownType as error:
             raise InvalidJob(f"then.{index}.type", str(error)) from None
-        if child.run_at or child.idempotency_key or p.concurrency or p.unique:
+        if child.run_at or child.idempotency_key or p.concurrency or p.unique or child.head_start_s:
             raise InvalidJob(
-                f"then.{index}", "may not have run_at, an idempotency key, a concurrency key or a unique key"
+                f"then.{index}",
+                "may not have run_at, a head start, an idempotency key, a concurrency key or a unique key",
             )
         children.append(
             {
@@ -323,7 +330,8 @@ def _replace(conn: Connection, organization_id: int, job_id: UUID, p: Prepared) 
     if p.concurrency is not None:
         _name_slots(conn, {p.concurrency[0]: p.concurrency[1]})
     row = conn.execute(
-        "update agentflow.jobs j set payload = %(payload)s, priority = %(priority)s, max_attempts = %(max_attempts)s,"  # noqa: S608 - constants
+        "update agentflow.jobs j set payload = %(payload)s, priority = %(priority)s, head_start_s = %(head_start)s,"  # noqa: S608 - constants
+        " max_attempts = %(max_attempts)s,"
         " time_limit_s = %(time_limit)s, run_at = %(run_at)s, wake_at = %(run_at)s, sent_at = null, sends = 0,"
         " wait_reason = null, concurrency_key = %(key)s, then_jobs = %(then)s, callback_url = %(callback)s,"
         " correlation_id = %(correlation)s"
@@ -334,6 +342,7 @@ def _replace(conn: Connection, organization_id: int, job_id: UUID, p: Prepared) 
             "organization": organization_id,
             "payload": p.payload,
             "priority": p.priority,
+            "head_start": p.head_start_s,
             "max_attempts": p.max_attempts,
             "time_limit": p.time_limit_s,
             "run_at": p.new.run_at,
@@ -380,9 +389,9 @@ with input as materialized (
         %(ids)s::uuid[], %(types)s::text[], %(queues)s::text[], %(priorities)s::smallint[], %(payloads)s::jsonb[],
         %(max_attempts)s::smallint[], %(time_limits)s::real[], %(run_ats)s::timestamptz[], %(keys)s::text[],
         %(thens)s::jsonb[], %(callbacks)s::text[], %(correlations)s::text[], %(idempotency_keys)s::text[],
-        %(retries)s::uuid[]
+        %(retries)s::uuid[], %(head_starts)s::smallint[]
     ) with ordinality as i(id, type, queue, priority, payload, max_attempts, time_limit_s, run_at, concurrency_key,
-        then_jobs, callback_url, correlation_id, idempotency_key, retry_of, n)
+        then_jobs, callback_url, correlation_id, idempotency_key, retry_of, head_start_s, n)
 ), room as materialized (
     select q.queue, w.size - (
             select count(*) from (
@@ -401,9 +410,10 @@ with input as materialized (
     from input i join room r on r.queue = i.queue and r.priority = i.priority
 )
 insert into agentflow.jobs as j (id, organization_id, type, queue, priority, payload, max_attempts, time_limit_s, run_at,
-    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, batch_id, wake_at, sent_at, sends)
+    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, head_start_s, batch_id, wake_at, sent_at,
+    sends)
 select id, %(organization)s, type, queue, priority, payload, max_attempts, time_limit_s, coalesce(run_at, clock_timestamp()),
-    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, %(batch)s,
+    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, head_start_s, %(batch)s,
     case when now then clock_timestamp() + interval '30 s' else coalesce(run_at, clock_timestamp()) end,
     case when now then clock_timestamp() end, now::integer
 from placed order by n
@@ -437,6 +447,7 @@ def _insert(
             "correlations": [p.new.correlation_id for p in prepared],
             "idempotency_keys": [p.new.idempotency_key for p in prepared],
             "retries": [p.new.retry_of for p in prepared],
+            "head_starts": [p.head_start_s for p in prepared],
         },
     ).fetchall()
     jobs = {row[0]: job_from_row(row[:-1]) for row in rows}

@@ -9,11 +9,15 @@ from uuid import UUID
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Priority = Literal["critical", "default", "low"]
+HeadStart = Literal[0, 5, 15, 30, 60, 120, 300, 600]
 Outcome = Literal["succeeded", "failed", "cancelled", "retry", "wait", "handback", "crashed"]
 
 STATES: Final[tuple[State, ...]] = ("queued", "running", "succeeded", "failed", "cancelled")
 TERMINAL: Final = frozenset[State]({"succeeded", "failed", "cancelled"})
 PRIORITIES: Final[tuple[Priority, ...]] = ("critical", "default", "low")
+#: By so many seconds a job may come before others of its class and organization. Few, because each is a range of an index to the
+#: relay; the table's CHECK has the same.
+HEAD_STARTS: Final[tuple[HeadStart, ...]] = (0, 5, 15, 30, 60, 120, 300, 600)
 #: One short queue at the broker for each kind of worker.
 QUEUES: Final = ("default", "heavy", "gpu")
 
@@ -27,6 +31,7 @@ class Job:
     type: str
     queue: str
     priority: Priority
+    head_start_s: HeadStart
     state: State
     payload: dict[str, Any]
     attempt: int

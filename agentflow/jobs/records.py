@@ -109,6 +109,7 @@ def retry(conn: Connection, job: Job, *, max_payload_bytes: int) -> Submitted:
         type=job.type,
         payload=job.payload,
         priority=job.priority,
+        head_start_s=job.head_start_s,
         max_attempts=job.max_attempts,
         time_limit_s=job.time_limit_s,
         correlation_id=job.correlation_id,

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from pydantic import BaseModel
 
-from agentflow.jobs.model import Priority
+from agentflow.jobs.model import HEAD_STARTS, HeadStart, Priority
 from agentflow.jobs.unique import Unique
 from agentflow.settings import Settings
 
@@ -67,8 +67,9 @@ class JobFunction(Protocol):
 @dataclass(frozen=True, slots=True)
 class JobType:
     """One kind of work. `concurrency` gives a scarce resource's key and its slots, or None; `process_limit` the most of this
-    type that one worker process runs at once. Work that is not `repeatable` is stopped when the worker's lease runs out by
-    its own clock; other work goes on, since its finish is fenced."""
+    type that one worker process runs at once; `head_start_s` by how much it comes before others of its class. Work that is
+    not `repeatable` is stopped when the worker's lease runs out by its own clock; other work goes on, since its finish is
+    fenced."""
 
     name: str
     function: JobFunction
@@ -77,6 +78,7 @@ class JobType:
     retry: RetryClass
     time_limit_s: float
     priority: Priority
+    head_start_s: HeadStart
     concurrency: Callable[[Any], tuple[str, int] | None]
     process_limit: Callable[[Settings], int] | None
     rate: Rate | None
@@ -106,6 +108,7 @@ def job(
     retry: RetryClass = STANDARD,
     time_limit_s: float = 600.0,
     priority: Priority = "default",
+    head_start_s: HeadStart = 0,
     concurrency: Callable[[P], tuple[str, int] | None] = lambda _: None,
     process_limit: Callable[[Settings], int] | None = None,
     rate: Rate | None = None,
@@ -123,6 +126,8 @@ def job(
     def declare(function: Callable[[Any, P], Any]) -> Callable[[Any, P], Any]:
         if name in _types and _types[name].function is not function:
             raise ValueError(f"job type {name!r} is declared twice")
+        if head_start_s not in HEAD_STARTS:
+            raise ValueError(f"job type {name!r}: head_start_s is one of {HEAD_STARTS}")
         _types[name] = JobType(
             name=name,
             function=function,
@@ -131,6 +136,7 @@ def job(
             retry=retry,
             time_limit_s=time_limit_s,
             priority=priority,
+            head_start_s=head_start_s,
             concurrency=concurrency,
             process_limit=process_limit,
             rate=rate,

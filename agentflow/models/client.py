@@ -5,16 +5,20 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from agentflow import log
-from agentflow.errors import JobError, Permanent, Transient
+from agentflow.calls import Service, fingerprint
+from agentflow.errors import JobError, Permanent, Transient, Wait
+from agentflow.limits import Window
 from agentflow.models import failures, structured
-from agentflow.models.connection import Connections
+from agentflow.models.answers import key_of
+from agentflow.models.connection import Connections, Head
 from agentflow.models.structured import Shape, WrongShape
 from agentflow.settings import Settings
 
@@ -37,6 +41,20 @@ class Caller(Protocol):
         `tokens_in`, `tokens_out`, `audio_s`, `usd`. What the server does not report is left out."""
 
 
+@runtime_checkable
+class Placed(Caller, Protocol):
+    """Who asks among many, and can be parked: the context of a job. Whoever cannot (a request, a benchmark) is not held back."""
+
+    def permit(self, service: Service, about: str = "") -> None:
+        """Called before each question is sent. Raises `Wait` over a limit or a budget."""
+
+    def refused(self, service: Service, retry_after_s: float | None = None) -> None:
+        """Told of a 429."""
+
+    def exhausted(self, service: Service, for_s: float) -> None:
+        """Told of an answer that names itself the last one for so long."""
+
+
 class NotConfigured(Permanent):
     """No server for this kind of question is set."""
 
@@ -52,6 +70,11 @@ class Endpoint:
     key: str | None
     model: str
     openrouter: bool
+
+    @property
+    def provider(self) -> str:
+        """What limits name it by: `openrouter`, or the server's host and port."""
+        return "openrouter" if self.openrouter else urlsplit(self.base_url).netloc.rpartition("@")[2].lower()
 
 
 @dataclass(frozen=True)
@@ -212,7 +235,7 @@ class Models:
         }
         with sound.open("rb") as file:
             files = {"file": (f"sound{sound.suffix}", file, f"audio/{sound.suffix.removeprefix('.')}")}
-            document = self._ask(caller, endpoint, "/audio/transcriptions", "", data=form, files=files)
+            document = self._ask(caller, endpoint, "/audio/transcriptions", sound.name, data=form, files=files)
         return _transcription(document)
 
     def close(self) -> None:
@@ -261,16 +284,8 @@ class Models:
 
     def _ask(self, caller: Caller, endpoint: Endpoint, path: str, asked: str, **content: Any) -> dict[str, Any]:
         """The JSON of an answer that is no error."""
-        with self._connections.post(
-            endpoint.base_url + path,
-            total_s=self._settings.llm_timeout,
-            check=caller.check,
-            headers=self._headers(endpoint),
-            **content,
-        ) as head:
+        with self._answer(caller, endpoint, path, asked, **content) as head:
             body = head.read()
-            if head.status >= 300:
-                raise self._noted(endpoint, failures.of_answer(head.status, head.headers, body, asked=asked))
         try:
             document = json.loads(body)
         except ValueError:
@@ -278,7 +293,7 @@ class Models:
         if isinstance(document, dict):
             _tell(caller, document)
         if error := failures.of_document(document, asked=asked):
-            raise self._noted(endpoint, error)
+            raise self._noted(caller, endpoint, error)
         return dict(document)
 
     def _stream(
@@ -293,15 +308,7 @@ class Models:
         """The whole of a streamed answer, put together as one that was not."""
         text, finish_reason, ended = "", None, False
         usage: dict[str, Any] = {}
-        with self._connections.post(
-            endpoint.base_url + path,
-            total_s=self._settings.llm_timeout,
-            check=caller.check,
-            headers=self._headers(endpoint),
-            json=question,
-        ) as head:
-            if head.status >= 300:
-                raise self._noted(endpoint, failures.of_answer(head.status, head.headers, head.read(), asked=asked))
+        with self._answer(caller, endpoint, path, asked, json=question) as head:
             try:
                 for event in _events(head.pieces):
                     if event == "[DONE]":
@@ -313,7 +320,7 @@ class Models:
                         raise Transient("the model's stream is not JSON", code="model_bad_answer") from None
                     usage = (chunk.get("usage") or usage) if isinstance(chunk, dict) else usage
                     if error := failures.of_document(chunk, asked=asked):
-                        raise self._noted(endpoint, error)
+                        raise self._noted(caller, endpoint, error)
                     for choice in (chunk.get("choices") or [])[:1]:
                         finish_reason = choice.get("finish_reason") or finish_reason
                         if piece := (choice.get("delta") or {}).get("content"):
@@ -326,6 +333,36 @@ class Models:
             raise Transient("the model server broke off its answer", code="model_cut")
         return {"choices": [{"message": {"content": text}, "finish_reason": finish_reason}]}
 
+    @contextmanager
+    def _answer(self, caller: Caller, endpoint: Endpoint, path: str, asked: str, **content: Any) -> Iterator[Head]:
+        """Send, once there is a place for it, and give an answer that is no error."""
+        if isinstance(caller, Placed):
+            caller.permit(self._service(endpoint), key_of(path, asked).hex()[:16])
+        with self._connections.post(
+            endpoint.base_url + path,
+            total_s=self._settings.llm_timeout,
+            check=caller.check,
+            headers=self._headers(endpoint),
+            **content,
+        ) as head:
+            if head.status >= 300:
+                error = failures.of_answer(head.status, head.headers, head.read(), asked=asked)
+                raise self._noted(caller, endpoint, error)
+            if isinstance(caller, Placed) and (for_s := failures.exhausted_s(head.headers)):
+                caller.exhausted(self._service(endpoint), for_s)
+            yield head
+
+    def _service(self, endpoint: Endpoint) -> Service:
+        settings = self._settings
+        windows: tuple[Window, ...] = ()
+        if endpoint.openrouter:
+            windows = (
+                Window(settings.openrouter_rate_per_minute, 60),
+                Window(settings.openrouter_rate_per_hour, 3600),
+                Window(settings.openrouter_rate_per_day, 86_400),
+            )
+        return Service(endpoint.provider, fingerprint(endpoint.base_url, endpoint.key), windows)
+
     def _headers(self, endpoint: Endpoint) -> dict[str, str]:
         headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
         if endpoint.openrouter:
@@ -334,8 +371,9 @@ class Models:
                 headers["HTTP-Referer"] = self._settings.openrouter_referer
         return headers
 
-    @staticmethod
-    def _noted(endpoint: Endpoint, error: JobError) -> JobError:
+    def _noted(self, caller: Caller, endpoint: Endpoint, error: JobError) -> JobError:
+        if error.code == failures.LIMIT and isinstance(caller, Placed):
+            caller.refused(self._service(endpoint), error.seconds if isinstance(error, Wait) else None)
         if error.code in failures.OF_THE_ACCOUNT:  # somebody has to do something, and no job's retry will
             logger.error(
                 "a model server refuses the account", code=error.code, server=urlsplit(endpoint.base_url).hostname

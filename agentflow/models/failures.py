@@ -7,11 +7,11 @@ of their own: Ollama and llama.cpp `{"error": {…}}`, older vLLM the fields at 
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
@@ -27,6 +27,8 @@ _LONGEST_WAIT_S: Final = 25 * 3600.0
 _LOADING_S: Final = 5.0
 _MOST_SAID: Final = 200
 _ECHO: Final = 16
+_LENGTH_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|d|h|m|s)")
+_LENGTH: Final = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|d|h|m|s))+")
 _KEYS: Final = re.compile(r"\b(sk|gsk|hf|key)[-_][A-Za-z0-9*_.-]{4,}")
 
 #: Words in place of a status, in errors inside of an answer that began well.
@@ -155,6 +157,35 @@ def _status(error: dict[str, Any], default: int = 502) -> int:
     return default
 
 
+def exhausted_s(headers: Mapping[str, str]) -> float | None:
+    """For how long a good answer's headers say that no call is left; None where they do not.
+
+    `X-RateLimit-Remaining` and `-Reset`, also with OpenAI's `-Requests`; the reset is a time (Unix, in s or ms), seconds, or a
+    length such as 6m0s.
+    """
+    for of in ("", "-requests"):
+        if (headers.get(f"x-ratelimit-remaining{of}") or "").strip() == "0":
+            seconds = _reset_s((headers.get(f"x-ratelimit-reset{of}") or "").strip(), time.time())
+            if seconds is not None:
+                return min(_LONGEST_WAIT_S, max(0.0, seconds))
+    return None
+
+
+def _reset_s(said: str, now: float) -> float | None:
+    if parts := _LENGTH.fullmatch(said):
+        factors = {"d": 86_400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+        return sum(float(number) * factors[unit] for number, unit in _LENGTH_PART.findall(parts[0]))
+    try:
+        number = float(said)
+    except ValueError:
+        return None
+    if not math.isfinite(number):
+        return None
+    if number > 1e11:
+        return number / 1000 - now
+    return number - now if number > 1e9 else number
+
+
 def _wait_s(headers: Mapping[str, str], metadata: dict[str, Any], message: str, now: float) -> float | None:
     """Until when the other side wants to be left alone, where it says so: Retry-After, the reset in the body, midnight."""
     seconds = _retry_after_s(headers.get("retry-after"), now)
@@ -162,12 +193,14 @@ def _wait_s(headers: Mapping[str, str], metadata: dict[str, Any], message: str, 
     if seconds is None and isinstance(limits, dict):
         lower = {str(name).lower(): value for name, value in limits.items()}
         seconds = _retry_after_s(str(lower["retry-after"]), now) if "retry-after" in lower else None
-        with suppress(KeyError, TypeError, ValueError):
-            seconds = float(lower["x-ratelimit-reset"]) / 1000 - now if seconds is None else seconds  # milliseconds
+        if seconds is None:
+            seconds = _reset_s(str(lower.get("x-ratelimit-reset", "")).strip(), now)
+    if seconds is None:
+        seconds = exhausted_s(headers)
     if seconds is None and "per-day" in message:  # the daily quota of free models ends at 00:00 UTC
         today = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         seconds = (today + timedelta(days=1)).timestamp() - now
-    if seconds is None or seconds != seconds:
+    if seconds is None or math.isnan(seconds):
         return None
     # A little later than asked, and not all at once.
     return min(_LONGEST_WAIT_S, max(0.0, seconds) + random.uniform(0.1, 1.0))

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from agentflow.calls import Calls
 from agentflow.database import Database
 from agentflow.errors import Wait
-from agentflow.jobs import rules
+from agentflow.jobs import callbacks, rules
 from agentflow.jobs.model import Job
 
 #: Of a process's threads, where several organizations share them: no organization has all.
@@ -22,9 +23,10 @@ _PAUSED_S: Final = 3600.0
 class Admission:
     """One per worker process. `work_done` is what the relay charges."""
 
-    def __init__(self, database: Database, known: rules.Known, threads: int) -> None:
+    def __init__(self, database: Database, known: rules.Known, calls: Calls, threads: int) -> None:
         self._database = database
         self._known = known
+        self._calls = calls
         self._threads = threads
         self._lock = threading.Lock()
         self._running: Counter[int] = Counter()
@@ -50,6 +52,8 @@ class Admission:
             pause := self._known.anew().pause_of(job.organization_id, job.queue, job.type)
         ):
             raise Wait(_later(_PAUSED_S), "paused", message=f"the {pause.kind} is paused")
+        if job.type != callbacks.TYPE:  # who is told of an end waits for no budget
+            self._calls.within_budget(job.organization_id)
         for type_ in (job.type, ""):
             cap = now.cap_of(job.organization_id, type_)
             if cap is not None:

@@ -128,7 +128,7 @@ class Results(Layer):
 class RateLimits(Layer):
     """Inside Results and Retries, which park what is over the limit; outside TimeLimits, so that no limit runs while it asks.
 
-    A type's `rate` holds per organization over all workers; `agentflow limits` may set another one, of `type:NAME`.
+    A type's `rate` holds per organization over all workers; `agentflow rules limit` may set another one, of `type:NAME`.
     """
 
     def __init__(self, system: System) -> None:
@@ -136,10 +136,9 @@ class RateLimits(Layer):
 
     def around(self, running: Running, call: Call) -> Any:
         job = running.job
-        windows = self._system.rules.now().limit_of(job.organization_id, f"type:{job.type}")
-        if windows is None and (rate := registry.get(job.type).rate) is not None:
-            windows = (Window(rate.amount, rate.per_s),)
-        if windows:
+        rate = registry.get(job.type).rate
+        of_type = (Window(rate.amount, rate.per_s),) if rate is not None else ()
+        if windows := self._system.rules.now().limit_of(job.organization_id, f"type:{job.type}", of_type):
             bucket = Bucket(f"type:{job.type}:{job.organization_id}", windows)
             if (seconds := self._system.limits.take([bucket], str(job.id))) > 0:
                 raise Wait(seconds, "limit")

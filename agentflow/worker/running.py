@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from agentflow import log
+from agentflow.calls import Service
 from agentflow.database import Unavailable
 from agentflow.jobs import usage
 from agentflow.jobs.model import Job
@@ -218,11 +219,28 @@ class JobContext:
             return
         try:
             with self.system.database.connection() as conn:
-                usage.record(conn, [unsaved])
+                over_budget = usage.record(conn, [unsaved])
         except Unavailable:
             logger.debug("what was spent is written with the job's end: the database is away")
         else:
             self._running.usage_saved(unsaved)
+            self.system.rules.budget_reached(over_budget)
+
+    def permit(self, service: Service, about: str = "") -> None:
+        """Take a place for one call to a service, over all workers. Raises Wait: over a limit or the day's budget.
+
+        `about` tells calls of one job apart: each keeps a place in the line of its own.
+        """
+        self._running.check()
+        self.system.calls.permit(service, self.job.organization_id, f"{self.job.id}:{about}")
+
+    def refused(self, service: Service, retry_after_s: float | None = None) -> None:
+        """The service answered 429: nobody calls it with this credential until then."""
+        self.system.calls.refused(service, self.job.organization_id, retry_after_s)
+
+    def exhausted(self, service: Service, for_s: float) -> None:
+        """The service answered well, and said that its credential has no call left for so long."""
+        self.system.calls.exhausted(service, for_s)
 
     def sleep(self, seconds: float) -> None:
         """Sleep at most so long; raises Stopped when the job has to end."""

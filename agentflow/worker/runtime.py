@@ -90,7 +90,7 @@ class Runtime:
         self._all_ended: bool | None = None
 
         lease_s, crashes = settings.job_lease, settings.job_max_crashes
-        self.admission = Admission(system.database, system.rules, threads)
+        self.admission = Admission(system.database, system.rules, system.calls, threads)
         self.claimer = Claimer(system.database, self.id, lease_s, self._hold)
         self.settler = Settler(system.database, self.id, lease_s, crashes, self._settled, self._after_settle)
         self.heart = Heart(

@@ -43,7 +43,7 @@ NOISY, QUIET = 1, range(2, 11)
 # All due rows of a queue by their time, whoever they belong to, and no share of anybody's.
 FIFO = """
 create or replace function agentflow.share_1() returns double precision language sql stable as 'select 1::double precision';
-create or replace function agentflow.relay_2(p_queue text)
+create or replace function agentflow.relay_3(p_queue text)
 returns table (job_id uuid, job_type text, job_priority smallint, due_in_s double precision) language plpgsql as $$
 declare
     room integer;
