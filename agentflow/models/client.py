@@ -12,9 +12,9 @@ from typing import Any, Final, Literal, Protocol
 from urllib.parse import urlsplit
 
 from agentflow import log
+from agentflow.connections import Connections
 from agentflow.errors import JobError, Permanent, Transient
 from agentflow.models import failures, structured
-from agentflow.models.connection import Connections
 from agentflow.models.structured import Shape, WrongShape
 from agentflow.settings import Settings
 
@@ -116,7 +116,7 @@ class Models:
 
     @cached_property
     def _connections(self) -> Connections:
-        return Connections()
+        return Connections("the model server", "model")
 
     def endpoint(self, kind: Kind) -> Endpoint:
         """Raises NotConfigured."""
@@ -261,7 +261,8 @@ class Models:
 
     def _ask(self, caller: Caller, endpoint: Endpoint, path: str, asked: str, **content: Any) -> dict[str, Any]:
         """The JSON of an answer that is no error."""
-        with self._connections.post(
+        with self._connections.send(
+            "POST",
             endpoint.base_url + path,
             total_s=self._settings.llm_timeout,
             check=caller.check,
@@ -293,7 +294,8 @@ class Models:
         """The whole of a streamed answer, put together as one that was not."""
         text, finish_reason, ended = "", None, False
         usage: dict[str, Any] = {}
-        with self._connections.post(
+        with self._connections.send(
+            "POST",
             endpoint.base_url + path,
             total_s=self._settings.llm_timeout,
             check=caller.check,
