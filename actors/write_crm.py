@@ -56,7 +56,9 @@ def write_crm(context: JobContext, payload: WriteCrm) -> dict[str, Any]:
         raise Permanent("the account was removed", code="crm_account_removed")
     if account.state not in ("connecting", "connected"):
         raise Permanent(f"the account is {account.state}: {account.state_reason}", code=f"crm_{account.state}")
-    writing = _Writing(context, payload, Client(system, context, account, str(context.job.id)))
+    client = Client(system, context, account, str(context.job.id))
+    writing = _Writing(context, payload, client)
+    client.account()  # it answers, and Kommo's time is known
     writing.look_for_lost()
     for batch in writing.batches():
         writing.send(batch)
@@ -86,7 +88,6 @@ class _Writing:
             raise Wait(SETTLE_S - youngest, "crm_settling", message="an answer was lost: looking what became of it")
         since = min(each.sent_s for each in lost.values()) - _CLOCKS_S
         found: dict[int, int] = {}
-        self._client.account()  # for Kommo's time
         for batch in walk(self._client, self._stream, since, self._client.now_s(), self._clock):
             made = {d["id"]: d for d in batch.documents if d.get("created_at", 0) >= since}
             with self._system.database.connection() as conn:

@@ -130,8 +130,7 @@ def _is_field(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     name = "field_id" if "field_id" in wanted else "field_code"
     if there.get(name) != wanted.get(name):
         return False
-    values = [each for each in there.get("values") or []]
     return all(
-        any(all(str(value.get(key)) == str(each[key]) for key in each) for value in values)
+        any(all(str(value.get(key)) == str(each[key]) for key in each) for value in there.get("values") or [])
         for each in wanted.get("values") or []
     )
