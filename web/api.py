@@ -106,6 +106,16 @@ class Routes:
     ) -> Callable[[Function], Function]:
         return self._add("POST", path, answers, {**more, "scope": scope})
 
+    def patch(
+        self, path: str, answers: Mapping[int, Any], *, scope: Needed, **more: Any
+    ) -> Callable[[Function], Function]:
+        return self._add("PATCH", path, answers, {**more, "scope": scope})
+
+    def delete(
+        self, path: str, answers: Mapping[int, Any], *, scope: Needed, **more: Any
+    ) -> Callable[[Function], Function]:
+        return self._add("DELETE", path, answers, {**more, "scope": scope})
+
     def _add(
         self, method: str, path: str, answers: Mapping[int, Any], more: dict[str, Any]
     ) -> Callable[[Function], Function]:
