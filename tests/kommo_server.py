@@ -269,11 +269,10 @@ class Account:
         order = next((name[6:-1] for name in one if name.startswith("order[")), "id")
         if order != "id" and order not in _ORDERS.get(PATHS[path], ()):
             return _error(400, "Bad Request", f"order by {order} is not supported")
-        # Events come with the newest first, and no order can be asked for; what was changed in one second comes in any order.
-        by = "created_at" if path == "events" else order
-        found.sort(key=lambda each: (each.get(by, 0), each["id"] if by == "id" else random.random()))
-        if path == "events":
-            found.reverse()
+        if path == "events":  # the newest first, and no order can be asked for
+            found.sort(key=lambda each: (each["created_at"], each["id"]), reverse=True)
+        else:  # what was changed in one second comes in any order
+            found.sort(key=lambda each: (each.get(order, 0), random.random()))
         page = found if path == "leads/pipelines" else found[(number - 1) * limit : number * limit]
         if not page:
             return Reply(204)
