@@ -55,6 +55,9 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "delete from agentflow.workers w": "retention of workers' rows, not while one holds a job",
     "select count(*) filter (where id >= ": "what was done lately, for the operator and the metrics",
     "from agentflow.jobs j where true": "the operator's list of all jobs",
+    "from agentflow.crm_accounts where state in ('connecting', 'connected') and next_sync_at <=": (
+        "the schedule: whose account is due is the answer"
+    ),
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
 }
 
