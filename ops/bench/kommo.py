@@ -3,8 +3,8 @@
     .venv/bin/python ops/bench/kommo.py [--leads 25000] [--contacts 40000] [--lost 0.2] [--changes-per-s 5]
 
 Starts private servers, a Kommo of the tests with its real limits (429 beyond 7 calls within any second), and two workers, of
-which one is killed every 10 to 30 s while everything is filled in. Things are changed, made and deleted all the while (half of the
-deletions without a trace in the account's log), and a share of the webhooks does not arrive. When the backfill is through the
+which one is killed every 10 to 30 s while everything is filled in. Things are changed, made and deleted all the while (half of
+the deletions without a trace in the account's log), and a share of the webhooks does not arrive. When the backfill is through the
 changes end; one incremental sync and one reconciliation later the mirror is compared row for row. Writes
 ops/bench/results/kommo.json.
 """
