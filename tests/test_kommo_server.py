@@ -73,7 +73,7 @@ def test_another_client_writes_and_one_wrong_item_refuses_the_batch(account: Acc
         asked(account, lambda client: client.leads.create([{"name": "d"}, wrong]))
 
     assert sorted(each["name"] for each in account.shown("leads").values()) == ["b", "c"]
-    assert [(issue.request_id, issue.path) for issue in error.value.issues] == [
+    assert [(issue.request_id, issue.path) for issue in error.value.errors] == [
         ("1", "custom_fields_values.0.field_id")
     ]
 

@@ -42,7 +42,8 @@ def app(environment: dict[str, str], conn: psycopg.Connection) -> Iterator[Any]:
         conn.execute(
             "insert into agentflow.organizations (id, slug, name) values (%s, %s, %s)", (number, slug, slug.title())
         )
-    system = System.start(settings.load({**environment, "AUTH_FAILURES_PER_MINUTE": "100000"}), "test")
+    kommo = dict.fromkeys(("KOMMO_CLIENT_ID", "KOMMO_CLIENT_SECRET", "KOMMO_REDIRECT_URI"), "x")
+    system = System.start(settings.load({**environment, **kommo, "AUTH_FAILURES_PER_MINUTE": "100000"}), "test")
     yield create_app(system)
     system.close()
 
@@ -83,7 +84,9 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
     task = owner.client.post("/api/videos/analyze", json={"url": "http://8.8.8.8/film.mp4"}).json
     (key,) = organizations.keys(conn, owner.organization_id)
     owner.client.post("/api/callback-secrets", json={})
+    account = owner.client.post("/api/crm/accounts", json=BODIES["/api/crm/accounts"]).json
     return {
+        "account_id": account["id"],
         "job_id": failed["id"],
         "batch_id": batch["batch_id"],
         "callback_id": str(callback.id),
@@ -101,6 +104,15 @@ BODIES: dict[str, Any] = {
     "/api/keys": {"name": "x", "scopes": ["read"]},
     "/api/callback-secrets": {},
     "/api/keys/{key_id}/rotate": {},
+    "/api/crm/accounts": {"host": "example.kommo.com", "token": "t"},
+    "/api/crm/accounts/{account_id}": {"name": "x"},
+    "/api/crm/accounts/{account_id}/sync": {},
+    "/api/crm/accounts/{account_id}/plan": {},
+    "/api/crm/accounts/{account_id}/leads": {"items": [{"name": "x"}]},
+    "/api/crm/accounts/{account_id}/contacts": {"items": [{"name": "x"}]},
+    "/api/crm/accounts/{account_id}/tasks": {"items": [{"text": "x"}]},
+    "/api/crm/accounts/{account_id}/notes": {"items": [{"params": {"text": "x"}}]},
+    "/api/crm/authorizations": {},
 }
 
 
@@ -119,7 +131,7 @@ class Route:
         if self.path == "/api/videos/analyze":
             body = {"video_id": things["video_id"]}
         path = re.sub(r"{(\w+)}", lambda match: things[match.group(1)], self.path)
-        return client.open(path, method=self.method, json=body if self.method == "POST" else None)
+        return client.open(path, method=self.method, json=body if self.method in ("POST", "PATCH") else None)
 
 
 def routes(app: Any) -> list[Route]:
@@ -136,7 +148,9 @@ def routes(app: Any) -> list[Route]:
     return found
 
 
-ANYTHING = dict.fromkeys(("job_id", "batch_id", "callback_id", "video_id", "task_id", "key_id"), str(uuid4()))
+ANYTHING = dict.fromkeys(
+    ("job_id", "batch_id", "callback_id", "video_id", "task_id", "key_id", "account_id"), str(uuid4())
+)
 
 
 # ---- routes ----
@@ -191,7 +205,16 @@ def test_every_list_holds_only_the_callers_own(
 
 
 def snapshot(conn: psycopg.Connection) -> list[int]:
-    tables = ("jobs", "batches", "videos", "api_keys", "callback_secrets", "idempotency_keys", "unique_keys")
+    tables = (
+        "jobs",
+        "batches",
+        "videos",
+        "api_keys",
+        "callback_secrets",
+        "idempotency_keys",
+        "unique_keys",
+        "crm_accounts",
+    )
     return [count(conn, table) for table in tables]
 
 
@@ -321,6 +344,7 @@ def test_the_statements_of_a_whole_life_are_heard_and_each_names_its_organizatio
     assert {
         *("jobs", "job_attempts", "batches", "videos", "idempotency_keys", "unique_keys"),
         *("api_keys", "callback_secrets", "callback_attempts"),
+        *("crm_accounts", "crm_entities", "crm_events", "crm_drift", "sync_runs"),
     } <= heard
     assert RECORDER.problems == []
 

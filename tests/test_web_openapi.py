@@ -23,6 +23,8 @@ from tests.web_support import Web, client, count, gunicorn, run
 
 __all__ = ["client"]
 
+KOMMO = dict.fromkeys(("KOMMO_CLIENT_ID", "KOMMO_CLIENT_SECRET", "KOMMO_REDIRECT_URI"), "x")
+
 #: 413, 414 and 431 depend on sizes that no schema says; 422 on what it cannot say (a type's payload, a public address).
 CONFIG = """
 [parameters]
@@ -32,6 +34,7 @@ task_id = "{task}"
 video_id = "{video}"
 batch_id = "{batch}"
 key_id = "{key}"
+account_id = "{account}"
 
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "302", "400", "401", "403", "404", "408", "409", "413", "414", "416", "422", "431"]
@@ -48,6 +51,16 @@ parameters = {{ key_id = "{revoked}" }}
 [[operations]]
 include-path = "/api/batches/{{batch_id}}/callbacks/{{callback_id}}/replay"
 parameters = {{ callback_id = "{batch_callback}" }}
+
+# The first guess removes it.
+[[operations]]
+include-path = "/api/crm/accounts/{{account_id}}"
+include-method = "DELETE"
+parameters = {{ account_id = "{removed}" }}
+
+[[operations]]
+include-path = "/crm/oauth/callback"
+parameters = {{ state = "{state}", referer = "example.kommo.com", code = "c" }}
 
 # Texts in a form and the bare bytes of an upload mean nothing to the API: there is no wrong file.
 [[operations]]
@@ -157,7 +170,7 @@ def guessed(
     """Run schemathesis with all its checks on everything; every operation must have been reached. Returns the number of cases."""
     config, report = tmp_path / "schemathesis.toml", tmp_path / "report.har"
     # Guesses with wrong keys come by the hundred.
-    with gunicorn(environment, tmp_path, AUTH_FAILURES_PER_MINUTE="1000000") as web:
+    with gunicorn(environment, tmp_path, AUTH_FAILURES_PER_MINUTE="1000000", **KOMMO) as web:
         config.write_text(CONFIG.format(**things(web, system, conn)))
         before = count(conn)
         guesses = subprocess.run(
@@ -198,6 +211,14 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
     def callback(subject: str) -> str:
         return str(records.children(conn, UUID(subject))[0].id)
 
+    def account() -> str:
+        given = {"host": "example.kommo.com", "token": "t"}
+        return str(web.http.post("/api/crm/accounts", json=given).json()["id"])
+
+    begun = web.http.post("/api/crm/authorizations", json={}).json()
+    connected = account()
+    conn.execute("update agentflow.crm_accounts set deletions_held = 5")  # to be confirmed
+
     def key() -> str:
         return str(web.http.post("/api/keys", json={"name": "x", "scopes": ["read"]}).json()["id"])
 
@@ -211,6 +232,9 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
         "video": task["video_id"],
         "key": key(),
         "revoked": key(),
+        "account": connected,
+        "removed": account(),
+        "state": parse_qs(urlsplit(begun["url"]).query)["state"][0],
         "file": "o/1/x.png",
         "expires": link["expires"][0],
         "signature": link["signature"][0],

@@ -30,6 +30,7 @@ from web.crm_views import (
     RunList,
     RunView,
     SyncRequest,
+    TaskItems,
     WriteItems,
 )
 from web.jobs import JobSummary, cursor_of, read_cursor, summary
@@ -200,8 +201,8 @@ def write_contacts(call: Call, account_id: UUID, body: WriteItems) -> Answer:
     return _write(call, account_id, "contacts", body, ("name", "first_name"))
 
 
-@routes.post(f"{_ACCOUNT}/tasks", {202: JobSummary}, body=WriteItems, scope="submit", problems=(404, 409))
-def write_tasks(call: Call, account_id: UUID, body: WriteItems) -> Answer:
+@routes.post(f"{_ACCOUNT}/tasks", {202: JobSummary}, body=TaskItems, scope="submit", problems=(404, 409))
+def write_tasks(call: Call, account_id: UUID, body: TaskItems) -> Answer:
     """Create or change tasks: `text`, `complete_till`, and what they are about."""
     return _write(call, account_id, "tasks", body, ("text",))
 

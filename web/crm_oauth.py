@@ -40,11 +40,9 @@ def authorize(call: Call, body: AuthorizationRequest) -> AuthorizationView:
         raise Refused(
             409, "set KOMMO_CLIENT_ID, KOMMO_CLIENT_SECRET and KOMMO_REDIRECT_URI to connect accounts by OAuth"
         )
-    organization_id = call.organization_id
-    if body.account_id is not None:
-        organization_id = find(call, body.account_id).organization_id
+    owner = find(call, body.account_id).organization_id if body.account_id is not None else call.organization_id
     expires = int(time.time()) + STATE_S
-    about = {"o": organization_id, "a": str(body.account_id) if body.account_id else None, "n": body.name, "e": expires}
+    about = {"o": owner, "a": str(body.account_id) if body.account_id else None, "n": body.name, "e": expires}
     query = urlencode({"client_id": settings.kommo_client_id, "state": state_of(call, about), "mode": "popup"})
     return AuthorizationView(url=f"{_AT_KOMMO}?{query}", expires_at=datetime.fromtimestamp(expires, UTC))
 

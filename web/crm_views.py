@@ -192,6 +192,20 @@ class WriteItems(Body):
     items: Annotated[list[Item], Field(min_length=1, max_length=50)]
 
 
+class TaskItems(WriteItems):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "items": [
+                        {"text": "Call", "complete_till": 1_900_000_000, "entity_id": 1, "entity_type": "leads"},
+                    ]
+                }
+            ]
+        }
+    )
+
+
 class NoteItems(WriteItems):
     model_config = ConfigDict(
         json_schema_extra={
