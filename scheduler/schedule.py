@@ -14,6 +14,7 @@ from agentflow import log
 from agentflow.database import Connection, Unavailable
 from agentflow.jobs import retention
 from agentflow.jobs.retention import Keep
+from agentflow.kommo import runs
 from agentflow.models import answers
 from agentflow.storage import StorageError
 from agentflow.system import System
@@ -58,6 +59,7 @@ def clean_up(system: System) -> dict[str, int]:
             "unique_keys": _in_batches(lambda: retention.delete_unique_keys(conn)),
             "batches": _in_batches(lambda: retention.delete_batches(conn, hours=settings.retain_failed_hours)),
             "model_answers": _in_batches(lambda: answers.delete_old(conn, hours=settings.retain_failed_hours)),
+            "sync_runs": _in_batches(lambda: runs.delete_old(conn, limit=retention.BATCH)),
             "workers": retention.delete_workers(conn),
         }
     try:

@@ -55,6 +55,8 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "delete from agentflow.workers w": "retention of workers' rows, not while one holds a job",
     "select count(*) filter (where id >= ": "what was done lately, for the operator and the metrics",
     "from agentflow.jobs j where true": "the operator's list of all jobs",
+    "delete from agentflow.sync_runs where ctid": "retention of the log of syncs",
+    "delete from agentflow.crm_writes where ctid": "retention of what was written back",
     "from agentflow.crm_accounts where state in ('connecting', 'connected') and next_sync_at <=": (
         "the schedule: whose account is due is the answer"
     ),

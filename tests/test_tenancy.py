@@ -329,7 +329,7 @@ def test_the_statements_of_a_whole_life_are_heard_and_each_names_its_organizatio
     """The tables and the exceptions that are meant are really met: an empty ear would pass everything."""
     RECORDER.texts.clear()
     things = things_of(mine, system, conn)
-    for route in routes(app):
+    for route in sorted(routes(app), key=lambda each: each.method == "DELETE"):
         if route.scope != "admin":
             route.ask(mine.client, things)
     with system.database.transaction() as pooled:
@@ -344,7 +344,7 @@ def test_the_statements_of_a_whole_life_are_heard_and_each_names_its_organizatio
     assert {
         *("jobs", "job_attempts", "batches", "videos", "idempotency_keys", "unique_keys"),
         *("api_keys", "callback_secrets", "callback_attempts"),
-        *("crm_accounts", "crm_entities", "crm_events", "crm_drift", "sync_runs"),
+        *("crm_accounts", "crm_entities", "crm_drift", "sync_runs"),
     } <= heard
     assert RECORDER.problems == []
 

@@ -36,6 +36,8 @@ class Run:
     finished_at: datetime | None
 
 
+#: A run every five minutes is 9000 rows in these.
+KEEP_DAYS: Final = 30
 _COLUMNS: Final = ", ".join(Run.__dataclass_fields__)
 
 
@@ -88,6 +90,18 @@ def note_error(conn: Connection, organization_id: int, run_id: UUID, error: str)
     conn.execute(
         "update agentflow.sync_runs set error = %s where organization_id = %s and id = %s",
         (error, organization_id, run_id),
+    )
+
+
+def delete_old(conn: Connection, *, limit: int) -> int:
+    """One batch of runs, and of what was written back, that are older than KEEP_DAYS. Returns how many."""
+    return sum(
+        conn.execute(
+            f"delete from agentflow.{table} where ctid = any (array(select ctid from agentflow.{table}"  # noqa: S608
+            f" where {began} < clock_timestamp() - make_interval(days => %s) limit %s))",
+            (KEEP_DAYS, limit),
+        ).rowcount
+        for table, began in (("sync_runs", "started_at"), ("crm_writes", "sent_at"))
     )
 
 
