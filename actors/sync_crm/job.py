@@ -100,11 +100,10 @@ def _work(run: Run, mode: runs.Mode) -> None:
             run.drain_touched()
         case "incremental":
             run.drain_touched()
-            run.short_lists(at_once=False)
+            run.short_lists()
             run.changes()
             run.drain_touched()
         case "backfill" | "reconcile":
-            run.short_lists(at_once=True)
             run.sweep()
             run.end_sweep(deleting=mode == "reconcile")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
 from uuid import UUID
@@ -63,11 +63,14 @@ class Run:
                             forget(conn)
                 self._pause()
 
-    def short_lists(self, *, at_once: bool) -> None:
+    def short_lists(self) -> None:
+        """Those that are not read by the time of a change: in a walk over everything once, else now and then."""
+        sweep = self._recording.sweep
+        since = sweep.started_at if sweep else self._recording.clock() - timedelta(seconds=WHOLE_EVERY_S)
         cursors_ = self._cursors()
         for stream in STREAMS:
-            age_s = cursors_[stream.name].age_s
-            if stream.how == "whole" and (at_once or age_s is None or age_s > WHOLE_EVERY_S):
+            read_at = cursors_[stream.name].read_at
+            if stream.how == "whole" and (read_at is None or read_at < since):
                 try:
                     documents, read_at = whole(self._client, stream, self._recording.clock)
                 except Forbidden:  # users are shown to administrators alone
@@ -91,6 +94,7 @@ class Run:
         """A part of the walk over everything; raises Wait until it is through."""
         self._ends = time.monotonic() + SLICE_S
         sweep = self._recording.sweep = self._begin_sweep()
+        self.short_lists()
         cursors_ = self._cursors()
         for number, stream in enumerate(STREAMS):
             since = self._swept_to(cursors_[stream.name], sweep)

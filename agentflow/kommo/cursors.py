@@ -17,12 +17,12 @@ from agentflow.kommo.entities import STREAMS
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """`sweep_position` is None where no sweep of this stream is under way; `age_s` since it was last read as a whole."""
+    """`sweep_position` is None where no sweep of this stream is under way; `read_at`: when it was last read as a whole."""
 
     stream: str
     position: int
     sweep_position: int | None
-    age_s: float | None
+    read_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,7 @@ def start(conn: Connection, organization_id: int, account_id: UUID, now_s: int) 
 
 def read(conn: Connection, organization_id: int, account_id: UUID) -> dict[str, Cursor]:
     rows = conn.execute(
-        "select entity_type, position, sweep_position,"  # noqa: S608 - constants
-        " extract(epoch from clock_timestamp() - read_at)::float8"
-        f" from agentflow.crm_streams where {_ACCOUNT}",
+        f"select entity_type, position, sweep_position, read_at from agentflow.crm_streams where {_ACCOUNT}",  # noqa: S608
         {"organization": organization_id, "account": account_id},
     ).fetchall()
     return {row[0]: Cursor(*row) for row in rows}
