@@ -87,7 +87,7 @@ def test_more_changes_in_one_second_than_a_page_holds_are_all_found(
     assert differences(conn, account.id, server) == []
 
 
-@pytest.mark.parametrize("mode", ["backfill", "reconcile"])
+@pytest.mark.parametrize("mode", [pytest.param("backfill", marks=pytest.mark.long), "reconcile"])
 def test_nothing_is_passed_over_while_the_list_moves_under_the_walk(
     linked: System, server: Server, conn: Connection, mode: str
 ) -> None:
@@ -139,11 +139,11 @@ def test_what_vanished_without_a_word_is_found_by_the_reconciliation(
 
 
 def test_more_deletions_than_the_share_stop_and_ask(linked: System, server: Server, conn: Connection) -> None:
-    made = fill(server, 40)
+    made = fill(server, 20)
     account = connect(linked, server)
     sync(linked, conn, account)
     sync(linked, conn, account, mode="backfill")
-    for lead in made["leads"][:30]:
+    for lead in made["leads"][:15]:
         server.remove("leads", lead, event=False)
 
     plan = sync(linked, conn, account, mode="reconcile", plan=True)
@@ -156,18 +156,18 @@ def test_more_deletions_than_the_share_stop_and_ask(linked: System, server: Serv
     done = sync(linked, conn, account, mode="reconcile")
 
     assert plan["state"] == held["state"] == "held"
-    assert plan["counts"]["leads"] == held["counts"]["leads"] == {"unchanged": 10, "held": 30}
-    assert (living, asked) == (40, 30)
-    assert done["counts"]["leads"] == {"unchanged": 10, "deleted": 30}
+    assert plan["counts"]["leads"] == held["counts"]["leads"] == {"unchanged": 5, "held": 15}
+    assert (living, asked) == (20, 15)
+    assert done["counts"]["leads"] == {"unchanged": 5, "deleted": 15}
     assert account_of(linked, account).deletions_held is None
     assert account_of(linked, account).deletions_confirmed is None
     assert differences(conn, account.id, server) == []
 
 
-@pytest.mark.parametrize("mode", ["incremental", "backfill", "reconcile"])
+@pytest.mark.parametrize("mode", ["incremental", pytest.param("backfill", marks=pytest.mark.long), "reconcile"])
 def test_a_plans_counts_and_calls_are_the_runs(linked: System, server: Server, conn: Connection, mode: str) -> None:
-    server.page_cap = 7
-    made = fill(server, 30)
+    server.page_cap = 5
+    made = fill(server, 14)
     account = connect(linked, server)
     sync(linked, conn, account)
     sync(linked, conn, account, mode="backfill")
@@ -176,10 +176,10 @@ def test_a_plans_counts_and_calls_are_the_runs(linked: System, server: Server, c
         server.change("leads", made["leads"][n], name="other")
         server.add("contacts", name="new")
     for path in ("leads", "contacts", "tasks"):
-        server.remove(path, made[path][20])
+        server.remove(path, made[path][12])
     with linked.database.connection() as ours:
-        touched.note(ours, ORGANIZATION, account.id, [("lead", made["leads"][8]), ("contacts", made["contacts"][21])])
-    server.remove("contacts", made["contacts"][21], event=False)
+        touched.note(ours, ORGANIZATION, account.id, [("lead", made["leads"][8]), ("contacts", made["contacts"][13])])
+    server.remove("contacts", made["contacts"][13], event=False)
     before = whole(conn)
 
     plan = sync(linked, conn, account, mode=mode, plan=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -16,13 +15,16 @@ from flask.testing import FlaskClient
 
 from agentflow.jobs import records
 from agentflow.system import System
+from tests import test_cli
 from tests.kommo_server import Account as Server
 from tests.kommo_support import linked, run, server
-from tests.processes import BIN
+from tests.test_cli import Command
 from tests.web_support import AUTH, problem
 from web import create_app
 
 __all__ = ["linked", "server"]
+
+agentflow = test_cli.agentflow
 
 Connection = psycopg.Connection
 
@@ -148,27 +150,20 @@ def test_a_forged_or_old_state_and_a_foreign_host_connect_nothing(
 
 
 def test_the_command_line_connects_lists_plans_and_confirms(
-    linked: System, server: Server, conn: Connection, environment: dict[str, str]
+    linked: System, server: Server, conn: Connection, agentflow: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def agentflow(*arguments: str, stdin: str = "", status: int = 0) -> str:
-        ended = subprocess.run(
-            [str(BIN / "agentflow"), "crm", *arguments],
-            env={"PATH": os.environ["PATH"], **environment},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert ended.returncode == status, ended.stderr
-        return ended.stdout + (ended.stderr if status else "")
+    monkeypatch.setattr("sys.stdin", io.StringIO(server.token + "\n"))
 
-    account = agentflow("connect", server.host, stdin=server.token + "\n").strip()
+    account = agentflow("crm", "connect", server.host).out.strip()
     done(linked, conn, newest_job(conn))
-    plan = agentflow("plan", account, "--mode", "reconcile").strip()
+    plan = agentflow("crm", "plan", account, "--mode", "reconcile").out.strip()
 
     assert done(linked, conn, plan)["plan"] is True
-    listed = json.loads(agentflow("list", "--json"))
+    listed = json.loads(agentflow("crm", "list", "--json").out)
     assert (listed["id"], listed["state"]) == (account, "connected")
-    assert "reconcile (plan)" in agentflow("runs", account)
-    assert "wait to be confirmed" in agentflow("confirm", account, status=1)
-    assert "must be the account's host" in agentflow("connect", "evil.org", stdin="x\n", status=2)
+    assert "reconcile (plan)" in agentflow("crm", "runs", account).out
+    nothing = agentflow("crm", "confirm", account)
+    assert nothing.status == 1 and "wait to be confirmed" in nothing.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("x\n"))
+    foreign = agentflow("crm", "connect", "evil.org")
+    assert foreign.status == 2 and "must be the account's host" in foreign.err
