@@ -14,10 +14,11 @@ if "AGENTFLOW_CHILD" not in os.environ:
     if surplus.is_surplus():
         surplus.take_nothing()
     else:
-        from actors import deliver_callback  # noqa: F401
+        from actors import deliver_callback, write_crm  # noqa: F401
         from actors.analyze_video import job as analyze_video  # noqa: F401
         from actors.extract_graph import job as extract_graph  # noqa: F401
         from actors.ping import job as ping  # noqa: F401
+        from actors.sync_crm import job as sync_crm  # noqa: F401
         from agentflow.worker.process import make_global
 
         #: The worker of this process, started by Dramatiq.

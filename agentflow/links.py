@@ -64,6 +64,14 @@ class Links:
         if (time.time() if now is None else now) >= int(expires):
             raise LinkExpired("this link has expired")
 
+    def signature_of(self, purpose: str, text: str) -> str:
+        """For other texts that come back to us through strangers; `purpose` keeps them apart."""
+        message = f"agentflow-{purpose}-1:{text}".encode()
+        return urlsafe_b64encode(hmac.digest(self._secret, message, hashlib.sha256)).rstrip(b"=").decode()
+
+    def is_signature_of(self, purpose: str, text: str, signature: str) -> bool:
+        return hmac.compare_digest(self.signature_of(purpose, text).encode(), signature.encode(errors="surrogatepass"))
+
     def _signature(self, key: str, expires: str, filename: str | None) -> str:
         # Each part with its length: no two different triples make the same message.
         parts = [_VERSION, expires, key, *([] if filename is None else [filename])]

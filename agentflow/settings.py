@@ -192,6 +192,15 @@ class Settings(BaseModel):
     transcription_api_key: SecretStr | None = Field(None, description="Its key, where it wants one")
     transcription_model: str | None = Field(None, description="Its model; at OpenRouter `openai/whisper-1`")
 
+    kommo_client_id: str | None = Field(None, description="Your Kommo integration, for connecting accounts by OAuth")
+    kommo_client_secret: SecretStr | None = Field(None, description="Its secret key")
+    kommo_redirect_uri: str | None = Field(
+        None, description="As registered there: the public address of `/crm/oauth/callback` here"
+    )
+    kommo_calls_per_second: Annotated[int, Field(ge=1, le=1000)] = Field(
+        7, description="Calls to one Kommo account within a second, over all workers; paid packages allow more"
+    )
+
     @property
     def embedded_database(self) -> bool:
         return self.database_url is None

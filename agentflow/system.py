@@ -21,6 +21,7 @@ from agentflow import embedded, log, metrics, schema
 from agentflow.broker import BellBroker, Doorbell, PollingBroker, RabbitBroker
 from agentflow.broker import redis as redis_broker
 from agentflow.calls import Calls
+from agentflow.connections import Connections
 from agentflow.database import Connection, Database, Unavailable
 from agentflow.jobs import dispatch, intake, records, rules, statistics
 from agentflow.jobs.intake import NewJob, Prepared, Submitted
@@ -249,6 +250,10 @@ class System:
         return Models(self.settings)
 
     @cached_property
+    def crm_connections(self) -> Connections:
+        return Connections("Kommo", "crm")
+
+    @cached_property
     def links(self) -> Links:
         return Links(self.settings.link_secret or self._installation_secret("links"))
 
@@ -325,6 +330,8 @@ class System:
             self.broker.close()
         if "models" in self.__dict__:
             self.models.close()
+        if "crm_connections" in self.__dict__:
+            self.crm_connections.close()
         if "database" in self.__dict__:
             self.database.close()
         if self._embedded is not None:

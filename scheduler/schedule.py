@@ -16,11 +16,12 @@ from apscheduler.triggers.interval import IntervalTrigger
 from agentflow import health
 from agentflow.jobs import budgets, retention
 from agentflow.jobs.retention import Keep
+from agentflow.kommo import runs
 from agentflow.models import answers
 from agentflow.schedules import ticks
 from agentflow.system import System
 from agentflow.videos import delete_old as delete_old_videos
-from scheduler import canary, clean_up, storage
+from scheduler import canary, clean_up, kommo, storage
 from scheduler.calendar import Calendar, Entry, every
 
 HEARTBEAT_EVERY_S: Final = 5
@@ -42,6 +43,7 @@ def entries(system: System) -> list[Entry]:
 
     return [
         *canary.entries(system.rules, settings.canary_interval),
+        *kommo.entries(),
         Entry(
             "clean_up.succeeded",
             every(_CLEAN_UP_S),
@@ -82,6 +84,11 @@ def entries(system: System) -> list[Entry]:
         Entry("clean_up.files", every(_CLEAN_UP_S), work=storage.remove_doomed),
         Entry("clean_up.orphans", every(_DAY_S), work=storage.doom_orphans),
         Entry("clean_up.leftovers", every(_DAY_S), work=storage.sweep),
+        Entry(
+            "clean_up.sync_runs",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: runs.delete_old(conn, limit=retention.BATCH)),
+        ),
         Entry(
             "clean_up.ticks",
             every(_DAY_S),

@@ -14,11 +14,11 @@ import socket
 import socketserver
 import ssl
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Request:
     query: Mapping[str, str]
     headers: Mapping[str, str]  # names in lower case
     body: bytes
+    pairs: Sequence[tuple[str, str]] = ()  # the whole query, doubled names and all
 
 
 @dataclass
@@ -149,6 +150,7 @@ def _handle(handler: BaseHTTPRequestHandler, server: Server) -> None:
         query={name: values[0] for name, values in parse_qs(address.query, keep_blank_values=True).items()},
         headers={name.lower(): value for name, value in handler.headers.items()},
         body=handler.rfile.read(length) if length else b"",
+        pairs=parse_qsl(address.query, keep_blank_values=True),
     )
     reply = server.answer(request)
     with suppress(OSError):

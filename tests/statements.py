@@ -84,6 +84,11 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "insert into agentflow.durations": "how long jobs of a type take, whoever's they are",
     "with open as materialized ( select f.job_id": "what became of forecasts, by the jobs' ids",
     "delete from agentflow.forecasts where queue": "retention of forecasts",
+    "delete from agentflow.sync_runs where ctid": "retention of the log of syncs",
+    "delete from agentflow.crm_writes where ctid": "retention of what was written back",
+    "from agentflow.crm_accounts where state in ('connecting', 'connected') and next_sync_at <=": (
+        "the schedule: whose account is due is the answer"
+    ),
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
 }
 

@@ -24,6 +24,8 @@ from tests.web_support import Web, client, count, gunicorn, run
 
 __all__ = ["client"]
 
+KOMMO = dict.fromkeys(("KOMMO_CLIENT_ID", "KOMMO_CLIENT_SECRET", "KOMMO_REDIRECT_URI"), "x")
+
 #: 413, 414 and 431 depend on sizes that no schema says; 422 on what it cannot say (a type's payload, a public address).
 CONFIG = """
 [parameters]
@@ -40,6 +42,7 @@ edge_id = "{edge_id}"
 merge_id = "{merge_id}"
 from_id = "{from_id}"
 to_id = "{to_id}"
+account_id = "{account}"
 
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "302", "400", "401", "403", "404", "408", "409", "413", "414", "416", "422", "431"]
@@ -65,6 +68,16 @@ parameters = {{ callback_id = "{batch_callback}" }}
 include-path = "/api/schedules/{{schedule_id}}"
 include-method = "DELETE"
 parameters = {{ schedule_id = "{unwanted}" }}
+
+# The first guess removes it.
+[[operations]]
+include-path = "/api/crm/accounts/{{account_id}}"
+include-method = "DELETE"
+parameters = {{ account_id = "{removed}" }}
+
+[[operations]]
+include-path = "/crm/oauth/callback"
+parameters = {{ state = "{state}", referer = "example.kommo.com", code = "c" }}
 
 # Texts in a form and the bare bytes of an upload mean nothing to the API: there is no wrong file.
 [[operations]]
@@ -176,7 +189,7 @@ def guessed(
     # Guesses with wrong keys come by the hundred.
     # Nobody asks a model here, but one has to be set for a graph to be asked for.
     model = {"LLM_BASE_URL": "http://127.0.0.1:9/v1", "LLM_MODEL": "m"}
-    with gunicorn(environment, tmp_path, AUTH_FAILURES_PER_MINUTE="1000000", **model) as web:
+    with gunicorn(environment, tmp_path, AUTH_FAILURES_PER_MINUTE="1000000", **model, **KOMMO) as web:
         config.write_text(CONFIG.format(**things(web, system, conn)))
         before = count(conn)
         guesses = subprocess.run(
@@ -217,6 +230,14 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
     def callback(subject: str) -> str:
         return str(records.children(conn, UUID(subject))[0].id)
 
+    def account() -> str:
+        given = {"host": "example.kommo.com", "token": "t"}
+        return str(web.http.post("/api/crm/accounts", json=given).json()["id"])
+
+    begun = web.http.post("/api/crm/authorizations", json={}).json()
+    connected = account()
+    conn.execute("update agentflow.crm_accounts set deletions_held = 5")  # to be confirmed
+
     def key() -> str:
         return str(web.http.post("/api/keys", json={"name": "x", "scopes": ["read"]}).json()["id"])
 
@@ -235,6 +256,9 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
         "revoked": key(),
         "schedule": schedule("kept"),
         "unwanted": schedule("unwanted"),
+        "account": connected,
+        "removed": account(),
+        "state": parse_qs(urlsplit(begun["url"]).query)["state"][0],
         "file": "o/1/x.png",
         "expires": link["expires"][0],
         "signature": link["signature"][0],

@@ -15,7 +15,21 @@ from flask import Flask, Response, g, request
 
 from agentflow import metrics
 from agentflow.system import System
-from web import artefacts, callbacks, docs, graph, jobs, organizations, problems, rules, schedules, status, videos
+from web import (
+    artefacts,
+    callbacks,
+    crm,
+    crm_oauth,
+    docs,
+    graph,
+    jobs,
+    organizations,
+    problems,
+    rules,
+    schedules,
+    status,
+    videos,
+)
 from web.access import Access
 from web.api import Services, mount
 from web.waiting import Seats
@@ -38,7 +52,8 @@ def create_app(system: System) -> Flask:
     problems.install(app)
     groups = (
         *(jobs.routes, callbacks.routes, videos.routes, graph.routes, artefacts.routes),
-        *(schedules.routes, organizations.routes, rules.routes, status.system_routes, status.open_routes),
+        *(crm.routes, crm_oauth.routes, schedules.routes),
+        *(organizations.routes, rules.routes, status.system_routes, status.open_routes),
     )
     for routes in groups:
         mount(app, services, routes)

@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 
 from agentflow import log
 from agentflow.calls import Service, fingerprint
+from agentflow.connections import Connections, Head
 from agentflow.errors import JobError, Permanent, Transient, Wait
 from agentflow.limits import Window
 from agentflow.models import failures, structured
 from agentflow.models.answers import key_of
-from agentflow.models.connection import Connections, Head
 from agentflow.models.structured import Shape, WrongShape
 from agentflow.settings import Settings
 
@@ -139,7 +139,7 @@ class Models:
 
     @cached_property
     def _connections(self) -> Connections:
-        return Connections()
+        return Connections("the model server", "model")
 
     def endpoint(self, kind: Kind) -> Endpoint:
         """Raises NotConfigured."""
@@ -338,7 +338,8 @@ class Models:
         """Send, once there is a place for it, and give an answer that is no error."""
         if isinstance(caller, Placed):
             caller.permit(self._service(endpoint), key_of(path, asked).hex()[:16])
-        with self._connections.post(
+        with self._connections.send(
+            "POST",
             endpoint.base_url + path,
             total_s=self._settings.llm_timeout,
             check=caller.check,

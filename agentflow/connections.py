@@ -1,4 +1,4 @@
-"""Pooled connections on which every wait ends: at the deadline of the call, and within a second of a stop of its job.
+"""Pooled connections to others' servers, on which every wait ends: at the call's deadline, within a second of its job's stop.
 
 httpx2 knows time-outs for single waits only, and a thread that sits in `recv` hears of no cancellation. So its transport gets
 a network backend of ours, which waits in slices; a connection serves one call after the other, hence the call's deadline is
@@ -36,6 +36,14 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)
 logging.getLogger("httpcore2").setLevel(logging.INFO)
 
 
+class NoAnswer(Transient):
+    """`sent`: the request may have arrived, and what it asks for may have been done."""
+
+    def __init__(self, message: str, *, code: str, sent: bool) -> None:
+        super().__init__(message, code=code)
+        self.sent = sent
+
+
 @dataclass(frozen=True)
 class Head:
     """An answer whose body is still to be read."""
@@ -43,6 +51,7 @@ class Head:
     status: int
     headers: Mapping[str, str]
     pieces: Iterator[bytes]
+    too_large: Transient
 
     def read(self) -> bytes:
         """The whole body. Raises `Transient` when there is no end of it."""
@@ -50,14 +59,19 @@ class Head:
         for piece in self.pieces:
             body += piece
             if len(body) > MAX_ANSWER_BYTES:
-                raise Transient("the model's answer is too large", code="model_bad_answer")
+                raise self.too_large
         return bytes(body)
 
 
 class Connections:
-    """The connections of a process to its model servers, shared by its threads."""
+    """The connections of a process to one kind of server, shared by its threads.
 
-    def __init__(self) -> None:
+    `server` is what errors call it ("the model server"), `code` what their codes begin with.
+    """
+
+    def __init__(self, server: str, code: str) -> None:
+        self._server = server
+        self._code = code
         self._client = httpx2.Client(
             transport=_Transport(),
             timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S),
@@ -66,31 +80,43 @@ class Connections:
         )
 
     @contextmanager
-    def post(
-        self, url: str, *, total_s: float, check: Callable[[], None], headers: Mapping[str, str], **content: Any
+    def send(
+        self,
+        method: str,
+        url: str,
+        *,
+        total_s: float,
+        check: Callable[[], None],
+        headers: Mapping[str, str],
+        **content: Any,
     ) -> Iterator[Head]:
         """Send, and give the answer's head; its body is read inside the block. `content` as httpx2 takes it: json, data, files.
 
-        Raises `Transient` with the code model_timeout, model_unreachable or model_cut, and whatever `check` does.
+        Raises `NoAnswer` with a code that ends in _timeout, _unreachable or _cut, and whatever `check` does.
         """
         deadline = _Deadline(total_s, check)
         token = _deadline.set(deadline)
         try:
             deadline.cut(None)
-            with self._client.stream("POST", url, headers=dict(headers), **content) as response:
-                yield Head(response.status_code, response.headers, response.iter_bytes())
+            with self._client.stream(method, url, headers=dict(headers), **content) as response:
+                too_large = Transient(f"{self._server}'s answer is too large", code=f"{self._code}_bad_answer")
+                yield Head(response.status_code, response.headers, response.iter_bytes(), too_large)
         except httpx2.TimeoutException as err:
-            code = "model_unreachable" if isinstance(err, httpx2.ConnectTimeout) else "model_timeout"
-            raise Transient(f"the model server did not answer within {total_s:g} s", code=code) from err
+            unreachable = isinstance(err, httpx2.ConnectTimeout)
+            text = f"{self._server} did not answer within {total_s:g} s"
+            raise self._no_answer(text, "unreachable" if unreachable else "timeout", sent=not unreachable) from err
         except httpx2.ConnectError as err:
-            raise Transient("the model server cannot be reached", code="model_unreachable") from err
+            raise self._no_answer(f"{self._server} cannot be reached", "unreachable", sent=False) from err
         except (httpx2.TransportError, httpx2.DecodingError) as err:
-            raise Transient("the model server broke off its answer", code="model_cut") from err
+            raise self._no_answer(f"{self._server} broke off its answer", "cut", sent=True) from err
         finally:
             _deadline.reset(token)
 
     def close(self) -> None:
         self._client.close()
+
+    def _no_answer(self, text: str, how: str, *, sent: bool) -> NoAnswer:
+        return NoAnswer(text, code=f"{self._code}_{how}", sent=sent)
 
 
 class _Deadline:

@@ -1,0 +1,325 @@
+"""Connected accounts: what is known of them, which are due, and what stops them. Their tokens are agentflow/kommo/tokens.py's."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, Literal
+from uuid import UUID
+
+from uuid6 import uuid7
+
+from agentflow import log
+from agentflow.database import Connection
+from agentflow.jobs.intake import NewJob, Submitted
+from agentflow.jobs.model import Priority
+from agentflow.jobs.unique import Unique
+from agentflow.secrets import Sealer
+
+if TYPE_CHECKING:
+    from agentflow.system import Transaction
+
+logger = log.get(__name__)
+
+AccountState = Literal["connecting", "connected", "needs_reauth", "blocked", "removed"]
+#: Around the interval, so that accounts that were connected together do not come together for ever.
+_JITTER: Final = 0.1
+_PURGE_BATCH: Final = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """`auth`: a long-lived token, or OAuth. `state_reason` says what stopped it; `deletions_held`: how many wait for a person."""
+
+    id: UUID
+    organization_id: int
+    name: str
+    base_url: str
+    remote_id: int | None
+    auth: Literal["token", "oauth"]
+    state: AccountState
+    state_reason: str | None
+    access_expires_at: datetime | None
+    grant_refused_at: datetime | None
+    sync_every_s: int
+    reconcile_every_s: int
+    delete_share: float
+    next_sync_at: datetime
+    next_reconcile_at: datetime
+    sweep_started_at: datetime | None
+    deletions_held: int | None
+    deletions_confirmed: int | None
+    version: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """A long-lived token, or a code that buys one; with the integration's own client where it is not the installation's."""
+
+    token: str | None = None
+    code: str | None = None
+    client_id: str | None = None
+    client_secret: str | None = None
+    redirect_uri: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    account_id: UUID
+    organization_id: int
+    mode: Literal["incremental", "reconcile"]
+    at: datetime
+
+
+_COLUMNS: Final = ", ".join(Account.__dataclass_fields__)
+_SEEN: Final = "(%(organization)s::bigint is null or organization_id = %(organization)s) and state <> 'removed'"
+
+
+def context(organization_id: int, account_id: UUID, what: str) -> str:
+    """What a sealed value is bound to."""
+    return f"crm_account:{organization_id}:{account_id}:{what}"
+
+
+def create(
+    conn: Connection, organization_id: int, sealer: Sealer, *, name: str, base_url: str, credentials: Credentials
+) -> Account:
+    """Its first sync finds out whether the credentials are good."""
+    account_id = UUID(int=uuid7().int)
+    row = conn.execute(
+        "insert into agentflow.crm_accounts (id, organization_id, name, base_url, auth, access_sealed, grant_type,"  # noqa: S608
+        " grant_sealed, client_id, client_sealed, redirect_uri) values (%(id)s, %(organization)s, %(name)s, %(base_url)s,"
+        " %(auth)s, %(access)s, %(grant_type)s, %(grant)s, %(client_id)s, %(client)s, %(redirect_uri)s)"
+        f" returning {_COLUMNS}",
+        {
+            "id": account_id,
+            "organization": organization_id,
+            "name": name,
+            "base_url": base_url,
+            **_sealed(sealer, organization_id, account_id, credentials),
+        },
+    ).fetchone()
+    assert row is not None  # noqa: S101 - an INSERT returns its row
+    return Account(*row)
+
+
+def reconnect(
+    conn: Connection,
+    organization_id: int,
+    account_id: UUID,
+    sealer: Sealer,
+    credentials: Credentials,
+    *,
+    base_url: str | None = None,
+) -> Account | None:
+    """New credentials for an account, whatever stopped it. None: there is no such account."""
+    row = conn.execute(
+        "update agentflow.crm_accounts set auth = %(auth)s, access_sealed = %(access)s, access_expires_at = null,"  # noqa: S608
+        " access_renew_at = null, grant_type = %(grant_type)s, grant_sealed = %(grant)s, grant_begun_at = null,"
+        " grant_held_until = null, grant_refused_at = null, client_id = coalesce(%(client_id)s, client_id),"
+        " client_sealed = coalesce(%(client)s, client_sealed), redirect_uri = coalesce(%(redirect_uri)s, redirect_uri),"
+        " base_url = coalesce(%(base_url)s, base_url), state = 'connecting', state_reason = null"
+        f" where organization_id = %(organization)s and id = %(id)s and state <> 'removed' returning {_COLUMNS}",
+        {
+            "id": account_id,
+            "organization": organization_id,
+            "base_url": base_url,
+            **_sealed(sealer, organization_id, account_id, credentials),
+        },
+    ).fetchone()
+    return Account(*row) if row else None
+
+
+def _sealed(sealer: Sealer, organization_id: int, account_id: UUID, given: Credentials) -> dict[str, Any]:
+    def seal(what: str, plain: str | None) -> str | None:
+        return sealer.seal(plain, context=context(organization_id, account_id, what)) if plain is not None else None
+
+    return {
+        "auth": "token" if given.token is not None else "oauth",
+        "access": seal("access", given.token),
+        "grant_type": "authorization_code" if given.token is None else None,
+        "grant": seal("grant", given.code if given.token is None else None),
+        "client_id": given.client_id,
+        "client": seal("client", given.client_secret),
+        "redirect_uri": given.redirect_uri,
+    }
+
+
+def get(conn: Connection, organization_id: int | None, account_id: UUID) -> Account | None:
+    row = conn.execute(
+        f"select {_COLUMNS} from agentflow.crm_accounts where {_SEEN} and id = %(id)s",  # noqa: S608 - constants
+        {"organization": organization_id, "id": account_id},
+    ).fetchone()
+    return Account(*row) if row else None
+
+
+def every(
+    conn: Connection, organization_id: int | None, *, before: UUID | None = None, limit: int = 1000
+) -> list[Account]:
+    """The newest first; of every organization where it is None."""
+    rows = conn.execute(
+        f"select {_COLUMNS} from agentflow.crm_accounts where {_SEEN}"  # noqa: S608 - constants
+        " and (%(before)s::uuid is null or id < %(before)s) order by id desc limit %(limit)s",
+        {"organization": organization_id, "before": before, "limit": limit},
+    ).fetchall()
+    return [Account(*row) for row in rows]
+
+
+def change(
+    conn: Connection,
+    organization_id: int,
+    account_id: UUID,
+    *,
+    name: str | None = None,
+    sync_every_s: int | None = None,
+    reconcile_every_s: int | None = None,
+    delete_share: float | None = None,
+) -> Account | None:
+    """None leaves as it is. A shorter interval counts from now."""
+    row = conn.execute(
+        "update agentflow.crm_accounts set name = coalesce(%(name)s, name),"  # noqa: S608 - constants
+        " sync_every_s = coalesce(%(sync)s, sync_every_s), reconcile_every_s = coalesce(%(reconcile)s, reconcile_every_s),"
+        " delete_share = coalesce(%(share)s, delete_share),"
+        " next_sync_at = least(next_sync_at, clock_timestamp() + make_interval(secs => %(sync)s)),"
+        " next_reconcile_at = least(next_reconcile_at, clock_timestamp() + make_interval(secs => %(reconcile)s))"
+        f" where organization_id = %(organization)s and id = %(id)s and state <> 'removed' returning {_COLUMNS}",
+        {
+            "organization": organization_id,
+            "id": account_id,
+            "name": name,
+            "sync": sync_every_s,
+            "reconcile": reconcile_every_s,
+            "share": delete_share,
+        },
+    ).fetchone()
+    return Account(*row) if row else None
+
+
+def connected(conn: Connection, organization_id: int, account_id: UUID, remote_id: int) -> bool:
+    """The credentials are good. False: they are of another account than those before."""
+    return (
+        conn.execute(
+            "update agentflow.crm_accounts set state = 'connected', state_reason = null, remote_id = %(remote)s"
+            " where organization_id = %(organization)s and id = %(id)s and state = 'connecting'"
+            " and coalesce(remote_id, %(remote)s) = %(remote)s",
+            {"organization": organization_id, "id": account_id, "remote": remote_id},
+        ).rowcount
+        > 0
+    )
+
+
+def stop(
+    conn: Connection,
+    organization_id: int,
+    account_id: UUID,
+    state: Literal["needs_reauth", "blocked"],
+    reason: str,
+) -> None:
+    """Nothing is asked of this account until a person has reconnected it. Said once, however many jobs find out."""
+    stopped = conn.execute(
+        "update agentflow.crm_accounts set state = %s, state_reason = %s where organization_id = %s and id = %s"
+        " and state in ('connecting', 'connected')",
+        (state, reason, organization_id, account_id),
+    ).rowcount
+    if stopped:
+        logger.error("a CRM account stopped", account_id=str(account_id), state=state, reason=reason)
+
+
+def hold_deletions(conn: Connection, organization_id: int, account_id: UUID, held: int | None) -> None:
+    """So many wait for a person; None: none, and what was confirmed is used up."""
+    conn.execute(
+        "update agentflow.crm_accounts set deletions_held = %s, deletions_confirmed = null"
+        " where organization_id = %s and id = %s",
+        (held, organization_id, account_id),
+    )
+
+
+def confirm_deletions(conn: Connection, organization_id: int, account_id: UUID) -> int | None:
+    """As many as are held may be deleted by the next reconciliation. None: nothing waits to be confirmed."""
+    row = conn.execute(
+        "update agentflow.crm_accounts set deletions_confirmed = deletions_held where organization_id = %s and id = %s"
+        " and deletions_held is not null and state <> 'removed' returning deletions_confirmed",
+        (organization_id, account_id),
+    ).fetchone()
+    return row[0] if row else None
+
+
+def remove(conn: Connection, organization_id: int, account_id: UUID) -> bool:
+    """The secrets go now, and nobody sees it any more; its mirror goes by `purge`."""
+    return (
+        conn.execute(
+            "update agentflow.crm_accounts set state = 'removed', state_reason = null, access_sealed = null,"
+            " grant_sealed = null, client_sealed = null where organization_id = %s and id = %s and state <> 'removed'",
+            (organization_id, account_id),
+        ).rowcount
+        > 0
+    )
+
+
+def is_removed(conn: Connection, organization_id: int, account_id: UUID) -> bool:
+    row = conn.execute(
+        "select from agentflow.crm_accounts where organization_id = %s and id = %s and state = 'removed'",
+        (organization_id, account_id),
+    ).fetchone()
+    return row is not None
+
+
+def purge(conn: Connection, organization_id: int, account_id: UUID) -> int:
+    """Delete a batch of what a removed account left; with the last of it the account. Returns how many rows."""
+    for table in ("crm_entities", "crm_events"):
+        deleted = conn.execute(
+            f"delete from agentflow.{table} where ctid = any (array(select ctid from agentflow.{table}"  # noqa: S608
+            " where organization_id = %s and account_id = %s limit %s))",
+            (organization_id, account_id, _PURGE_BATCH),
+        ).rowcount
+        if deleted:
+            return deleted
+    for table in ("crm_streams", "crm_touched", "crm_drift", "crm_writes", "sync_runs"):
+        conn.execute(
+            f"delete from agentflow.{table} where organization_id = %s and account_id = %s",  # noqa: S608 - constants
+            (organization_id, account_id),
+        )
+    return conn.execute(
+        "delete from agentflow.crm_accounts where organization_id = %s and id = %s and state = 'removed'",
+        (organization_id, account_id),
+    ).rowcount
+
+
+def due(conn: Connection, *, limit: int = 1000) -> list[Due]:
+    """Accounts whose sync is due, those that wait longest first. For the scheduler, with `submit_due`."""
+    rows = conn.execute(
+        "select id, organization_id, case when state = 'connected' and next_reconcile_at <= clock_timestamp()"
+        " then 'reconcile' else 'incremental' end, next_sync_at"
+        " from agentflow.crm_accounts where state in ('connecting', 'connected')"
+        " and next_sync_at <= clock_timestamp() order by next_sync_at limit %s",
+        (limit,),
+    ).fetchall()
+    return [Due(*row) for row in rows]
+
+
+def submit_due(transaction: Transaction, which: Due) -> Submitted:
+    """Hand in the sync of a due account, and say when the next one is. In the caller's transaction."""
+    factor = random.uniform(1 - _JITTER, 1 + _JITTER)
+    transaction.conn.execute(
+        "update agentflow.crm_accounts set next_sync_at = clock_timestamp() + make_interval(secs => sync_every_s * %s),"
+        " next_reconcile_at = case when %s then clock_timestamp() + make_interval(secs => reconcile_every_s * %s)"
+        " else next_reconcile_at end where organization_id = %s and id = %s",
+        (factor, which.mode == "reconcile", factor, which.organization_id, which.account_id),
+    )
+    return submit(transaction, which.organization_id, which.account_id, which.mode)
+
+
+def submit(
+    transaction: Transaction,
+    organization_id: int,
+    account_id: UUID,
+    mode: Literal["incremental", "backfill", "reconcile"],
+    *,
+    plan: bool = False,
+) -> Submitted:
+    """A sync; where one of this mode waits or runs already, that one. Walks over everything let the others go first."""
+    payload = {"account_id": str(account_id), "mode": mode, "plan": plan}
+    unique = Unique(f"{account_id}:{mode}:{'plan' if plan else 'run'}", "keep")
+    priority: Priority = "default" if mode == "incremental" or plan else "low"
+    return transaction.submit(organization_id, NewJob("sync_crm", payload, priority=priority, unique=unique))
