@@ -51,12 +51,16 @@ def _signature(message_id: str, timestamp_s: int, body: bytes, secret: str) -> s
     return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
 
 
+def make_secret() -> str:
+    return _PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+
+
 def create_secret(
     conn: Connection, organization_id: int, sealer: Sealer, *, grace_s: float = ROTATION_GRACE_S
 ) -> tuple[CallbackSecret, str]:
     """A new secret, which is shown now and never again. Those before it sign along for `grace_s`. In a transaction."""
     secret_id = UUID(int=uuid7().int)
-    secret = _PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+    secret = make_secret()
     # Two at once would each take the other's for none, and three would sign.
     conn.execute("select from agentflow.organizations where id = %s for no key update", (organization_id,))
     conn.execute(
