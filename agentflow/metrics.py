@@ -23,6 +23,7 @@ from agentflow.database import Unavailable
 from agentflow.jobs import statistics
 from agentflow.jobs.model import State
 from agentflow.jobs.registry import JobType
+from agentflow.webhooks import silence
 
 if TYPE_CHECKING:
     from agentflow.system import System
@@ -93,6 +94,19 @@ _keys_refused = Counter(
     registry=REGISTRY,
 )
 
+_webhooks = Counter(
+    "agentflow_webhooks",
+    "Webhooks that came: verified, by_token, duplicate, conflict (same id, other body), refused, unknown (no such URL)",
+    ("source", "verdict"),
+    registry=REGISTRY,
+)
+_webhooks_handled = Counter(
+    "agentflow_webhooks_handled",
+    "Webhooks by what became of them: done, stale (a newer state was handled), ignored, failed",
+    ("source", "outcome"),
+    registry=REGISTRY,
+)
+
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -121,6 +135,15 @@ def job_ended(job_type: str, queue: str, state: State | None, seconds: float) ->
 
 def key_refused(why: str) -> None:
     _keys_refused.labels(why).inc()
+
+
+def webhook_received(source: str, verdict: str) -> None:
+    """Both are words of ours, never what the request said."""
+    _webhooks.labels(source, verdict).inc()
+
+
+def webhook_handled(source: str, outcome: str) -> None:
+    _webhooks_handled.labels(source, outcome).inc()
 
 
 def redis_connected(connected: bool) -> None:
@@ -212,6 +235,7 @@ class Queues(prometheus_client.registry.Collector):
     def __init__(self, system: weakref.ref[System]) -> None:
         self._system = system
         self._found: list[statistics.Queue] | None = None
+        self._watched: list[silence.Watch] = []
         self._fresh_until = 0.0
         self._asking = threading.Lock()
 
@@ -235,6 +259,17 @@ class Queues(prometheus_client.registry.Collector):
             for reason, number in queue.parked.items():
                 parked.add_metric((queue.name, reason), number)
         yield from (jobs_, parked, oldest, threads)
+        labels = ("source", "endpoint")
+        quiet = GaugeMetricFamily(
+            "agentflow_webhook_quiet_seconds", "Since the last webhook, where watched", labels=labels
+        )
+        silent = GaugeMetricFamily(
+            "agentflow_webhook_silence", "1: none for longer than silence_after_s", labels=labels
+        )
+        for watch in self._watched:
+            quiet.add_metric((watch.source, str(watch.endpoint_id)), watch.quiet_s)
+            silent.add_metric((watch.source, str(watch.endpoint_id)), float(watch.is_silent))
+        yield from (quiet, silent)
 
     def _refresh(self) -> None:
         system: Any = self._system()
@@ -243,7 +278,7 @@ class Queues(prometheus_client.registry.Collector):
         try:
             began = time.monotonic()
             with system.database.connection() as conn:
-                self._found = statistics.queues(conn)
+                self._found, self._watched = statistics.queues(conn), silence.watches(conn)
             took = time.monotonic() - began
             self._fresh_until = time.monotonic() + max(CACHE_S, _CACHE_SHARE * took)
         except Unavailable as error:

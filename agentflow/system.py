@@ -34,6 +34,7 @@ from agentflow.secrets import Sealer
 from agentflow.settings import Settings
 from agentflow.storage import Storage
 from agentflow.storage.supabase import SupabaseStorage
+from agentflow.webhooks import endpoints
 
 logger = log.get(__name__)
 
@@ -242,7 +243,11 @@ class System:
 
     @cached_property
     def sealer(self) -> Sealer:
-        return Sealer(self.settings.link_secret)
+        return Sealer(self.settings.link_secret, self.settings.old_keys)
+
+    @cached_property
+    def webhook_doors(self) -> endpoints.Known:
+        return endpoints.Known(self.database, self.sealer)
 
     def prepare(self, organization_id: int, new: NewJob, *, public_only: bool = True) -> Prepared:
         """Check a request for a job, without the database. Raises InvalidJob, UnknownType."""

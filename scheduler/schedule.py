@@ -17,10 +17,12 @@ from agentflow.jobs.retention import Keep
 from agentflow.models import answers
 from agentflow.storage import StorageError
 from agentflow.system import System
+from agentflow.webhooks import events, order, silence
 
 logger = log.get(__name__)
 
 CLEAN_UP_EVERY_S: Final = 600
+WEBHOOKS_EVERY_S: Final = 60
 HEARTBEAT_EVERY_S: Final = 5
 _PAUSE_S: Final = 0.05  # between two batches of deletions, so that vacuum and the workers keep up
 _LEFTOVER_AGE_S: Final = 86_400.0
@@ -37,6 +39,9 @@ def start(system: System) -> BackgroundScheduler:
         seconds=CLEAN_UP_EVERY_S,
         jitter=30,
         next_run_time=datetime.now(UTC),  # whatever was missed while nobody was there; else Postgres says no
+    )
+    scheduler.add_job(
+        _guarded(system, "watch_webhooks", watch_webhooks, WEBHOOKS_EVERY_S), "interval", seconds=WEBHOOKS_EVERY_S
     )
     scheduler.add_job(system.heartbeat, "interval", seconds=HEARTBEAT_EVERY_S)
     scheduler.start()
@@ -58,6 +63,8 @@ def clean_up(system: System) -> dict[str, int]:
             "unique_keys": _in_batches(lambda: retention.delete_unique_keys(conn)),
             "batches": _in_batches(lambda: retention.delete_batches(conn, hours=settings.retain_failed_hours)),
             "model_answers": _in_batches(lambda: answers.delete_old(conn, hours=settings.retain_failed_hours)),
+            "webhooks": _in_batches(lambda: events.delete_old(conn, days=settings.retain_webhook_days)),
+            "webhook_entities": _in_batches(lambda: order.delete_old(conn, days=settings.retain_webhook_days)),
             "workers": retention.delete_workers(conn),
         }
     try:
@@ -65,6 +72,12 @@ def clean_up(system: System) -> dict[str, int]:
     except StorageError as error:
         logger.warning("leftovers in storage were not looked for", error=str(error))
     return deleted
+
+
+def watch_webhooks(system: System) -> dict[str, int]:
+    """Notice endpoints that have gone silent, and those that are heard again."""
+    with system.database.connection() as conn:
+        return {"silent": len(silence.silent(conn))}
 
 
 def _in_batches(delete: Callable[[], int]) -> int:

@@ -52,7 +52,7 @@ class KeepAction(_Part):
 
 
 class JobAction(_Part):
-    """Hand in a job. In the payload an object `{"$from": place}` stands for what is found at that place, else for its `default`."""
+    """Hand in a job. In its payload `{"$from": place}` stands for what the event has there, else for its `default`."""
 
     kind: Literal["job"]
     type: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="One of `GET /api/job-types`")
@@ -70,18 +70,20 @@ Action = Annotated[KeepAction | JobAction | ForwardAction, Field(discriminator="
 
 
 class HmacScheme(_Part):
-    """How a `generic` sender signs: HMAC of the body, or of `timestamp + separator + body` where a header has the time."""
+    """How a `generic` sender signs: HMAC of the body, or of `timestamp + separator + body` where a header has the time. `prefix` is
+    what stands before the signature, such as `sha256=`."""
 
     header: Annotated[str, Field(pattern=_HEADER)] = "X-Signature"
     algorithm: Literal["sha1", "sha256", "sha512"] = "sha256"
     encoding: Literal["hex", "base64"] = "hex"
-    prefix: Annotated[str, Field(max_length=50, pattern=r"^[!-~]*$")] = Field("", description="Such as `sha256=`")
+    prefix: Annotated[str, Field(max_length=50, pattern=r"^[!-~]*$")] = ""
     timestamp_header: Annotated[str, Field(pattern=_HEADER)] | None = None
     separator: Annotated[str, Field(max_length=5, pattern=r"^[ -~]*$")] = "."
 
 
 class Config(_Part):
-    """A place is `/data/id` (a JSON pointer into the body), `header:X-Name`, or `event:id|type|source|delivery_id|received_at`."""
+    """A place is `/data/id` (a JSON pointer into the body), `header:X-Name`, or `event:` and `id`, `type`, `source`, `delivery_id`
+    or `received_at`."""
 
     action: Action = Field(KeepAction(), description="What is done with an event")
     only: Annotated[list[EventType], Field(min_length=1, max_length=100)] | None = Field(

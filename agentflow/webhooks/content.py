@@ -18,7 +18,7 @@ _BRACKETS: Final = re.compile(r"\[([^\[\]]*)\]")
 
 
 def parse(body: bytes, content_type: str) -> Any:
-    """None for what is neither JSON nor a form of at most MAX_FIELDS fields. Forms: objects all the way down, values are texts."""
+    """None for what is neither JSON nor a form of at most MAX_FIELDS fields. In forms there are objects and texts, no lists."""
     if content_type.partition(";")[0].strip().lower() == _FORM:
         return _form(body)
     try:

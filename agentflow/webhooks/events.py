@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Mapping
@@ -97,7 +98,7 @@ class Filter:
 _COLUMNS: Final = ", ".join(f"v.{name}" for name in Event.__dataclass_fields__)
 
 
-def store(conn: Connection, endpoint: Endpoint, arrived: Arrived, job_id: UUID) -> Stored:
+def store(conn: Connection, endpoint: Endpoint, arrived: Arrived, event_id: UUID, job_id: UUID) -> Stored:
     """Insert it, unless it is there: then that one is counted. In the transaction that inserts `job_id`, for a new one."""
     body_hash = hashlib.sha256(arrived.body).digest()
     if arrived.delivery_id is None:
@@ -105,8 +106,8 @@ def store(conn: Connection, endpoint: Endpoint, arrived: Arrived, job_id: UUID) 
     else:
         key = hashlib.sha256(b"id:" + arrived.delivery_id.encode(errors="replace")).digest()
     for _ in range(10):  # the other one may be cleaned up between the two statements
-        if (made := _insert(conn, endpoint, arrived, key, body_hash, job_id)) is not None:
-            return Stored(made, new=True)
+        if _insert(conn, endpoint, arrived, event_id, key, body_hash, job_id):
+            return Stored(event_id, new=True)
         known = conn.execute(
             "select id, body_hash, received_at < clock_timestamp() - make_interval(secs => %s)"
             " from agentflow.webhook_events where endpoint_id = %s and delivery_key = %s and organization_id = %s",
@@ -125,7 +126,7 @@ def store(conn: Connection, endpoint: Endpoint, arrived: Arrived, job_id: UUID) 
         if bytes(known_hash) == body_hash:
             _count_duplicate(conn, endpoint, known_id)
             return Stored(known_id, new=False)
-        return _store_conflict(conn, endpoint, arrived, key, body_hash)
+        return _store_conflict(conn, endpoint, arrived, event_id, key, body_hash)
     raise RuntimeError("an event was neither new nor known")
 
 
@@ -267,15 +268,22 @@ def _values(organization_id: int | None, wanted: Filter) -> dict[str, Any]:
 
 
 def _insert(
-    conn: Connection, endpoint: Endpoint, arrived: Arrived, key: bytes, body_hash: bytes, job_id: UUID | None
-) -> UUID | None:
-    row = conn.execute(
+    conn: Connection,
+    endpoint: Endpoint,
+    arrived: Arrived,
+    event_id: UUID,
+    key: bytes,
+    body_hash: bytes,
+    job_id: UUID | None,
+) -> bool:
+    """Whether it was inserted: nothing of this key is there."""
+    inserted = conn.execute(
         "insert into agentflow.webhook_events (id, organization_id, endpoint_id, verdict, delivery_id, delivery_key,"
         " body_hash, type, entity, version, headers, body, size_bytes, job_id)"
         " values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
-        " on conflict (endpoint_id, delivery_key) do nothing returning id",
+        " on conflict (endpoint_id, delivery_key) do nothing",
         (
-            UUID(int=uuid7().int),
+            event_id,
             endpoint.organization_id,
             endpoint.id,
             arrived.verdict,
@@ -290,24 +298,18 @@ def _insert(
             len(arrived.body),
             job_id,
         ),
-    ).fetchone()
-    return row[0] if row else None
+    ).rowcount
+    return inserted > 0
 
 
-def _store_conflict(conn: Connection, endpoint: Endpoint, arrived: Arrived, key: bytes, body_hash: bytes) -> Stored:
+def _store_conflict(
+    conn: Connection, endpoint: Endpoint, arrived: Arrived, event_id: UUID, key: bytes, body_hash: bytes
+) -> Stored:
     """Which of the two is right nobody here can know: kept, and left alone."""
     both = hashlib.sha256(b"conflict:" + key + body_hash).digest()
-    flagged = Arrived(
-        "conflict",
-        arrived.headers,
-        arrived.body,
-        arrived.delivery_id,
-        arrived.type,
-        arrived.entity,
-        arrived.version,
-    )
-    if (made := _insert(conn, endpoint, flagged, both, body_hash, None)) is not None:
-        return Stored(made, new=False, conflict=True)
+    flagged = dataclasses.replace(arrived, verdict="conflict")
+    if _insert(conn, endpoint, flagged, event_id, both, body_hash, None):
+        return Stored(event_id, new=False, conflict=True)
     row = conn.execute(
         "select id from agentflow.webhook_events where endpoint_id = %s and delivery_key = %s and organization_id = %s",
         (endpoint.id, both, endpoint.organization_id),

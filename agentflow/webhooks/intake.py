@@ -90,7 +90,7 @@ def _keep(system: System, endpoint: Endpoint, arrived: Arrived) -> Received:
     if stored.conflict:
         logger.warning(
             "a webhook has the id of another one, and another body: kept, not handled",
-            event=str(stored.id),
+            event_id=str(stored.id),
             endpoint=str(endpoint.id),
         )
     return Received(stored.id, duplicate=not stored.new and not stored.conflict)
