@@ -15,7 +15,19 @@ from flask import Flask, Response, g, request
 
 from agentflow import metrics
 from agentflow.system import System
-from web import artefacts, callbacks, docs, jobs, organizations, problems, status, videos
+from web import (
+    artefacts,
+    callbacks,
+    docs,
+    endpoints,
+    jobs,
+    organizations,
+    problems,
+    status,
+    videos,
+    webhook_events,
+    webhooks,
+)
 from web.access import Access
 from web.api import Services, mount
 from web.waiting import Seats
@@ -38,6 +50,7 @@ def create_app(system: System) -> Flask:
     problems.install(app)
     groups = (
         *(jobs.routes, callbacks.routes, videos.routes, artefacts.routes),
+        *(endpoints.routes, webhook_events.routes, webhooks.routes),
         *(organizations.routes, status.system_routes, status.open_routes),
     )
     for routes in groups:

@@ -96,6 +96,10 @@ class UnknownType(LookupError):
         self.name = name
 
 
+def no_concurrency(_: Any) -> None:
+    """Of a type whose jobs may all run at once."""
+
+
 def job(
     name: str,
     *,
@@ -104,7 +108,7 @@ def job(
     retry: RetryClass = STANDARD,
     time_limit_s: float = 600.0,
     priority: Priority = "default",
-    concurrency: Callable[[P], tuple[str, int] | None] = lambda _: None,
+    concurrency: Callable[[P], tuple[str, int] | None] = no_concurrency,
     process_limit: Callable[[Settings], int] | None = None,
     rate: Rate | None = None,
     unique: Callable[[P], Unique | None] = lambda _: None,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from agentflow.fetch import FetchRefused, Guard, check_url
 from agentflow.jobs import registry
 from agentflow.jobs.text import is_storable
 from agentflow.webhooks import mapping, places
+
+if TYPE_CHECKING:
+    from agentflow.fetch import Guard
 
 _HEADER: Final = r"^[A-Za-z0-9][A-Za-z0-9-]{0,99}$"
 
@@ -70,8 +72,8 @@ Action = Annotated[KeepAction | JobAction | ForwardAction, Field(discriminator="
 
 
 class HmacScheme(_Part):
-    """How a `generic` sender signs: HMAC of the body, or of `timestamp + separator + body` where a header has the time. `prefix` is
-    what stands before the signature, such as `sha256=`."""
+    """How a `generic` sender signs: HMAC of the body, or of `timestamp + separator + body` where a header has the time.
+    `prefix` is what stands before the signature, such as `sha256=`."""
 
     header: Annotated[str, Field(pattern=_HEADER)] = "X-Signature"
     algorithm: Literal["sha1", "sha256", "sha512"] = "sha256"
@@ -82,8 +84,8 @@ class HmacScheme(_Part):
 
 
 class Config(_Part):
-    """A place is `/data/id` (a JSON pointer into the body), `header:X-Name`, or `event:` and `id`, `type`, `source`, `delivery_id`
-    or `received_at`."""
+    """A place is `/data/id` (a JSON pointer into the body), `header:X-Name`, or `event:` and one of `id`, `type`, `source`,
+    `delivery_id`, `received_at`."""
 
     action: Action = Field(KeepAction(), description="What is done with an event")
     only: Annotated[list[EventType], Field(min_length=1, max_length=100)] | None = Field(
@@ -116,6 +118,8 @@ def check(source: str, config: Config, *, guard: Guard) -> None:
     if config.version is not None and config.entity is None:
         raise InvalidConfig("version", "is of an entity: name that, too")
     if isinstance(config.action, ForwardAction):
+        from agentflow.fetch import FetchRefused, check_url  # with its HTTP modules only where a URL is named
+
         try:
             check_url(config.action.url, guard)
         except FetchRefused as error:

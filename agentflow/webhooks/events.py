@@ -200,6 +200,28 @@ def search(
     return [Event(*row) for row in rows]
 
 
+def matching(conn: Connection, organization_id: int, wanted: Filter, *, limit: int) -> tuple[int, list[UUID]]:
+    """How many there are, and the oldest of them. Not those that were refused: nobody knows who sent them."""
+    values = {**_values(organization_id, wanted), "limit": limit}
+    let_in = "v.verdict <> 'refused'"
+    row = conn.execute(
+        f"select count(*) from agentflow.webhook_events v where {_MATCHES} and {let_in}",  # noqa: S608 - constants
+        values,
+    ).fetchone()
+    found = conn.execute(
+        f"select v.id from agentflow.webhook_events v where {_MATCHES} and {let_in} order by v.id limit %(limit)s",  # noqa: S608
+        values,
+    ).fetchall()
+    return (row[0] if row else 0), [each[0] for each in found]
+
+
+def count_replays(conn: Connection, organization_id: int, event_ids: list[UUID]) -> None:
+    conn.execute(
+        "update agentflow.webhook_events set replays = replays + 1 where id = any (%s) and organization_id = %s",
+        (event_ids, organization_id),
+    )
+
+
 def settle(
     conn: Connection,
     event: Event,

@@ -27,7 +27,7 @@ class Unmappable(ValueError):
 
 
 def fill(template: dict[str, Any], read: Callable[[str], Any]) -> dict[str, Any]:
-    """The payload. `read` gives the value at a place, or places.MISSING. Raises Unmappable for what is missing and has no default."""
+    """The payload. `read` gives the value at a place, or places.MISSING. Raises Unmappable for that without a default."""
 
     def value_of(reference: dict[str, Any], path: tuple[str, ...]) -> Any:
         found = read(reference[_FROM])
