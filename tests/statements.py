@@ -55,6 +55,10 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "delete from agentflow.workers w": "retention of workers' rows, not while one holds a job",
     "select count(*) filter (where id >= ": "what was done lately, for the operator and the metrics",
     "from agentflow.jobs j where true": "the operator's list of all jobs",
+    "with old as materialized (select e.id from agentflow.webhook_events": "retention of webhooks",
+    "with old as materialized (select endpoint_id, entity from": "retention of the states of their entities",
+    "from agentflow.webhook_endpoints e left join lateral": "the alarm for silent endpoints, and its metrics",
+    "select id, organization_id, sealed from agentflow.": "rotate-key: every sealed value, whoever's it is",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
 }
 
@@ -65,6 +69,7 @@ IN_REQUESTS: Final[Mapping[str, str]] = {
         "whom to ring after a transition: the next in line of a type's key may be another's job"
     ),
     "select k.hash, k.id, k.organization_id": "whose key this is: the organization is the answer",
+    "from agentflow.webhook_credentials c join agentflow.webhook_endpoints e": "whose webhook token this is: the same",
 }
 
 

@@ -107,8 +107,9 @@ def test_a_vector_verifies_and_nothing_near_it_does(
     refused(secret="whsec_" + "B" * 32)
     refused(headers={name: value for name, value in headers.items() if name != signature})
     refused(headers={**headers, signature: ""})
-    refused(headers={**headers, signature: f"{headers[signature]},{headers[signature]}"})  # came twice
-    refused(headers={**headers, signature: "ÿ" + headers[signature]})
+    if " " not in headers[signature]:
+        refused(headers={**headers, signature: f"{headers[signature]},{headers[signature]}"})  # came twice
+    refused(headers={**headers, signature: "ÿ" + headers[signature].replace(" ", "ÿ")})
     if source != "telegram":
         refused(body=body + b" ")
         refused(body=bytes([body[0] ^ 1]) + body[1:])

@@ -87,22 +87,23 @@ class Config(_Part):
     """A place is `/data/id` (a JSON pointer into the body), `header:X-Name`, or `event:` and one of `id`, `type`, `source`,
     `delivery_id`, `received_at`."""
 
-    action: Action = Field(KeepAction(), description="What is done with an event")
+    action: Action = Field(default=KeepAction(), description="What is done with an event")
     only: Annotated[list[EventType], Field(min_length=1, max_length=100)] | None = Field(
-        None, description="Events of other types than these are kept and nothing is done with them"
+        default=None, description="Events of other types than these are kept and nothing is done with them"
     )
     entity: Place | None = Field(
-        None, description="What an event is about: events of one entity are handled in order …"
+        default=None, description="What an event is about: events of one entity are handled in order …"
     )
     version: Place | None = Field(
-        None, description="… and one with an older time than was handled already is discarded (Unix time or ISO 8601)"
+        default=None,
+        description="… and one with an older time than was handled already is discarded (Unix time or ISO 8601)",
     )
-    account_id: UUID | None = Field(None, description="For `kommo`: the account whose entities are read again")
-    hmac: HmacScheme = Field(HmacScheme(), description="For `generic`")
+    account_id: UUID | None = Field(default=None, description="For `kommo`: the account whose entities are read again")
+    hmac: HmacScheme = Field(default=HmacScheme(), description="For `generic`")
     delivery_id: Place | None = Field(
-        None, description="For `generic`: what tells a delivery from others; else its body"
+        default=None, description="For `generic`: what tells a delivery from others; else its body"
     )
-    type: Place | None = Field(None, description="For `generic`: where an event's type stands")
+    type: Place | None = Field(default=None, description="For `generic`: where an event's type stands")
 
 
 def check(source: str, config: Config, *, guard: Guard) -> None:
