@@ -83,7 +83,12 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
     task = owner.client.post("/api/videos/analyze", json={"url": "http://8.8.8.8/film.mp4"}).json
     (key,) = organizations.keys(conn, owner.organization_id)
     owner.client.post("/api/callback-secrets", json={})
+    config = {"account_id": str(uuid4())}
+    endpoint = owner.client.post("/api/webhook-endpoints", json={"source": "kommo", "name": "x", "config": config}).json
+    event = owner.client.post(endpoint["path"], data=b"leads[add][0][id]=1").json
     return {
+        "endpoint_id": endpoint["id"],
+        "event_id": event["event_id"],
         "job_id": failed["id"],
         "batch_id": batch["batch_id"],
         "callback_id": str(callback.id),
@@ -101,6 +106,11 @@ BODIES: dict[str, Any] = {
     "/api/keys": {"name": "x", "scopes": ["read"]},
     "/api/callback-secrets": {},
     "/api/keys/{key_id}/rotate": {},
+    "/api/webhook-endpoints": {"source": "github", "name": "x"},
+    "/api/webhook-endpoints/{endpoint_id}": {"name": "x", "config": {"account_id": str(uuid4())}},
+    "/api/webhook-endpoints/{endpoint_id}/rotate": {"kind": "token"},
+    "/api/webhook-events/{event_id}/replay": {},
+    "/api/webhook-events/replay": {},
 }
 
 
@@ -136,7 +146,9 @@ def routes(app: Any) -> list[Route]:
     return found
 
 
-ANYTHING = dict.fromkeys(("job_id", "batch_id", "callback_id", "video_id", "task_id", "key_id"), str(uuid4()))
+ANYTHING = dict.fromkeys(
+    ("job_id", "batch_id", "callback_id", "video_id", "task_id", "key_id", "endpoint_id", "event_id"), str(uuid4())
+)
 
 
 # ---- routes ----
@@ -192,6 +204,7 @@ def test_every_list_holds_only_the_callers_own(
 
 def snapshot(conn: psycopg.Connection) -> list[int]:
     tables = ("jobs", "batches", "videos", "api_keys", "callback_secrets", "idempotency_keys", "unique_keys")
+    tables = (*tables, "webhook_endpoints", "webhook_credentials", "webhook_events")
     return [count(conn, table) for table in tables]
 
 
@@ -321,6 +334,7 @@ def test_the_statements_of_a_whole_life_are_heard_and_each_names_its_organizatio
     assert {
         *("jobs", "job_attempts", "batches", "videos", "idempotency_keys", "unique_keys"),
         *("api_keys", "callback_secrets", "callback_attempts"),
+        *("webhook_endpoints", "webhook_credentials", "webhook_events", "webhook_entities"),
     } <= heard
     assert RECORDER.problems == []
 

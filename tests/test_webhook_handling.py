@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -291,7 +292,7 @@ def test_many_are_replayed_at_a_pace_after_a_look_at_how_many(
         "select run_at, payload, priority from agentflow.jobs where correlation_id = %s order by run_at",
         (done["correlation_id"],),
     ).fetchall()
-    assert [(b[0] - a[0]).total_seconds() for a, b in zip(rows, rows[1:], strict=False)] == [10, 10]
+    assert [(b[0] - a[0]).total_seconds() for a, b in itertools.pairwise(rows)] == [10, 10]
     assert all(row[1]["replay"] and row[2] == 2 for row in rows)
     for (job_id,) in conn.execute("select id from agentflow.jobs where payload ->> 'replay' = 'true' order by run_at"):
         assert [handle(system, conn, job_id) for _ in range(2)] == [None, None]
