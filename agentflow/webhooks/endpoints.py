@@ -9,7 +9,7 @@ import hashlib
 import re
 import secrets as random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal
 from uuid import UUID
@@ -63,7 +63,7 @@ class Door:
     """An endpoint as its senders meet it. `secrets` are open: never logged, never answered."""
 
     endpoint: Endpoint
-    secrets: tuple[str, ...]
+    secrets: tuple[str, ...] = field(repr=False)
 
 
 _COLUMNS: Final = ", ".join(f"e.{name}" for name in Endpoint.__dataclass_fields__)

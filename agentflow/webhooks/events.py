@@ -200,7 +200,7 @@ def search(
     return [Event(*row) for row in rows]
 
 
-def matching(conn: Connection, organization_id: int, wanted: Filter, *, limit: int) -> tuple[int, list[UUID]]:
+def matching(conn: Connection, organization_id: int, wanted: Filter, *, limit: int) -> tuple[int, list[Event]]:
     """How many there are, and the oldest of them. Not those that were refused: nobody knows who sent them."""
     values = {**_values(organization_id, wanted), "limit": limit}
     let_in = "v.verdict <> 'refused'"
@@ -209,10 +209,11 @@ def matching(conn: Connection, organization_id: int, wanted: Filter, *, limit: i
         values,
     ).fetchone()
     found = conn.execute(
-        f"select v.id from agentflow.webhook_events v where {_MATCHES} and {let_in} order by v.id limit %(limit)s",  # noqa: S608
+        f"select {_COLUMNS} from agentflow.webhook_events v where {_MATCHES} and {let_in}"  # noqa: S608 - constants
+        " order by v.id limit %(limit)s",
         values,
     ).fetchall()
-    return (row[0] if row else 0), [each[0] for each in found]
+    return (row[0] if row else 0), [Event(*each) for each in found]
 
 
 def count_replays(conn: Connection, organization_id: int, event_ids: list[UUID]) -> None:

@@ -41,8 +41,7 @@ def one(transaction: Transaction, event: Event, *, even_if_stale: bool = False) 
     if event.verdict == "refused":
         raise NotReplayable
     events.count_replays(transaction.conn, event.organization_id, [event.id])
-    new = _job(event.id, even_if_stale, _correlation(), key=concurrency_key(event.endpoint_id, event.entity))
-    return transaction.submit(event.organization_id, new).job
+    return transaction.submit(event.organization_id, _job(event, even_if_stale, _correlation())).job
 
 
 def many(
@@ -64,25 +63,24 @@ def many(
     for first in range(0, len(found), _AT_ONCE):
         part = found[first : first + _AT_ONCE]
         jobs = [
-            _job(event_id, even_if_stale, correlation_id, run_at=began + number * pace)
-            for number, event_id in enumerate(part, first)
+            _job(event, even_if_stale, correlation_id, run_at=began + number * pace)
+            for number, event in enumerate(part, first)
         ]
         prepare = transaction.system.prepare
         transaction.submit_many(organization_id, [prepare(organization_id, each, public_only=False) for each in jobs])
-        events.count_replays(transaction.conn, organization_id, part)
+        events.count_replays(transaction.conn, organization_id, [event.id for event in part])
     return Replay(correlation_id, matched, len(found), began + (len(found) - 1) * pace)
 
 
-def _job(
-    event_id: UUID,
-    even_if_stale: bool,
-    correlation_id: str,
-    *,
-    key: str | None = None,
-    run_at: datetime | None = None,
-) -> NewJob:
-    payload = {"event_id": str(event_id), "replay": True, "even_if_stale": even_if_stale}
-    return NewJob(JOB_TYPE, payload, priority="low", run_at=run_at, correlation_id=correlation_id, concurrency_key=key)
+def _job(event: Event, even_if_stale: bool, correlation_id: str, *, run_at: datetime | None = None) -> NewJob:
+    return NewJob(
+        JOB_TYPE,
+        {"event_id": str(event.id), "replay": True, "even_if_stale": even_if_stale},
+        priority="low",
+        run_at=run_at,
+        correlation_id=correlation_id,
+        concurrency_key=concurrency_key(event.endpoint_id, event.entity),
+    )
 
 
 def _correlation() -> str:

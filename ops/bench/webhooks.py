@@ -205,7 +205,7 @@ def restarts(system: System, fleet: Fleet, place: Place, count: int, every_s: fl
     done.set()
     disturbing.join(120)
     fleet.start()
-    wait_handled(system, "delivery-", within_s=600 + count / 20)
+    wait_handled(system, within_s=600 + count / 20)
     with system.database.connection() as conn:
         rows = conn.execute(
             "select delivery_id, id::text, duplicates, outcome, action_job_id from agentflow.webhook_events"
@@ -240,7 +240,7 @@ def restarts(system: System, fleet: Fleet, place: Place, count: int, every_s: fl
     return figures
 
 
-def wait_handled(system: System, prefix: str, within_s: float) -> None:
+def wait_handled(system: System, within_s: float) -> None:
     end = time.monotonic() + within_s
     while time.monotonic() < end:
         with suppress(psycopg.OperationalError), system.database.connection() as conn:

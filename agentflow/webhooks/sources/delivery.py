@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import hmac
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class Forged(Exception):
 class Delivery:
     """`headers` by lower-case name; one that came twice has both values, joined by a comma, and so verifies nowhere."""
 
-    headers: Mapping[str, str]
-    body: bytes
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes = field(repr=False)
     now_s: float
 
     def header(self, name: str) -> str:
