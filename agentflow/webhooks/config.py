@@ -43,7 +43,6 @@ class _Part(BaseModel):
         frozen=True,
         allow_inf_nan=False,
         hide_input_in_errors=True,
-        json_schema_serialization_defaults_required=True,
     )
 
 
