@@ -205,7 +205,7 @@ def restarts(system: System, fleet: Fleet, place: Place, count: int, every_s: fl
     done.set()
     disturbing.join(120)
     fleet.start()
-    wait_handled(system, within_s=600 + count / 20)
+    wait_handled(system, fleet, within_s=600 + count / 20)
     with system.database.connection() as conn:
         rows = conn.execute(
             "select delivery_id, id::text, duplicates, outcome, action_job_id from agentflow.webhook_events"
@@ -240,7 +240,7 @@ def restarts(system: System, fleet: Fleet, place: Place, count: int, every_s: fl
     return figures
 
 
-def wait_handled(system: System, within_s: float) -> None:
+def wait_handled(system: System, fleet: Fleet, within_s: float) -> None:
     end = time.monotonic() + within_s
     while time.monotonic() < end:
         with suppress(psycopg.OperationalError), system.database.connection() as conn:
@@ -249,6 +249,7 @@ def wait_handled(system: System, within_s: float) -> None:
             ).fetchone()
             if row is not None and not row[0]:
                 return
+        fleet.start()
         time.sleep(1)
     raise SystemExit(f"not all webhooks were handled within {within_s:g} s")
 
@@ -284,7 +285,7 @@ class Fleet:
         if self._web is None or self._web.poll() is not None:
             self._web = self._started(["gunicorn", "-c", "web/gunicorn_config.py", "web.wsgi:app"], str(self._port))
         if self._worker is None or self._worker.poll() is not None:
-            self._worker = self._started(["dramatiq", "actors", "--processes", "1"], "0")
+            self._worker = self._started(["dramatiq", "actors", "--processes", "1"], str(free_port()))
         self._wait_web()
 
     def disturb(self, every_s: float, done: threading.Event) -> None:
