@@ -250,7 +250,6 @@ WICKED: list[tuple[bytes, str]] = [
     (b"%" * 1000 + b"=%zz%00%ff", FORM["Content-Type"]),
     (b"payload=" + b"%5B" * 20_000, FORM["Content-Type"]),
     (b"leads[note][0][note][type]=3&leads[note][0][note][type][message_uuid]=x&leads=1", FORM["Content-Type"]),
-    (b"", "application/json"),
     (b"null", "application/json"),
     (b'{"update_id": true, "message": [1], "id": {}}', ""),
 ]  # fmt: skip
@@ -298,8 +297,8 @@ def test_no_guess_is_answered_500(everybody: list[Made], sent: tuple[bytes, str]
     answer = everybody[which].post(body, {"Content-Type": content_type, "X-Any": header})
     forged = everybody[which].client.post(everybody[which].path, data=body, headers={"X-Signature": header})
 
-    assert answer.status_code == 200, answer.text
-    assert forged.status_code in (200, 401), forged.text
+    assert answer.status_code == (200 if body else 400), answer.text
+    assert forged.status_code in ((200, 401) if body else (400,)), forged.text
 
 
 # ---- endpoints ----

@@ -57,6 +57,8 @@ def receive(call: Call, source: str, token: str) -> Answer | Response:
         metrics.webhook_received(source if known is not None else "unknown", "unknown")
         raise Refused(404, "nothing is served at this address")
     body = read_bytes(call.system.settings.webhook_max_bytes)
+    if not body:
+        raise Refused(400, "the body is missing: there is no webhook without one")
     headers = {name.lower(): value for name, value in request.headers.items()}
     try:
         received = intake.receive(call.system, door, Delivery(headers, body, time.time()))
