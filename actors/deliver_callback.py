@@ -79,7 +79,7 @@ def deliver_callback(context: JobContext, payload: DeliverCallback) -> dict[str,
             user_agent=USER_AGENT,
             should_stop=context.check,
         )
-        error = _refusal(answer)
+        error = refusal_of(answer, "the callback URL", "callback")
     except JobError as failed:
         error = failed
     said = DeliveryAttempt(
@@ -97,15 +97,13 @@ def deliver_callback(context: JobContext, payload: DeliverCallback) -> dict[str,
     return {"status": said.status}
 
 
-def _refusal(answer: Posted) -> JobError | None:
+def refusal_of(answer: Posted, who: str, code: str) -> JobError | None:
     """Standard Webhooks: 2xx is received, 410 asks for no more, everything else (a redirect, too) is tried again."""
     if 200 <= answer.status < 300:
         return None
     if answer.status == 410:
-        return Permanent("the callback URL answered 410: it wants no more", code="callback_gone")
-    return Transient(
-        f"the callback URL answered {answer.status}", code="callback_refused", retry_after_s=answer.retry_after_s
-    )
+        return Permanent(f"{who} answered 410: it wants no more", code=f"{code}_gone")
+    return Transient(f"{who} answered {answer.status}", code=f"{code}_refused", retry_after_s=answer.retry_after_s)
 
 
 def _event_of(payload: DeliverCallback, conn: Any, organization_id: int) -> dict[str, Any] | None:

@@ -11,9 +11,7 @@ from pydantic import Field
 from agentflow import log
 from agentflow.connections import NoAnswer
 from agentflow.errors import JobError, Permanent, Transient, Wait
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.registry import CRITICAL, Payload, job
-from agentflow.jobs.unique import Unique
 from agentflow.kommo import accounts, mirror, touched, writes
 from agentflow.kommo.client import Client, Refused
 from agentflow.kommo.entities import BY_NAME, TOUCHABLE, Stream
@@ -176,10 +174,7 @@ class _Writing:
             writes.changed(transaction.conn, organization_id, job_id, [n for n in made if n not in new])
             if self._stream.name in TOUCHABLE:
                 named = [(self._stream.name, id_) for id_ in made.values()]
-                touched.note(transaction.conn, organization_id, self._account_id, named)
-                payload = {"account_id": str(self._account_id), "touched": True}
-                soon = Unique(f"{self._account_id}:touched", "debounce", period_s=1.0, max_wait_s=10.0)
-                transaction.submit(organization_id, NewJob("sync_crm", payload, unique=soon))
+                touched.read_again(transaction, organization_id, self._account_id, named)
 
     def _known(self) -> dict[int, writes.Write]:
         with self._system.database.connection() as conn:

@@ -25,6 +25,7 @@ from agentflow.jobs import statistics
 from agentflow.jobs.model import State
 from agentflow.jobs.registry import JobType
 from agentflow.schedules import canaries, ticks
+from agentflow.webhooks import silence
 
 if TYPE_CHECKING:
     from agentflow.system import System
@@ -99,6 +100,18 @@ _ticks = Counter(
     "agentflow_schedule_ticks", "Ticks that this process claimed", ("schedule", "outcome"), registry=REGISTRY
 )
 _deleted = Counter("agentflow_cleanup_deleted", "Rows and files deleted by retention", ("what",), registry=REGISTRY)
+_webhooks = Counter(
+    "agentflow_webhooks",
+    "Webhooks that came: verified, by_token, duplicate, conflict (same id, other body), refused, unknown (no such URL)",
+    ("source", "verdict"),
+    registry=REGISTRY,
+)
+_webhooks_handled = Counter(
+    "agentflow_webhooks_handled",
+    "Webhooks by what became of them: done, stale (a newer state was handled), ignored, failed",
+    ("source", "outcome"),
+    registry=REGISTRY,
+)
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -137,6 +150,15 @@ def ticked(schedule: str, outcome: str, number: int = 1) -> None:
 
 def cleaned_up(what: str, number: int) -> None:
     _deleted.labels(what).inc(number)
+
+
+def webhook_received(source: str, verdict: str) -> None:
+    """Both are words of ours, never what the request said."""
+    _webhooks.labels(source, verdict).inc()
+
+
+def webhook_handled(source: str, outcome: str) -> None:
+    _webhooks_handled.labels(source, outcome).inc()
 
 
 def redis_connected(connected: bool) -> None:
@@ -229,6 +251,7 @@ class _Known:
     queues: list[statistics.Queue]
     entries: list[ticks.Latest]
     canaries: list[canaries.Canary]
+    webhooks: list[silence.Watch]
 
 
 class Queues(prometheus_client.registry.Collector):
@@ -261,6 +284,7 @@ class Queues(prometheus_client.registry.Collector):
                 parked.add_metric((queue.name, reason), number)
         yield from (jobs_, parked, oldest, threads)
         yield from _of_calendar(self._found)
+        yield from _of_webhooks(self._found.webhooks)
 
     def _refresh(self) -> None:
         system: Any = self._system()
@@ -269,7 +293,9 @@ class Queues(prometheus_client.registry.Collector):
         try:
             began = time.monotonic()
             with system.database.connection() as conn:
-                self._found = _Known(statistics.queues(conn), ticks.latest(conn), canaries.states(conn))
+                self._found = _Known(
+                    statistics.queues(conn), ticks.latest(conn), canaries.states(conn), silence.watches(conn)
+                )
             took = time.monotonic() - began
             self._fresh_until = time.monotonic() + max(CACHE_S, _CACHE_SHARE * took)
         except Unavailable as error:
@@ -308,3 +334,13 @@ def _of_calendar(known: _Known) -> Iterator[Metric]:
         away.add_metric((canary.queue,), canary.age_s if canary.state == "waiting" else 0.0)
         failed.add_metric((canary.queue,), canary.state == "failed")
     yield from (last, behind, trip, away, failed)
+
+
+def _of_webhooks(watched: Iterable[silence.Watch]) -> Iterator[Metric]:
+    labels = ("source", "endpoint")
+    quiet = GaugeMetricFamily("agentflow_webhook_quiet_seconds", "Since the last webhook, where watched", labels=labels)
+    silent = GaugeMetricFamily("agentflow_webhook_silence", "1: none for longer than silence_after_s", labels=labels)
+    for watch in watched:
+        quiet.add_metric((watch.source, str(watch.endpoint_id)), watch.quiet_s)
+        silent.add_metric((watch.source, str(watch.endpoint_id)), float(watch.is_silent))
+    yield from (quiet, silent)

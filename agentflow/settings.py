@@ -102,6 +102,9 @@ class Settings(BaseModel):
     encryption_key: SecretStr | None = Field(
         None, description="Base64 of 32 bytes, or 32 ASCII characters: signs links, and encrypts stored credentials"
     )
+    encryption_key_old: SecretStr | None = Field(
+        None, description="The key before this one, while `agentflow rotate-key` is under way: both can be read"
+    )
     trusted_proxies: StrList = Field(
         (),
         description="Whose `X-Forwarded-For` is believed: how many proxies stand in front (`1` on most platforms), or their"
@@ -151,6 +154,10 @@ class Settings(BaseModel):
     canary_interval: Annotated[int, Field(ge=0)] = Field(
         60, description="Seconds between two canaries (a ping through each queue, timed); `0`: none"
     )
+    webhook_max_bytes: Annotated[int, Field(ge=1024, le=32 << 20)] = Field(
+        4 << 20, description="Largest body of a webhook, in bytes"
+    )
+    retain_webhook_days: Seconds = Field(30.0, description="How long webhooks are kept, as they came")
     upload_max_bytes: Count = Field(5 << 30, description="Largest upload or download of a video, in bytes")
     fetch_allow: StrList = Field(
         (), description="`host:port` entries, comma-separated, that may be fetched although they are private addresses"
@@ -249,14 +256,23 @@ class Settings(BaseModel):
         """The key material of ENCRYPTION_KEY, 32 bytes."""
         return encryption_key_bytes(self.encryption_key.get_secret_value()) if self.encryption_key else None
 
+    @property
+    def old_keys(self) -> tuple[bytes, ...]:
+        """The key material of ENCRYPTION_KEY_OLD, where it is set."""
+        old = self.encryption_key_old
+        return (encryption_key_bytes(old.get_secret_value()),) if old else ()
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.job_lease_renew * 2 > self.job_lease:
             raise SettingsError(
                 "JOB_LEASE_RENEW", f"{self.job_lease_renew:g} must be at most half of JOB_LEASE ({self.job_lease:g})"
             )
-        if self.encryption_key is not None:
-            encryption_key_bytes(self.encryption_key.get_secret_value())
+        for name in ("encryption_key", "encryption_key_old"):
+            if (key := getattr(self, name)) is not None:
+                encryption_key_bytes(key.get_secret_value(), name.upper())
+        if self.encryption_key_old is not None and self.encryption_key is None:
+            raise SettingsError("ENCRYPTION_KEY_OLD", "is the key before ENCRYPTION_KEY: set that, too")
         for name, schemes in _SCHEMES.items():
             value = getattr(self, name)
             text = value.get_secret_value() if isinstance(value, SecretStr) else value
@@ -339,8 +355,8 @@ _SENSIBLE: dict[str, tuple[float, float, str]] = {
 }
 
 
-def encryption_key_bytes(text: str) -> bytes:
-    """The 32 bytes behind ENCRYPTION_KEY: base64 of 32 bytes, or exactly 32 ASCII characters as the old product had."""
+def encryption_key_bytes(text: str, variable: str = "ENCRYPTION_KEY") -> bytes:
+    """The 32 bytes behind a key: base64 of 32 bytes, or exactly 32 ASCII characters as the old product had."""
     if len(text) == 32 and text.isascii():
         return text.encode()
     try:
@@ -349,7 +365,7 @@ def encryption_key_bytes(text: str) -> bytes:
         raw = b""
     if len(raw) != 32:
         raise SettingsError(
-            "ENCRYPTION_KEY",
+            variable,
             "must be base64 of 32 bytes, or 32 ASCII characters; make one with: openssl rand -base64 32",
         )
     return raw

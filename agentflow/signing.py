@@ -19,8 +19,9 @@ from uuid import UUID
 from uuid6 import uuid7
 
 from agentflow.database import Connection
-from agentflow.secrets import Sealer
+from agentflow.secrets import Sealer, context_of
 
+SECRET_PURPOSE: Final = "callback_secret"  # noqa: S105 - its name
 _PREFIX: Final = "whsec_"
 _SECRET_BYTES: Final = 32
 #: How long a replaced secret signs along, unless said otherwise.
@@ -51,12 +52,16 @@ def _signature(message_id: str, timestamp_s: int, body: bytes, secret: str) -> s
     return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
 
 
+def make_secret() -> str:
+    return _PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+
+
 def create_secret(
     conn: Connection, organization_id: int, sealer: Sealer, *, grace_s: float = ROTATION_GRACE_S
 ) -> tuple[CallbackSecret, str]:
     """A new secret, which is shown now and never again. Those before it sign along for `grace_s`. In a transaction."""
     secret_id = UUID(int=uuid7().int)
-    secret = _PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+    secret = make_secret()
     # Two at once would each take the other's for none, and three would sign.
     conn.execute("select from agentflow.organizations where id = %s for no key update", (organization_id,))
     conn.execute(
@@ -75,7 +80,11 @@ def create_secret(
     row = conn.execute(
         "insert into agentflow.callback_secrets (id, organization_id, sealed) values (%s, %s, %s)"
         " returning id, organization_id, created_at, expires_at",
-        (secret_id, organization_id, sealer.seal(secret, context=_context(organization_id, secret_id))),
+        (
+            secret_id,
+            organization_id,
+            sealer.seal(secret, context=context_of(SECRET_PURPOSE, organization_id, secret_id)),
+        ),
     ).fetchone()
     assert row is not None  # noqa: S101 - an INSERT returns its row
     return CallbackSecret(*row), secret
@@ -98,8 +107,4 @@ def live_secrets(conn: Connection, organization_id: int, sealer: Sealer) -> list
         " and (expires_at is null or expires_at > clock_timestamp()) order by created_at desc, id desc",
         (organization_id,),
     ).fetchall()
-    return [sealer.open(row[1], context=_context(organization_id, row[0])) for row in rows]
-
-
-def _context(organization_id: int, secret_id: UUID) -> str:
-    return f"callback_secret:{organization_id}:{secret_id}"
+    return [sealer.open(row[1], context=context_of(SECRET_PURPOSE, organization_id, row[0])) for row in rows]

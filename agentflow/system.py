@@ -37,6 +37,7 @@ from agentflow.secrets import Sealer
 from agentflow.settings import Settings
 from agentflow.storage import Storage
 from agentflow.storage.supabase import SupabaseStorage
+from agentflow.webhooks import endpoints
 
 logger = log.get(__name__)
 
@@ -259,7 +260,11 @@ class System:
 
     @cached_property
     def sealer(self) -> Sealer:
-        return Sealer(self.settings.link_secret)
+        return Sealer(self.settings.link_secret, self.settings.old_keys)
+
+    @cached_property
+    def webhook_doors(self) -> endpoints.Known:
+        return endpoints.Known(self.database, self.sealer)
 
     @cached_property
     def installation_id(self) -> str:

@@ -78,10 +78,10 @@ create table agentflow.crm_events (
 create index crm_events_changes on agentflow.crm_events (account_id, version, event_id);
 
 -- What is to be read again by its id, since a webhook or an event named it.
-create table if not exists agentflow.crm_touched (
+create table agentflow.crm_touched (
     organization_id bigint not null,
     account_id uuid not null,
-    entity_type text not null,
+    entity_type text not null check (entity_type <> ''),
     entity_id bigint not null,
     touched_at timestamptz not null default clock_timestamp(),
     primary key (account_id, entity_type, entity_id)

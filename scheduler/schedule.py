@@ -14,6 +14,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
 from agentflow import health
+from agentflow.database import Connection
 from agentflow.jobs import budgets, retention
 from agentflow.jobs.retention import Keep
 from agentflow.kommo import runs
@@ -21,6 +22,7 @@ from agentflow.models import answers
 from agentflow.schedules import ticks
 from agentflow.system import System
 from agentflow.videos import delete_old as delete_old_videos
+from agentflow.webhooks import events, order, silence
 from scheduler import canary, clean_up, kommo, storage
 from scheduler.calendar import Calendar, Entry, every
 
@@ -84,6 +86,17 @@ def entries(system: System) -> list[Entry]:
         Entry("clean_up.files", every(_CLEAN_UP_S), work=storage.remove_doomed),
         Entry("clean_up.orphans", every(_DAY_S), work=storage.doom_orphans),
         Entry("clean_up.leftovers", every(_DAY_S), work=storage.sweep),
+        Entry("webhooks", lambda _conn, _now: (), watch=_silent_webhooks, asks=True),
+        Entry(
+            "clean_up.webhooks",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: events.delete_old(conn, days=settings.retain_webhook_days)),
+        ),
+        Entry(
+            "clean_up.webhook_entities",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: order.delete_old(conn, days=settings.retain_webhook_days)),
+        ),
         Entry(
             "clean_up.sync_runs",
             every(_CLEAN_UP_S),
@@ -95,6 +108,13 @@ def entries(system: System) -> list[Entry]:
             work=batches(lambda conn: ticks.delete_old(conn, days=30)),
         ),
     ]
+
+
+def _silent_webhooks(conn: Connection) -> dict[str, str]:
+    return {
+        str(watch.endpoint_id): f"no webhook has come to {watch.source} {watch.name} for longer than it allows"
+        for watch in silence.silent(conn)
+    }
 
 
 class Running(BackgroundScheduler):  # type: ignore[misc]

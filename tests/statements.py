@@ -89,6 +89,10 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "from agentflow.crm_accounts where state in ('connecting', 'connected') and next_sync_at <=": (
         "the schedule: whose account is due is the answer"
     ),
+    "with old as materialized (select e.id from agentflow.webhook_events": "retention of webhooks",
+    "with old as materialized (select endpoint_id, entity from": "retention of the states of their entities",
+    "from agentflow.webhook_endpoints e left join lateral": "the alarm for silent endpoints, and its metrics",
+    "select id, organization_id, sealed from agentflow.": "rotate-key: every sealed value, whoever's it is",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
 }
 
@@ -106,6 +110,7 @@ IN_REQUESTS: Final[Mapping[str, str]] = {
     "select agentflow.graph_lock_": "a lock on the graph of the organization that is its argument",
     "select agentflow.graph_recount_": "takes the organization as its first argument",
     "select k.hash, k.id, k.organization_id": "whose key this is: the organization is the answer",
+    "from agentflow.webhook_credentials c join agentflow.webhook_endpoints e": "whose webhook token this is: the same",
 }
 
 

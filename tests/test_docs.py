@@ -68,7 +68,7 @@ def test_every_command_is_described_and_every_described_one_exists() -> None:
             found |= paths(command, path) if isinstance(command, click.Group) else {path}
         return found
 
-    described = set(re.findall(r"^\| `(agentflow [a-z ]+)` \|", section(README, "Command line"), re.MULTILINE))
+    described = set(re.findall(r"^\| `(agentflow [a-z -]+)` \|", section(README, "Command line"), re.MULTILINE))
 
     assert described == paths(commands.cli, "agentflow")
 
@@ -81,7 +81,7 @@ def test_every_option_that_is_described_exists() -> None:
         return {option for parameter in command.params for option in parameter.opts}
 
     for path, text in re.findall(
-        r"^\| `(agentflow [a-z ]+)` \| (.*) \|$", section(README, "Command line"), re.MULTILINE
+        r"^\| `(agentflow [a-z -]+)` \| (.*) \|$", section(README, "Command line"), re.MULTILINE
     ):
         assert set(re.findall(r"`(--[a-z-]+)`", text)) <= options(path), path
     mentioned = {

@@ -88,7 +88,12 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
     owner.client.post("/api/callback-secrets", json={})
     schedule = owner.client.post("/api/schedules", json={"name": "hourly", "every_s": 3600, "type": "ping"}).json
     account = owner.client.post("/api/crm/accounts", json=BODIES["/api/crm/accounts"]).json
+    config = {"account_id": str(uuid4())}
+    endpoint = owner.client.post("/api/webhook-endpoints", json={"source": "kommo", "name": "x", "config": config}).json
+    event = owner.client.post(endpoint["path"], data=b"leads[add][0][id]=1").json
     return {
+        "endpoint_id": endpoint["id"],
+        "event_id": event["event_id"],
         "schedule_id": schedule["id"],
         "account_id": account["id"],
         "job_id": failed["id"],
@@ -127,6 +132,11 @@ BODIES: dict[str, Any] = {
     "/api/crm/accounts/{account_id}/tasks": {"items": [{"text": "x"}]},
     "/api/crm/accounts/{account_id}/notes": {"items": [{"params": {"text": "x"}}]},
     "/api/crm/authorizations": {},
+    "/api/webhook-endpoints": {"source": "github", "name": "x"},
+    "/api/webhook-endpoints/{endpoint_id}": {"name": "x", "config": {"account_id": str(uuid4())}},
+    "/api/webhook-endpoints/{endpoint_id}/rotate": {"kind": "token"},
+    "/api/webhook-events/{event_id}/replay": {},
+    "/api/webhook-events/replay": {},
 }
 
 
@@ -230,6 +240,7 @@ def snapshot(conn: psycopg.Connection) -> list[int]:
     )
     tables += (*graph_support.TABLES, "graph_types")
     tables += ("pauses", "caps", "rate_limits", "budgets")
+    tables += ("webhook_endpoints", "webhook_credentials", "webhook_events")
     return [count(conn, table) for table in tables]
 
 
@@ -362,6 +373,7 @@ def test_the_statements_of_a_whole_life_are_heard_and_each_names_its_organizatio
         *("api_keys", "callback_secrets", "callback_attempts", "schedules", "ticks", "doomed_files"),
         *(*graph_support.TABLES, "graph_types"),
         *("crm_accounts", "crm_entities", "crm_drift", "sync_runs"),
+        *("webhook_endpoints", "webhook_credentials", "webhook_events", "webhook_entities"),
     } <= heard
     assert RECORDER.problems == []
 

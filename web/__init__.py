@@ -21,6 +21,7 @@ from web import (
     crm,
     crm_oauth,
     docs,
+    endpoints,
     graph,
     jobs,
     organizations,
@@ -29,6 +30,8 @@ from web import (
     schedules,
     status,
     videos,
+    webhook_events,
+    webhooks,
 )
 from web.access import Access
 from web.api import Services, mount
@@ -52,6 +55,7 @@ def create_app(system: System) -> Flask:
     problems.install(app)
     groups = (
         *(jobs.routes, callbacks.routes, videos.routes, graph.routes, artefacts.routes),
+        *(endpoints.routes, webhook_events.routes, webhooks.routes),
         *(crm.routes, crm_oauth.routes, schedules.routes),
         *(organizations.routes, rules.routes, status.system_routes, status.open_routes),
     )

@@ -10,7 +10,7 @@ from typing import Literal, NoReturn
 import click
 
 import agentflow
-from agentflow.cli import errors
+from agentflow.cli import errors, webhook_group
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -594,6 +594,10 @@ def list_secrets(org: str) -> None:
     from agentflow.cli import organization_commands
 
     organization_commands.list_secrets(org)
+
+
+cli.add_command(webhook_group.webhooks)
+cli.add_command(webhook_group.rotate_key)
 
 
 @cli.command()

@@ -100,6 +100,10 @@ class UnknownType(LookupError):
         self.name = name
 
 
+def no_concurrency(_: Any) -> None:
+    """Of a type whose jobs may all run at once."""
+
+
 def job(
     name: str,
     *,
@@ -109,7 +113,7 @@ def job(
     time_limit_s: float = 600.0,
     priority: Priority = "default",
     head_start_s: HeadStart = 0,
-    concurrency: Callable[[P], tuple[str, int] | None] = lambda _: None,
+    concurrency: Callable[[P], tuple[str, int] | None] = no_concurrency,
     process_limit: Callable[[Settings], int] | None = None,
     rate: Rate | None = None,
     unique: Callable[[P], Unique | None] = lambda _: None,

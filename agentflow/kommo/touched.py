@@ -4,9 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Final
 from uuid import UUID
 
 from agentflow.database import Connection
+from agentflow.jobs.intake import NewJob, Submitted
+from agentflow.jobs.unique import Unique
+from agentflow.system import Transaction
+
+#: A change in Kommo makes several webhooks within a second or two; under a flood the sync still starts.
+QUIET_S: Final = 2.0
+LONGEST_WAIT_S: Final = 15.0
+
+
+def read_again(
+    transaction: Transaction, organization_id: int, account_id: UUID, named: Iterable[tuple[str, int]]
+) -> Submitted:
+    """Note them, and have the sync read them when it is quiet for a moment.
+
+    The sync takes what was noted out of the table, so that nothing is lost with a request that a newer one replaces.
+    """
+    note(transaction.conn, organization_id, account_id, named)
+    soon = Unique(f"{account_id}:touched", "debounce", QUIET_S, LONGEST_WAIT_S)
+    payload = {"account_id": str(account_id), "touched": True}
+    return transaction.submit(organization_id, NewJob("sync_crm", payload, unique=soon))
 
 
 def note(conn: Connection, organization_id: int, account_id: UUID, named: Iterable[tuple[str, int]]) -> None:
