@@ -16,6 +16,7 @@ if "AGENTFLOW_CHILD" not in os.environ:
     else:
         from actors import deliver_callback  # noqa: F401
         from actors.analyze_video import job as analyze_video  # noqa: F401
+        from actors.generate_embeddings import job as generate_embeddings  # noqa: F401
         from actors.ping import job as ping  # noqa: F401
         from agentflow.worker.process import make_global
 

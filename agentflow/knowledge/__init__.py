@@ -1,0 +1,1 @@
+"""The knowledge base: documents, their chunks, vectors and graph."""
