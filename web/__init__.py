@@ -15,7 +15,7 @@ from flask import Flask, Response, g, request
 
 from agentflow import metrics
 from agentflow.system import System
-from web import artefacts, callbacks, docs, jobs, organizations, problems, status, videos
+from web import artefacts, callbacks, docs, jobs, knowledge, organizations, problems, status, videos
 from web.access import Access
 from web.api import Services, mount
 from web.waiting import Seats
@@ -37,7 +37,7 @@ def create_app(system: System) -> Flask:
     app.after_request(_end)
     problems.install(app)
     groups = (
-        *(jobs.routes, callbacks.routes, videos.routes, artefacts.routes),
+        *(jobs.routes, callbacks.routes, videos.routes, knowledge.routes, artefacts.routes),
         *(organizations.routes, status.system_routes, status.open_routes),
     )
     for routes in groups:

@@ -7,17 +7,22 @@ the analysis goes there, too: a job that a model's limit has parked goes on from
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from pydantic import Field
+
 from actors.analyze_video import understanding
 from actors.analyze_video.keeping import STORE_SHARE, Keeping
 from agentflow import USER_AGENT, fetch, videos
 from agentflow.errors import Permanent
 from agentflow.jobs.registry import Payload, job
+from agentflow.knowledge import documents
+from agentflow.knowledge.documents import Source
 from agentflow.storage import NotStored
 from agentflow.videos import Video
 from agentflow.worker.running import JobContext
@@ -30,6 +35,7 @@ _DOWNLOAD_LIMIT_S = 1800.0
 
 class AnalyzeVideo(Payload):
     video_id: UUID
+    index: bool = Field(False, description="Make a document of the knowledge base of what was said and seen")
 
 
 @job(
@@ -53,7 +59,23 @@ def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
         with Keeping(context, prefix, out) as keeping:
             analysis = _earlier(context, prefix) or _analyzed(context, video, Path(folder), keeping)
             analysis |= _understood(context, analysis, out, prefix)
+    if payload.index:
+        _index(context, video)
     return {"video_id": str(video.id), "filename": video.filename, **analysis}
+
+
+def _index(context: JobContext, video: Video) -> None:
+    """Whoever asked by the API has made the document already, and the job that reads it follows by itself."""
+    job, source_id = context.job, documents.video_source_id(video.id)
+    with context.system.transaction() as transaction:
+        conn, organization = transaction.conn, job.organization_id
+        known = documents.search(conn, organization, source_id=source_id)
+        if known and known[0].chain_id == job.id:
+            return
+        document, _ = documents.hand_in(conn, organization, source_id, Source(video_id=video.id), title=video.filename)
+        reading = dataclasses.replace(documents.reading(document.id, graph=False), idempotency_key=f"index:{job.id}")
+        submitted = transaction.submit(organization, reading).job
+        documents.ask(conn, document, chain_id=submitted.id, job_id=submitted.id)
 
 
 def _analyzed(context: JobContext, video: Video, folder: Path, keeping: Keeping) -> dict[str, Any]:

@@ -34,10 +34,10 @@ def decode(data: bytes, *, declares: bool = False, cut_off: bool = False) -> tup
     except UnicodeDecodeError:
         pass
     declared = _DECLARED.search(data[:2048]) if declares else None
-    for name in (declared.group(1).decode() if declared else None, _looks_like(data)):
+    for guess in (declared.group(1).decode() if declared else None, _looks_like(data)):
         try:
-            if name is not None:
-                return _checked(data.decode(name, "replace")), codecs.lookup(name).name
+            if guess is not None:
+                return _checked(data.decode(guess, "replace")), codecs.lookup(guess).name
         except LookupError:
             continue
     raise _no_text()

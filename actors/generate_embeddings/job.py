@@ -105,9 +105,7 @@ def _stored(context: JobContext, document: Document) -> dict[str, Any]:
     facts, title = found["facts"], document.title
     if title == document.default_title:
         title = facts.get("title") or local.name or title
-    content = Content(
-        read["text"], chunks, found["kind"], found["language"], content_hash, size_bytes, chunker, facts
-    )
+    content = Content(read["text"], chunks, found["kind"], found["language"], content_hash, size_bytes, chunker, facts)
     context.progress(_READ, "store")
     replaced = _replace(context, document, content, title)
     if replaced is None:
@@ -143,4 +141,3 @@ def _note(context: JobContext, document: Document, error: Permanent) -> bool:
         described = {"code": error.code, "message": str(error)}
         documents.failed(conn, document.organization_id, document.id, context.job.id, described)
     return True
-

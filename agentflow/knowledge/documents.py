@@ -133,6 +133,11 @@ def default_title(source_id: str, filename: str | None, url: str | None) -> str:
     return filename or url or source_id
 
 
+def video_source_id(video_id: UUID) -> str:
+    """What the document of a video is called if its caller does not say."""
+    return f"video:{video_id}"
+
+
 def upload_key(organization_id: int, filename: str | None) -> str:
     """Where a new file lies. Of the caller's name only a harmless suffix is kept: the name itself stands in the row."""
     suffix = PurePosixPath(filename or "").suffix.lower()

@@ -15,8 +15,10 @@ from actors.generate_embeddings.passages import Passage, is_header, lines, one_l
 _UNSEEN: Final = "script,style,noscript,template,svg,iframe,object,head,select,button,[hidden],[aria-hidden=true]"
 _AROUND: Final = "nav,aside,form,body>header,body>footer,[role=navigation],[role=banner],[role=contentinfo]"
 _BLOCKS: Final = frozenset(
-    "address article aside blockquote body center dd details dialog div dl dt fieldset figcaption figure footer form h1 h2 h3 h4"
-    " h5 h6 header hgroup hr html li main nav ol p pre section summary table ul".split()
+    (  # noqa: SIM905 - a list for people
+        "address article aside blockquote body center dd details dialog div dl dt fieldset figcaption figure footer form h1 h2"
+        " h3 h4 h5 h6 header hgroup hr html li main nav ol p pre section summary table ul"
+    ).split()
 )
 _HEADING: Final = re.compile(r"h([1-6])")
 #: Where the rest of a page has more text than this share, it is no frame around the main part.

@@ -18,7 +18,10 @@ _BLANKS: Final = frozenset(map(qn, ("w:tab", "w:br", "w:cr")))
 _HYPHEN: Final = qn("w:noBreakHyphen")
 #: Deleted by a tracked change, the other spelling of a drawing, or a text of its own.
 _LEFT_OUT: Final = frozenset(
-    (*map(qn, ("w:del", "w:moveFrom", "w:txbxContent")), "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback")
+    (
+        *map(qn, ("w:del", "w:moveFrom", "w:txbxContent")),
+        "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback",
+    )
 )
 _BODY_LEVEL: Final = 9
 
