@@ -36,7 +36,7 @@ passages = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(passages, st.integers(32, 120), st.integers(0, 16))
 def test_each_chunk_is_a_piece_of_the_text_to_the_letter_and_within_bounds(
     given_passages: list[Passage], size: int, overlap: int
@@ -118,7 +118,7 @@ def test_each_chunk_of_a_table_begins_with_its_header() -> None:
     assert text.count("thing 40 |") == 1
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.long) for n in range(2, 8))])
 def test_an_insertion_moves_few_cuts(seed: int) -> None:
     chance = random.Random(seed)
     vocabulary = ["".join(chance.choices(string.ascii_lowercase, k=chance.randint(2, 9))) for _ in range(500)]
@@ -126,13 +126,13 @@ def test_an_insertion_moves_few_cuts(seed: int) -> None:
     def sentence() -> str:
         return " ".join(chance.choices(vocabulary, k=chance.randint(5, 18))).capitalize() + "."
 
-    body = [Passage(" ".join(sentence() for _ in range(chance.randint(1, 6)))) for _ in range(300)]
+    body = [Passage(" ".join(sentence() for _ in range(chance.randint(1, 6)))) for _ in range(150)]
     changed = [*body[:40], Passage("One more paragraph, put in between the others. " * 4), *body[40:]]
 
     before = {chunk.key for chunk in chunks.cut(body, size=SIZE, overlap=OVERLAP)[1]}
     after = {chunk.key for chunk in chunks.cut(changed, size=SIZE, overlap=OVERLAP)[1]}
 
-    assert len(before) > 150
+    assert len(before) > 100
     assert len(after - before) <= 12
 
 

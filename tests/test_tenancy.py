@@ -83,6 +83,7 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
     task = owner.client.post("/api/videos/analyze", json={"url": "http://8.8.8.8/film.mp4"}).json
     (key,) = organizations.keys(conn, owner.organization_id)
     owner.client.post("/api/callback-secrets", json={})
+    document = owner.client.post("/api/knowledge/documents", json={"text": "A text."}).json
     return {
         "job_id": failed["id"],
         "batch_id": batch["batch_id"],
@@ -90,6 +91,7 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
         "video_id": task["video_id"],
         "task_id": task["task_id"],
         "key_id": str(key.id),
+        "document_id": document["document_id"],
     }
 
 
@@ -97,6 +99,7 @@ BODIES: dict[str, Any] = {
     "/api/jobs": {"type": "ping"},
     "/api/jobs/batch": {"jobs": [{"type": "ping"}]},
     "/api/videos": {"url": "http://8.8.8.8/film.mp4"},
+    "/api/knowledge/documents": {"text": "A text."},
     "/api/organizations": {"slug": "another"},
     "/api/keys": {"name": "x", "scopes": ["read"]},
     "/api/callback-secrets": {},
@@ -136,7 +139,9 @@ def routes(app: Any) -> list[Route]:
     return found
 
 
-ANYTHING = dict.fromkeys(("job_id", "batch_id", "callback_id", "video_id", "task_id", "key_id"), str(uuid4()))
+ANYTHING = dict.fromkeys(
+    ("job_id", "batch_id", "callback_id", "video_id", "task_id", "key_id", "document_id"), str(uuid4())
+)
 
 
 # ---- routes ----
@@ -192,7 +197,7 @@ def test_every_list_holds_only_the_callers_own(
 
 def snapshot(conn: psycopg.Connection) -> list[int]:
     tables = ("jobs", "batches", "videos", "api_keys", "callback_secrets", "idempotency_keys", "unique_keys")
-    return [count(conn, table) for table in tables]
+    return [count(conn, table) for table in (*tables, "documents", "chunks")]
 
 
 def test_every_route_refuses_whoever_has_no_good_key(app: Any, mine: Tenant, conn: psycopg.Connection) -> None:
@@ -246,7 +251,7 @@ def test_one_scope_is_enough_for_what_it_is_for(app: Any, conn: psycopg.Connecti
             continue
         client = tenant(app, conn, MINE, route.scope).client  # type: ignore[arg-type]
 
-        assert route.ask(client, ANYTHING).status_code in (200, 201, 202, 404), route
+        assert route.ask(client, ANYTHING).status_code in (200, 201, 202, 204, 404), route
 
 
 def test_the_operator_sees_all_and_acts_for_whom_he_names(
@@ -320,7 +325,7 @@ def test_the_statements_of_a_whole_life_are_heard_and_each_names_its_organizatio
     # Rows of `attempts` are written by settle alone, and read through the view.
     assert {
         *("jobs", "job_attempts", "batches", "videos", "idempotency_keys", "unique_keys"),
-        *("api_keys", "callback_secrets", "callback_attempts"),
+        *("api_keys", "callback_secrets", "callback_attempts", "documents", "chunks"),
     } <= heard
     assert RECORDER.problems == []
 

@@ -32,6 +32,7 @@ task_id = "{task}"
 video_id = "{video}"
 batch_id = "{batch}"
 key_id = "{key}"
+document_id = "{document}"
 
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "302", "400", "401", "403", "404", "408", "409", "413", "414", "416", "422", "431"]
@@ -48,6 +49,17 @@ parameters = {{ key_id = "{revoked}" }}
 [[operations]]
 include-path = "/api/batches/{{batch_id}}/callbacks/{{callback_id}}/replay"
 parameters = {{ callback_id = "{batch_callback}" }}
+
+[[operations]]
+include-path = "/api/knowledge/documents/{{document_id}}"
+include-method = "DELETE"
+parameters = {{ document_id = "{deleted_document}" }}
+
+# What a form holds is read as text: no wrong file, and `graph` is whatever reads as yes or no.
+[[operations]]
+include-path = "/api/knowledge/documents"
+include-method = "POST"
+checks.negative_data_rejection.enabled = false
 
 # Texts in a form and the bare bytes of an upload mean nothing to the API: there is no wrong file.
 [[operations]]
@@ -201,6 +213,9 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
     def key() -> str:
         return str(web.http.post("/api/keys", json={"name": "x", "scopes": ["read"]}).json()["id"])
 
+    def document() -> str:
+        return str(web.http.post("/api/knowledge/documents", json={"text": "A text."}).json()["document_id"])
+
     return {
         "failed": failed,
         "cancelled": cancelled,
@@ -210,6 +225,8 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
         "task": task["task_id"],
         "video": task["video_id"],
         "key": key(),
+        "document": document(),
+        "deleted_document": document(),
         "revoked": key(),
         "file": "o/1/x.png",
         "expires": link["expires"][0],

@@ -28,6 +28,8 @@ _OTHERS: Final = (
 _OLE: Final = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _HTML: Final = re.compile(r"\s*(<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b", re.I | re.S)
 _TAG: Final = re.compile(r"<(p|div|h[1-6]|table|ul|ol|a|br|span)\b[^>]*>", re.I)
+#: Headings between blank lines: comments of a program have none around them.
+_HEADINGS: Final = re.compile(r"(?:\A|\n\n)#{1,6} +\S[^\n]*\n(?=\n)")
 _MARKDOWN: Final = tuple(
     re.compile(pattern, re.M)
     for pattern in (
@@ -80,6 +82,8 @@ def _kind_of_text(text: str, suffix: str, content_type: str) -> str:
         return "markdown"
     if suffix in (".csv", ".tsv") or "csv" in content_type or "tab-separated" in content_type:
         return "csv"
+    if len(_HEADINGS.findall(text)) > 1:
+        return "markdown"
     found = sum(pattern.search(text) is not None for pattern in _MARKDOWN)
     if found > 1 and any(pattern.search(text) for pattern in _MARKDOWN[:4]):
         return "markdown"

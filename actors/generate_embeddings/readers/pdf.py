@@ -13,7 +13,7 @@ from pypdfium2.raw import FPDF_ERR_PASSWORD, FPDF_ERR_SECURITY
 from actors.generate_embeddings.passages import Passage, one_line, refused
 
 #: PDFium marks the hyphen at a line's end by U+FFFE or U+0002.
-_HYPHEN: Final = re.compile("(?<=[^\\W\\d_])[-\u00ad\u2010\ufffe\x02]\n(?=[^\\W\\d_])")
+_HYPHEN: Final = re.compile("(?<=[^\\W\\d_])[-\u00ad\u2010\ufffe\x02]$")
 _BULLET: Final = re.compile(r"([•▪‣–—*·-]|\(?\d{1,3}[.)]|\(?[a-zа-я]\))\s")
 _ENDED: Final = re.compile(r"[.!?…:;][\"'»”’)\]]*$")
 #: The last line of a paragraph is so much shorter than the page's longest ones.
@@ -71,15 +71,15 @@ def _headings(document: pdfium.PdfDocument) -> dict[int, list[str]]:
 
 def _paragraphs(text: str) -> list[str]:
     """PDF knows lines only: a paragraph ends with a sentence in a line that is short, or where a list's next item begins."""
-    text = _HYPHEN.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    lines = [line.strip() for line in text.split("\n")]
+    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     lengths = sorted(len(line) for line in lines if line)
     full = lengths[len(lengths) * 9 // 10] * _SHORT if lengths else 0
     found: list[str] = []
     is_open = False
     for line in lines:
         if line and is_open and not _BULLET.match(line):
-            found[-1] += " " + line
+            hyphen = _HYPHEN.search(found[-1]) if line[0].isalpha() else None
+            found[-1] = found[-1][: hyphen.start()] + line if hyphen else f"{found[-1]} {line}"
         elif line:
             found.append(line)
         is_open = bool(line) and (len(line) >= full or not _ENDED.search(line))

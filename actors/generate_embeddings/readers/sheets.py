@@ -13,7 +13,12 @@ from actors.generate_embeddings.passages import Passage, is_header, one_line, ro
 
 
 def read(path: Path, facts: dict[str, Any]) -> Iterator[Passage]:
-    book = openpyxl.load_workbook(path, read_only=True, data_only=True, keep_links=False)
+    # Opened here: by name it takes those alone that end in .xlsx.
+    with path.open("rb") as file:
+        yield from _sheets(openpyxl.load_workbook(file, read_only=True, data_only=True, keep_links=False), facts)
+
+
+def _sheets(book: Any, facts: dict[str, Any]) -> Iterator[Passage]:
     for name, said in (("title", book.properties.title), ("author", book.properties.creator)):
         if said:
             facts[name] = one_line(said)
