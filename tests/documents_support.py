@@ -9,7 +9,9 @@ from typing import Any, Final
 from uuid import UUID, uuid4
 
 import psycopg
+import pytest
 
+from actors.generate_embeddings import child
 from agentflow.errors import JobError
 from agentflow.jobs import claims, records, registry
 from agentflow.jobs.intake import NewJob
@@ -25,6 +27,32 @@ FILES: Final = Path(__file__).parent / "documents"
 ORGANIZATION: Final = 1
 
 
+#: What `analyze_video` answers, as far as it is text.
+ANALYSIS: dict[str, Any] = {
+    "video": {"duration_s": 60.0},
+    "shots": [
+        {"index": 0, "start_s": 0.0, "end_s": 20.0, "keyframe": {"key": "o/1/shot-0.jpg"}},
+        {"index": 1, "start_s": 20.0, "end_s": 60.0, "keyframe": {"key": "o/1/shot-1.jpg"}},
+    ],
+    "summary": {"status": "done", "short": "A ferry.", "long": "A film about a ferry in the ice."},
+    "chapters": {"items": [{"start_s": 0.0, "end_s": 30.0, "title": "Начало"}, {"start_s": 30.0, "end_s": 60.0, "title": "Ice"}]},
+    "transcript": {
+        "language": "ru",
+        "segments": [
+            {"start_s": 1.0, "end_s": 4.0, "text": "Паром выходит из порта рано утром."},
+            {"start_s": 4.0, "end_s": 9.0, "text": "На борту девять человек."},
+            {"start_s": 31.0, "end_s": 35.0, "text": "The ice is a metre thick."},
+        ],
+    },
+    "captions": {"items": [{"shot": 1, "caption": "A red ship breaks the ice."}, {"shot": 0, "status": "failed"}]},
+    "screen_text": {"items": [{"shot": 0, "time_s": 2.0, "text": ["ПОРТ", "Выход 3"]}]},
+    "subtitles": [
+        {"language": "rus", "cues": [{"start_s": 1.0, "end_s": 4.0, "text": "Паром выходит"}]},
+        {"language": "eng", "cues": [{"start_s": 1.0, "end_s": 4.0, "text": "The ferry leaves port."}]},
+    ],
+}  # fmt: skip
+
+
 class OfDocument(Payload):
     document_id: UUID
 
@@ -34,6 +62,18 @@ if not registry.known("extract_graph"):  # a worker's package may not have it ye
     @job("extract_graph", payload=OfDocument)
     def extract_graph(context: Any, payload: OfDocument) -> None:
         """Stands for the job that follows."""
+
+
+@pytest.fixture
+def quick_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the child process does, in this one and without its bounds: starting it takes longer than its work."""
+
+    def run(running: Running, target: str, arguments: dict[str, Any], _on_note: Any = None) -> Any:
+        assert target == "actors.generate_embeddings.child:read"
+        return child.read(report=running.report, **arguments)
+
+    monkeypatch.setattr(child, "_bound", lambda *_: None)
+    monkeypatch.setattr("agentflow.worker.child.run", run)
 
 
 def hand_in(system: System, source_id: str, data: bytes, *, filename: str | None = None) -> tuple[Document, Job]:

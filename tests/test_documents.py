@@ -12,7 +12,6 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from actors.generate_embeddings import child
 from agentflow import settings, videos
 from agentflow.database import BoundedConnection
 from agentflow.errors import Permanent, Wait
@@ -23,26 +22,28 @@ from agentflow.system import System
 from agentflow.worker.running import Running, Stopped
 from tests import documents_support as support
 from tests import http_server, web_support
-from tests.documents_support import FILES, ORGANIZATION, again, finish, hand_in, perform, rows, text_of, whole
+from tests.documents_support import (
+    ANALYSIS,
+    FILES,
+    ORGANIZATION,
+    again,
+    finish,
+    hand_in,
+    perform,
+    quick_child,
+    rows,
+    text_of,
+    whole,
+)
 from tests.http_server import Reply
+
+__all__ = ["quick_child"]
 
 PAGES = [f"# Page {number}\n\n" + f"What is said on page {number} is said nowhere else. " * 12 for number in range(60)]
 
 
 def book(pages: list[str]) -> bytes:
     return "\n\n".join(pages).encode()
-
-
-@pytest.fixture
-def quick_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the child process does, in this one and without its bounds: starting it takes longer than its work."""
-
-    def run(running: Running, target: str, arguments: dict[str, Any], _on_note: Any = None) -> Any:
-        assert target == "actors.generate_embeddings.child:read"
-        return child.read(report=running.report, **arguments)
-
-    monkeypatch.setattr(child, "_bound", lambda *_: None)
-    monkeypatch.setattr("agentflow.worker.child.run", run)
 
 
 def test_a_document_is_stored_with_its_chunks(system: System, conn: psycopg.Connection) -> None:
@@ -240,30 +241,6 @@ def test_a_document_at_a_url_is_downloaded_and_its_type_believed_for_texts(
 
 
 # ---- videos ----
-
-ANALYSIS: dict[str, Any] = {
-    "video": {"duration_s": 60.0},
-    "shots": [
-        {"index": 0, "start_s": 0.0, "end_s": 20.0, "keyframe": {"key": "o/1/shot-0.jpg"}},
-        {"index": 1, "start_s": 20.0, "end_s": 60.0, "keyframe": {"key": "o/1/shot-1.jpg"}},
-    ],
-    "summary": {"status": "done", "short": "A ferry.", "long": "A film about a ferry in the ice."},
-    "chapters": {"items": [{"start_s": 0.0, "end_s": 30.0, "title": "Начало"}, {"start_s": 30.0, "end_s": 60.0, "title": "Ice"}]},
-    "transcript": {
-        "language": "ru",
-        "segments": [
-            {"start_s": 1.0, "end_s": 4.0, "text": "Паром выходит из порта рано утром."},
-            {"start_s": 4.0, "end_s": 9.0, "text": "На борту девять человек."},
-            {"start_s": 31.0, "end_s": 35.0, "text": "The ice is a metre thick."},
-        ],
-    },
-    "captions": {"items": [{"shot": 1, "caption": "A red ship breaks the ice."}, {"shot": 0, "status": "failed"}]},
-    "screen_text": {"items": [{"shot": 0, "time_s": 2.0, "text": ["ПОРТ", "Выход 3"]}]},
-    "subtitles": [
-        {"language": "rus", "cues": [{"start_s": 1.0, "end_s": 4.0, "text": "Паром выходит"}]},
-        {"language": "eng", "cues": [{"start_s": 1.0, "end_s": 4.0, "text": "The ferry leaves port."}]},
-    ],
-}  # fmt: skip
 
 
 @pytest.mark.usefixtures("quick_child")

@@ -16,8 +16,7 @@ from agentflow.jobs import records
 from agentflow.system import System
 from tests import documents_support as support
 from tests import web_support
-from tests.documents_support import FILES
-from tests.test_documents import ANALYSIS, quick_child
+from tests.documents_support import ANALYSIS, FILES, quick_child
 from tests.web_support import client, count, problem
 from web import create_app
 

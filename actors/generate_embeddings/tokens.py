@@ -1,8 +1,8 @@
 """How many tokens a text has for a model, without any model's vocabulary: none is at hand offline, and chunks must not change
 with the model.
 
-Calibrated on OpenAI's o200k and cl100k: for prose in English and Russian between 1.0 and 1.5 times the former's count, so that
-a chunk fits where it is expected to.
+Of OpenAI's o200k it is 1.1 to 1.25 times the count for prose in English and Russian, so that a chunk fits where it is
+expected to; the older cl100k counts half as much again for Russian.
 """
 
 from __future__ import annotations
