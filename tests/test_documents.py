@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,16 @@ from uuid import uuid4
 import psycopg
 import pytest
 
+from actors.analyze_video import job as analyze_video
 from agentflow import settings, videos
 from agentflow.database import BoundedConnection
 from agentflow.errors import Permanent, Wait
+from agentflow.jobs import records
 from agentflow.jobs.intake import NewJob
 from agentflow.knowledge import documents
 from agentflow.knowledge.documents import Source
 from agentflow.system import System
-from agentflow.worker.running import Running, Stopped
+from agentflow.worker.running import JobContext, Running, Stopped
 from tests import documents_support as support
 from tests import http_server, web_support
 from tests.documents_support import (
@@ -36,6 +39,7 @@ from tests.documents_support import (
     whole,
 )
 from tests.http_server import Reply
+from tests.processes import eventually, worker
 
 __all__ = ["quick_child"]
 
@@ -281,6 +285,27 @@ def test_an_analysed_video_becomes_passages_with_their_times(system: System, con
     }
 
 
+def test_an_analysis_that_was_asked_to_index_asks_once_for_the_document_and_it_waits_for_the_end(
+    system: System, conn: psycopg.Connection, quick_child: None
+) -> None:
+    video = videos.create_url(conn, ORGANIZATION, "https://example.com/film.mp4")
+    payload = {"video_id": str(video.id), "index": True}
+    analysis = web_support.claim(conn, system.submit(ORGANIZATION, NewJob("analyze_video", payload)).job.id)
+    context = JobContext(Running(analysis, time.monotonic() + 600), system)
+
+    for _ in range(2):  # a second run of the same job
+        analyze_video._index(context, video)
+
+    (reading,) = records.search(conn, ORGANIZATION, records.Filter(type="generate_embeddings"))
+    taken = web_support.claim(conn, reading.id)
+    with pytest.raises(Wait):
+        support.attempt(system, taken)
+    web_support.finish(system, conn, analysis, result=ANALYSIS)
+    assert support.attempt(system, taken)["outcome"] == "stored"
+    (document,) = documents.search(conn, ORGANIZATION)
+    assert (document.source_id, document.chain_id) == (f"video:{video.id}", reading.id)
+
+
 # ---- killed at any moment ----
 
 
@@ -341,6 +366,37 @@ def test_a_run_that_is_killed_at_any_of_ten_points_ends_in_the_same_rows(
         support.attempt(system, replace(taken, fence=2))
 
         assert whole(conn, killed.id)[1:] == expected[1:], name  # all but the title
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.flaky(reruns=0)
+def test_workers_that_are_killed_ten_times_leave_the_same_rows(
+    environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path
+) -> None:
+    one, reference = hand_in(system, "whole", book(PAGES))
+    finish(system, conn, reference)
+    expected = whole(conn, one.id)
+    made = [hand_in(system, f"copy {number}", book(PAGES)) for number in range(10)]
+    chance = random.Random(5)
+    leases = {**environment, "JOB_LEASE": "4", "JOB_LEASE_RENEW": "1", "JOB_MAX_CRASHES": "50", "JOB_CONCURRENCY": "2"}
+
+    def ended() -> int:
+        row = conn.execute("select count(*) from agentflow.jobs where state = 'succeeded'").fetchone()
+        assert row is not None
+        return int(row[0])
+
+    for number in range(10):
+        with worker(leases, tmp_path / f"worker-{number}.log") as process:
+            running = "select count(*) > 0 from agentflow.jobs where state = 'running' or finished_at is not null"
+            eventually(lambda: conn.execute(running).fetchone() == (True,), within_s=60)
+            time.sleep(chance.uniform(0.0, 1.5))  # the moment is what is drawn
+            process.kill()
+    with worker(leases, tmp_path / "worker.log"):
+        eventually(lambda: ended() == 11, within_s=300)
+
+    for document, _ in made:
+        assert whole(conn, document.id)[1:] == expected[1:]
 
 
 @pytest.mark.usefixtures("quick_child")

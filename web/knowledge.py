@@ -185,7 +185,7 @@ def create(call: Call) -> Answer:
         if video is None:
             raise Refused(404, f"there is no video {body.video_id}")
         payload = {"video_id": str(video.id)}
-        if records.newest_success(conn, video.organization_id, "analyze_video", payload) is None:
+        if records.newest(conn, video.organization_id, "analyze_video", payload, ("succeeded",)) is None:
             raise Refused(
                 409, "this video has no analysis that is still kept: POST /api/videos/analyze with index=true does both"
             )
@@ -379,11 +379,11 @@ def _status(document: Document, chain: list[Link]) -> tuple[Status, dict[str, An
     for link in chain:
         if link.job is not None and link.job.state == "failed":
             return "failed", link.job.error or {}
-    if document.error is not None:
-        return "failed", document.error
     if "cancelled" in states:
         return "cancelled", None
     if not chain:  # it ended so long ago that its jobs were cleaned up
+        if document.error is not None:
+            return "failed", document.error
         return "ready" if document.read_at is not None else "queued", None
     if len(states) == len(chain) and set(states) == {"succeeded"}:
         return "ready", None

@@ -15,7 +15,6 @@ from agentflow import analysis, videos
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
 from agentflow.knowledge import documents
-from agentflow.knowledge.documents import Source
 from agentflow.storage import StorageError
 from agentflow.system import Transaction
 from agentflow.videos import Video
@@ -289,13 +288,7 @@ def status(call: Call, task_id: UUID, query: jobs.WaitQuery) -> TaskStatus:
 
 def _indexed(transaction: Transaction, video: Video, new: NewJob, *, graph: bool) -> tuple[Job, UUID]:
     """The document is there from the beginning, so that it can be looked at; the job that reads it follows the analysis."""
-    document, _ = documents.hand_in(
-        transaction.conn,
-        video.organization_id,
-        documents.video_source_id(video.id),
-        Source(video_id=video.id),
-        title=video.filename,
-    )
+    document = documents.of_video(transaction.conn, video.organization_id, video.id, title=video.filename)
     then = (documents.reading(document.id, graph=graph),)
     submitted = transaction.submit(video.organization_id, dataclasses.replace(new, then=then))
     if submitted.created:

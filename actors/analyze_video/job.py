@@ -22,7 +22,6 @@ from agentflow import USER_AGENT, fetch, videos
 from agentflow.errors import Permanent
 from agentflow.jobs.registry import Payload, job
 from agentflow.knowledge import documents
-from agentflow.knowledge.documents import Source
 from agentflow.storage import NotStored
 from agentflow.videos import Video
 from agentflow.worker.running import JobContext
@@ -66,13 +65,12 @@ def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
 
 def _index(context: JobContext, video: Video) -> None:
     """Whoever asked by the API has made the document already, and the job that reads it follows by itself."""
-    job, source_id = context.job, documents.video_source_id(video.id)
+    job = context.job
     with context.system.transaction() as transaction:
         conn, organization = transaction.conn, job.organization_id
-        known = documents.search(conn, organization, source_id=source_id)
-        if known and known[0].chain_id == job.id:
+        document = documents.of_video(conn, organization, video.id, title=video.filename)
+        if document.chain_id == job.id:
             return
-        document, _ = documents.hand_in(conn, organization, source_id, Source(video_id=video.id), title=video.filename)
         reading = dataclasses.replace(documents.reading(document.id, graph=False), idempotency_key=f"index:{job.id}")
         submitted = transaction.submit(organization, reading).job
         documents.ask(conn, document, chain_id=submitted.id, job_id=submitted.id)

@@ -9,13 +9,15 @@ from typing import Any, Final
 
 from actors.generate_embeddings.readers.video import PARTS
 from agentflow import USER_AGENT, fetch
-from agentflow.errors import Permanent
+from agentflow.errors import Permanent, Wait
 from agentflow.jobs import records
 from agentflow.knowledge.documents import Document
 from agentflow.storage import NotStored
 from agentflow.worker.running import JobContext
 
 _DOWNLOAD_LIMIT_S: Final = 300.0
+#: Until an analysis that has not ended is looked at again.
+_ANALYSIS_S: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Local:
 
 
 def bring(context: JobContext, document: Document, folder: Path) -> Local:
-    """Raises Permanent where it is gone for good, Transient where it cannot be had just now."""
+    """Raises Permanent where it is gone for good, Transient or Wait where it cannot be had just now."""
     if document.video_id is not None:
         return _analysis(context, document, folder)
     if document.source_url is not None:
@@ -67,7 +69,13 @@ def _analysis(context: JobContext, document: Document, folder: Path) -> Local:
     """What the newest analysis of the video says, as a file: the same analysis is the same file."""
     payload = {"video_id": str(document.video_id)}
     with context.system.database.connection() as conn:
-        found = records.newest_success(conn, document.organization_id, "analyze_video", payload)
+        # One that makes this document asks for it just before it ends.
+        ending = records.newest(
+            conn, document.organization_id, "analyze_video", {**payload, "index": True}, ("queued", "running")
+        )
+        found = records.newest(conn, document.organization_id, "analyze_video", payload, ("succeeded",))
+    if ending is not None:
+        raise Wait(_ANALYSIS_S, "analysis_running", message="the video is being analysed")
     if found is None:
         raise Permanent(
             "The analysis of this video is not kept (any more): analyse it with index=true.", code="not_analysed"

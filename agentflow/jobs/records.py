@@ -83,12 +83,14 @@ def children(conn: Connection, job_id: UUID, organization_id: int | None = EVERY
     return [job_from_row(row) for row in rows]
 
 
-def newest_success(conn: Connection, organization_id: int, type_: str, payload: dict[str, Any]) -> Job | None:
-    """The job of this type that succeeded last with this in its payload, if it is still kept."""
+def newest(
+    conn: Connection, organization_id: int, type_: str, payload: dict[str, Any], states: tuple[State, ...]
+) -> Job | None:
+    """The newest job of this type in one of these states with this in its payload, if one is still kept."""
     row = conn.execute(
         f"select {JOB_COLUMNS} from agentflow.jobs j where j.organization_id = %s and j.type = %s"  # noqa: S608 - constants
-        " and j.state = 'succeeded' and j.payload @> %s::jsonb order by j.finished_at desc limit 1",
-        (organization_id, type_, json.dumps(payload)),
+        " and j.state || '' = any (%s) and j.payload @> %s::jsonb order by j.created_at desc limit 1",
+        (organization_id, type_, list(states), json.dumps(payload)),
     ).fetchone()
     return job_from_row(row) if row else None
 

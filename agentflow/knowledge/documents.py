@@ -170,7 +170,7 @@ def hand_in(
     assert before is not None  # noqa: S101 - made above, or there already
     row = conn.execute(
         "update agentflow.documents d set title = %(title)s, storage_key = %(key)s, filename = %(filename)s,"  # noqa: S608
-        " content_type = %(content_type)s, source_url = %(url)s, video_id = %(video)s, error = null,"
+        " content_type = %(content_type)s, source_url = %(url)s, video_id = %(video)s,"
         " size_bytes = coalesce(%(size)s, size_bytes), updated_at = clock_timestamp()"
         f" where d.id = %(id)s and d.organization_id = %(organization)s returning {_COLUMNS}, {_COUNT}",
         {
@@ -189,10 +189,19 @@ def hand_in(
     return Document(*row), before[1] if before[1] != source.storage_key else None
 
 
+def of_video(conn: Connection, organization_id: int, video_id: UUID, *, title: str | None) -> Document:
+    """The document of a video's analysis, made if there is none."""
+    known = search(conn, organization_id, source_id=video_source_id(video_id), limit=1)
+    if known and known[0].video_id == video_id:
+        return known[0]
+    return hand_in(conn, organization_id, video_source_id(video_id), Source(video_id=video_id), title=title)[0]
+
+
 def ask(conn: Connection, document: Document, *, chain_id: UUID, job_id: UUID | None) -> None:
     """Name the first job of the chain that makes this version, and the job that may write it, where that is known."""
     conn.execute(
-        "update agentflow.documents set chain_id = %s, job_id = coalesce(%s, job_id) where id = %s and organization_id = %s",
+        "update agentflow.documents set chain_id = %s, job_id = coalesce(%s, job_id), error = null"
+        " where id = %s and organization_id = %s",
         (chain_id, job_id, document.id, document.organization_id),
     )
 
