@@ -120,19 +120,17 @@ def test_each_chunk_of_a_table_begins_with_its_header() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.long) for n in range(2, 8))])
 def test_an_insertion_moves_few_cuts(seed: int) -> None:
+    """Paragraphs of one length: chunks that were filled one after the other would all be others from there on."""
     chance = random.Random(seed)
-    vocabulary = ["".join(chance.choices(string.ascii_lowercase, k=chance.randint(2, 9))) for _ in range(500)]
+    vocabulary = ["".join(chance.choices(string.ascii_lowercase, k=3)) for _ in range(500)]
 
-    def sentence() -> str:
-        return " ".join(chance.choices(vocabulary, k=chance.randint(5, 18))).capitalize() + "."
+    body = [Passage(" ".join(chance.choices(vocabulary, k=10)) + ".") for _ in range(300)]
+    changed = [*body[:40], Passage("one more has been put in between all the others now."), *body[40:]]
 
-    body = [Passage(" ".join(sentence() for _ in range(chance.randint(1, 6)))) for _ in range(150)]
-    changed = [*body[:40], Passage("One more paragraph, put in between the others. " * 4), *body[40:]]
+    before = {chunk.key for chunk in chunks.cut(body, size=SIZE, overlap=0)[1]}
+    after = {chunk.key for chunk in chunks.cut(changed, size=SIZE, overlap=0)[1]}
 
-    before = {chunk.key for chunk in chunks.cut(body, size=SIZE, overlap=OVERLAP)[1]}
-    after = {chunk.key for chunk in chunks.cut(changed, size=SIZE, overlap=OVERLAP)[1]}
-
-    assert len(before) > 100
+    assert len(before) > 60
     assert len(after - before) <= 12
 
 
