@@ -55,7 +55,7 @@ include-path = "/api/knowledge/documents/{{document_id}}"
 include-method = "DELETE"
 parameters = {{ document_id = "{deleted_document}" }}
 
-# What a form holds is read as text: no wrong file, and `graph` is whatever reads as yes or no.
+# What a form holds is read as text: no file is wrong, nor a title that looks like a number.
 [[operations]]
 include-path = "/api/knowledge/documents"
 include-method = "POST"

@@ -75,7 +75,7 @@ class FormFields(Query):
 
     source_id: Name | None = None
     title: Name | None = None
-    graph: bool = False
+    graph: Literal["true", "false"] = "false"
 
 
 class ListQuery(Query):
@@ -250,9 +250,10 @@ def _create_upload(call: Call) -> Answer:
     )
     try:
         given = validated(lambda: FormFields.model_validate_strings(stored.fields), "body")
-        check_graph(call, given.graph)
+        graph = given.graph == "true"
+        check_graph(call, graph)
         source_id = given.source_id or f"upload:{uuid4()}"
-        return _hand_in(call, organization_id, source_id, source, title=given.title, graph=given.graph)
+        return _hand_in(call, organization_id, source_id, source, title=given.title, graph=graph)
     except BaseException:
         _drop(call, stored.key)
         raise
