@@ -20,7 +20,8 @@ from agentflow import log
 from agentflow.errors import Permanent, Wait
 from agentflow.jobs.registry import Payload, job
 from agentflow.knowledge import documents, vectors
-from agentflow.knowledge.documents import Busy, Chunk, Content, Document, Replaced
+from agentflow.knowledge.chunks import Chunk
+from agentflow.knowledge.documents import Busy, Content, Document, Replaced
 from agentflow.worker.running import JobContext
 
 #: Where each step ends, as a share of the whole.
