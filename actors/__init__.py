@@ -17,6 +17,7 @@ if "AGENTFLOW_CHILD" not in os.environ:
         from actors import deliver_callback, write_crm  # noqa: F401
         from actors.analyze_video import job as analyze_video  # noqa: F401
         from actors.extract_graph import job as extract_graph  # noqa: F401
+        from actors.generate_embeddings import job as generate_embeddings  # noqa: F401
         from actors.handle_webhook import job as handle_webhook  # noqa: F401
         from actors.ping import job as ping  # noqa: F401
         from actors.sync_crm import job as sync_crm  # noqa: F401

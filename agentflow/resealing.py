@@ -9,6 +9,7 @@ from uuid import UUID
 
 from agentflow import signing
 from agentflow.database import Connection
+from agentflow.kommo import accounts
 from agentflow.secrets import Sealer, Unreadable, context_of
 from agentflow.webhooks import endpoints
 
@@ -17,17 +18,23 @@ BATCH: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class SealedColumn:
-    """A column with values of agentflow.secrets; its table has `id` and `organization_id`. `purpose` stands in their context."""
+    """A column with values of agentflow.secrets; its table has `id` and `organization_id`. `purpose` stands in their context.
+    `busy`: SQL that is true of a row whose value somebody is about to replace, and knows it again by what it is now."""
 
     table: str
     column: str
     purpose: str
+    busy: str = "false"
 
 
 #: All there are. A table with credentials joins by a line here, and seals by `agentflow.secrets.context_of`.
 COLUMNS: Final = (
     SealedColumn("callback_secrets", "sealed", signing.SECRET_PURPOSE),
     SealedColumn("webhook_credentials", "sealed", endpoints.SECRET_PURPOSE),
+    *(
+        SealedColumn("crm_accounts", f"{what}_sealed", accounts.purpose(what), "grant_held_until > clock_timestamp()")
+        for what in ("access", "grant", "client")
+    ),
 )
 
 
@@ -61,11 +68,17 @@ def reseal(conn: Connection, sealer: Sealer, *, report: Callable[[Resealed], Non
                     except Unreadable as error:
                         done.unreadable.append((column.table, row_id, str(error)))
                         continue
-                    done.changed += conn.execute(
-                        f"update agentflow.{column.table} set {column.column} = %s where id = %s"  # noqa: S608 - constants
-                        f" and organization_id = %s and {column.column} = %s",
-                        (sealer.seal(plain, context=context), row_id, organization_id, sealed),
-                    ).rowcount
+                    row = conn.execute(
+                        f"update agentflow.{column.table} set {column.column} = case when {column.busy}"  # noqa: S608 - constants
+                        f" then {column.column} else %s end where id = %s and organization_id = %s"
+                        f" and {column.column} = %s returning {column.column} <> %s",
+                        (sealer.seal(plain, context=context), row_id, organization_id, sealed, sealed),
+                    ).fetchone()
+                    if row == (False,):
+                        done.unreadable.append(
+                            (column.table, row_id, "it is being renewed; run this again in a minute")
+                        )
+                    done.changed += row == (True,)
             after = rows[-1][0]
             report(done)
     return done

@@ -169,6 +169,22 @@ class Settings(BaseModel):
     video_concurrency: Count = Field(2, description="Videos analysed at once in one worker process")
     video_max_pixels: Count = Field(8192 * 4320, description="Largest frame of a video, in pixels")
     video_max_hours: Seconds = Field(6.0, description="Longest video, in hours")
+    document_max_bytes: Count = Field(50 << 20, description="Largest document, uploaded or downloaded, in bytes")
+    document_unpacked_bytes: Count = Field(
+        200 << 20, description="Most bytes that a DOCX, PPTX or XLSX may have once it is unpacked"
+    )
+    document_max_characters: Count = Field(5_000_000, description="Most text of one document, in characters")
+    document_memory_mb: Annotated[int, Field(ge=64)] = Field(
+        300, description="Most memory of the process that reads a document, in MB (Linux)"
+    )
+    document_cpu_seconds: Count = Field(300, description="Most time of a processor that reading a document may take")
+    document_concurrency: Count = Field(2, description="Documents read at once in one worker process")
+    chunk_tokens: Annotated[int, Field(ge=32, le=2048)] = Field(
+        256, description="Most tokens of a chunk; a change cuts a document anew when it is read again"
+    )
+    chunk_overlap_tokens: Annotated[int, Field(ge=0, le=1024)] = Field(
+        32, description="Most tokens of a chunk's end that the next one repeats; at most half of `CHUNK_TOKENS`"
+    )
     metrics_token: SecretStr | None = Field(None, description="Where set, `/metrics` wants it as a bearer token")
     openrouter_api_key: SecretStr | None = Field(None, description="OpenRouter for everything that has no server below")
     openrouter_base_url: str = Field(
@@ -309,6 +325,11 @@ class Settings(BaseModel):
                     f"{kind}_model".upper(),
                     f"must be set where {kind.upper()}_BASE_URL is: it names the server's model",
                 )
+        if self.chunk_overlap_tokens * 2 > self.chunk_tokens:
+            raise SettingsError(
+                "CHUNK_OVERLAP_TOKENS",
+                f"{self.chunk_overlap_tokens} must be at most half of CHUNK_TOKENS ({self.chunk_tokens})",
+            )
         if self.admin_api_key is not None and len(self.admin_api_key.get_secret_value()) < 16:
             raise SettingsError("ADMIN_API_KEY", "must have at least 16 characters")
         return self

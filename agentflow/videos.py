@@ -17,7 +17,7 @@ from agentflow.jobs.files import Doomed
 
 _COLUMNS: Final = "id, organization_id, storage_key, source_url, filename, content_type, size_bytes, created_at"
 _WRITTEN: Final = "id, organization_id, storage_key, filename, content_type, size_bytes"
-_SUFFIX: Final = re.compile(r"\.[a-z0-9]{1,8}")
+SUFFIX: Final = re.compile(r"\.[a-z0-9]{1,8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def new_id() -> UUID:
 def upload_key(organization_id: int, video_id: UUID, filename: str | None) -> str:
     """Where an upload lies. Of the caller's name only a harmless suffix is kept: the name itself stands in the row."""
     suffix = PurePosixPath(filename or "").suffix.lower()
-    return f"o/{organization_id}/videos/{video_id}/source{suffix if _SUFFIX.fullmatch(suffix) else ''}"
+    return f"o/{organization_id}/videos/{video_id}/source{suffix if SUFFIX.fullmatch(suffix) else ''}"
 
 
 def create_upload(

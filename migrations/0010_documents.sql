@@ -5,17 +5,21 @@ create table agentflow.documents (
     organization_id bigint not null references agentflow.organizations,
     source_id text not null check (source_id <> ''),  -- the caller's name for it: handed in again, it is a new version of the same
     title text not null,
-    kind text not null,                               -- pdf, docx, pptx, xlsx, html, markdown, text, csv, video
+    kind text not null,                               -- pdf, docx, pptx, xlsx, html, markdown, text, csv, video; unknown: not read yet
     language text,                                    -- ISO 639-1 of most of the text
     storage_key text,                                 -- the file, where there is one
+    filename text,                                    -- of an upload, as the caller named it
+    content_type text,
     source_url text,
+    video_id uuid,                                    -- where its source is the analysis of a video
     content_hash bytea check (length(content_hash) = 32),   -- SHA-256 of the file or text; null until it was read
     size_bytes bigint,
     text text,                                        -- the extracted text, to which all offsets refer
     chunker text,                                     -- name and version of what cut it
     version integer not null default 1,               -- raised whenever other content was stored
     facts jsonb not null default '{}',                -- pages, author, words …
-    job_id uuid,                                      -- the job that read it last
+    job_id uuid,                                      -- the job that read it last, or may write it now
+    chain_id uuid,                                    -- the first job of the chain that was asked for last: that one, or an analysis
     error jsonb,                                      -- of the last attempt to read it, as in a job
     created_at timestamptz not null default clock_timestamp(),
     updated_at timestamptz not null default clock_timestamp(),

@@ -81,6 +81,17 @@ parameters = {{ account_id = "{removed}" }}
 include-path = "/crm/oauth/callback"
 parameters = {{ state = "{state}", referer = "example.kommo.com", code = "c" }}
 
+[[operations]]
+include-path = "/api/knowledge/documents/{{document_id}}"
+include-method = "DELETE"
+parameters = {{ document_id = "{deleted_document}" }}
+
+# What a form holds is read as text: no file is wrong, nor a title that looks like a number.
+[[operations]]
+include-path = "/api/knowledge/documents"
+include-method = "POST"
+checks.negative_data_rejection.enabled = false
+
 # Texts in a form and the bare bytes of an upload mean nothing to the API: there is no wrong file.
 [[operations]]
 include-path = "/api/videos"
@@ -255,6 +266,10 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
     kommo = {"source": "kommo", "name": "x", "config": {"account_id": "0197d0a0-0000-7000-8000-000000000001"}}
     path = web.http.post("/api/webhook-endpoints", json=kommo).json()["path"]
     endpoint = web.http.post("/api/webhook-endpoints", json={"source": "github", "name": "x"}).json()["id"]
+
+    def document() -> str:
+        return str(web.http.post("/api/knowledge/documents", json={"text": "A text."}).json()["document_id"])
+
     return {
         "endpoint": endpoint,
         "event": web.http.post(path, content=b"leads[add][0][id]=1").json()["event_id"],
@@ -267,6 +282,7 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
         "task": task["task_id"],
         "video": task["video_id"],
         "key": key(),
+        "deleted_document": document(),
         "revoked": key(),
         "schedule": schedule("kept"),
         "unwanted": schedule("unwanted"),

@@ -137,7 +137,8 @@ def test_an_analysis_of_an_upload_or_a_url_is_a_task(client: FlaskClient, conn: 
         row = conn.execute(
             "select type, payload from agentflow.jobs where id = %s", (answer.json["task_id"],)
         ).fetchone()
-        assert row == ("analyze_video", {"video_id": answer.json["video_id"]})
+        assert row == ("analyze_video", {"video_id": answer.json["video_id"], "index": False})
+        assert answer.json["document_id"] is None
     assert of_upload.json["video_id"] == video
     assert count(conn, "videos") == 2
 

@@ -24,6 +24,7 @@ from web import (
     endpoints,
     graph,
     jobs,
+    knowledge,
     organizations,
     problems,
     rules,
@@ -54,7 +55,7 @@ def create_app(system: System) -> Flask:
     app.after_request(_end)
     problems.install(app)
     groups = (
-        *(jobs.routes, callbacks.routes, videos.routes, graph.routes, artefacts.routes),
+        *(jobs.routes, callbacks.routes, videos.routes, knowledge.routes, graph.routes, artefacts.routes),
         *(endpoints.routes, webhook_events.routes, webhooks.routes),
         *(crm.routes, crm_oauth.routes, schedules.routes),
         *(organizations.routes, rules.routes, status.system_routes, status.open_routes),

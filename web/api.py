@@ -218,13 +218,13 @@ def read_query(model: type[Model]) -> Model:
         if len(given) > 1:
             raise invalid(name, "is given more than once", "query")
         values[name] = given[0]
-    return _validated(lambda: model.model_validate_strings(values), "query")
+    return validated(lambda: model.model_validate_strings(values), "query")
 
 
 def read_headers(model: type[Model]) -> Model:
     names = [f.alias or name for name, f in model.model_fields.items()]
     values = {name: request.headers[name] for name in names if name in request.headers}
-    return _validated(lambda: model.model_validate_strings(values, by_alias=True), "header")
+    return validated(lambda: model.model_validate_strings(values, by_alias=True), "header")
 
 
 def read_json(model: type[Model], max_bytes: int = MAX_JSON_BYTES) -> Model:
@@ -242,7 +242,7 @@ def read_json(model: type[Model], max_bytes: int = MAX_JSON_BYTES) -> Model:
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON: {error}") from None
     _refuse_huge_numbers(parsed)
-    return _validated(lambda: model.model_validate_json(data), "body")
+    return validated(lambda: model.model_validate_json(data), "body")
 
 
 def read_bytes(max_bytes: int) -> bytes:
@@ -276,7 +276,7 @@ def _refuse_huge_numbers(value: Any) -> None:
             raise Refused(422, "a number in the body is too large to be kept")
 
 
-def _validated(validate: Callable[[], Model], where: str) -> Model:
+def validated(validate: Callable[[], Model], where: str) -> Model:
     try:
         return validate()
     except ValidationError as error:

@@ -37,13 +37,13 @@ MAX_CALLBACK_ORIGINS: Final = 20
 _FIRST, _LAST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9998, 1, 1, tzinfo=UTC)
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
     if not is_storable(text):
         raise ValueError("holds a NUL character or half of a surrogate pair, which cannot be stored")
     return text
 
 
-Word = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_storable)]
+Word = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(storable)]
 
 
 def _number(value: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from typing import Final
 
 from flask import request
@@ -19,18 +19,21 @@ FIELD: Final = "file"
 #: Boundaries and headers of a form around the file itself.
 FORM_BYTES: Final = 64 << 10
 _MAX_PARTS: Final = 10
+#: Of one text in a form, beside the file.
+_MAX_FIELD_BYTES: Final = 8 << 10
 #: RFC 2046, 5.1.1
 _BOUNDARY: Final = re.compile(r"[ -~]{1,70}")
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A file that is whole in storage under `key`."""
+    """A file that is whole in storage under `key`; `fields` are the texts that came in the same form."""
 
     key: str
     filename: str | None
     content_type: str | None
     size_bytes: int
+    fields: dict[str, str] = field(default_factory=dict)
 
 
 def store_raw(
@@ -46,13 +49,15 @@ def store_raw(
     return Stored(key, name, content_type, writer.size)
 
 
-def store_form(storage: Storage, max_bytes: int, key_of: Callable[[str | None], str]) -> Stored:
-    """The part `file` of a multipart/form-data body (RFC 7578); the form has no other part."""
+def store_form(
+    storage: Storage, max_bytes: int, key_of: Callable[[str | None], str], *, fields: Collection[str] = ()
+) -> Stored:
+    """The part `file` of a multipart/form-data body (RFC 7578); of other parts the form may have these texts, each once."""
     boundary = parse_options_header(request.content_type)[1].get("boundary", "")
     if not _BOUNDARY.fullmatch(boundary):
         raise Refused(400, "multipart/form-data without a boundary")
-    parts = _Parts(boundary.encode(), max_bytes)
-    first = parts.next_part()
+    parts = _Parts(boundary.encode(), max_bytes, fields)
+    first = parts.next_file()
     if first is None:
         raise invalid(FIELD, "is missing")
     name = _clean(first.filename)
@@ -63,28 +68,51 @@ def store_form(storage: Storage, max_bytes: int, key_of: Callable[[str | None], 
             writer.write(piece)
         if not writer.size:
             raise invalid(FIELD, "is empty")
-        if parts.next_part() is not None:  # also reads to the end: a form that was cut off is none
+        if parts.next_file() is not None:  # also reads to the end: a form that was cut off is none
             raise invalid(FIELD, "is given more than once")
-    return Stored(key, name, content_type, writer.size)
+    return Stored(key, name, content_type, writer.size, parts.fields)
 
 
 class _Parts:
     """A form's parts, read as they come. werkzeug's own parser would write the file to a temporary one first."""
 
-    def __init__(self, boundary: bytes, max_bytes: int) -> None:
+    def __init__(self, boundary: bytes, max_bytes: int, fields: Collection[str]) -> None:
         self._decoder = MultipartDecoder(boundary, max_parts=_MAX_PARTS)
         self._pieces = pieces(max_bytes + FORM_BYTES)
+        self._known = fields
+        self.fields: dict[str, str] = {}
 
-    def next_part(self) -> File | None:
-        """The next file; None at the end of the form."""
+    def next_file(self) -> File | None:
+        """The next file, after the texts that stand before it; None at the end of the form."""
         while True:
             event = self._event()
             if isinstance(event, Epilogue):
                 return None
-            if isinstance(event, Field) or (isinstance(event, File) and event.name != FIELD):
-                raise invalid(str(event.name)[:100], f"is not known here: the form has one part, the file {FIELD!r}")
-            if isinstance(event, File):
+            if isinstance(event, Field) and event.name in self._known:
+                self._read_field(event.name)
+            elif isinstance(event, Field) or (isinstance(event, File) and event.name != FIELD):
+                known = "".join(f", {name!r}" for name in self._known)
+                raise invalid(
+                    str(event.name)[:100],
+                    f"is not known here: the form has the file {FIELD!r}{known}"
+                    if known
+                    else f"is not known here: the form has one part, the file {FIELD!r}",
+                )
+            elif isinstance(event, File):
                 return event
+
+    def _read_field(self, name: str) -> None:
+        if name in self.fields:
+            raise invalid(name, "is given more than once")
+        value = b""
+        for piece in self.data():
+            value += piece
+            if len(value) > _MAX_FIELD_BYTES:
+                raise invalid(name, f"is longer than {_MAX_FIELD_BYTES} bytes")
+        try:
+            self.fields[name] = value.decode()
+        except UnicodeDecodeError:
+            raise invalid(name, "is not UTF-8") from None
 
     def data(self) -> Iterator[bytes]:
         more = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import suppress
 from datetime import datetime
 from typing import Annotated, Any, Final
@@ -12,9 +13,12 @@ from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, model_va
 
 from agentflow import analysis, videos
 from agentflow.jobs.intake import NewJob
+from agentflow.jobs.model import Job
+from agentflow.knowledge import documents
 from agentflow.storage import StorageError
+from agentflow.system import Transaction
 from agentflow.videos import Video
-from web import jobs, outlook, uploads
+from web import jobs, knowledge, outlook, uploads
 from web.api import Answer, Body, Call, Query, Routes, View, read_json
 from web.problems import Refused
 
@@ -54,16 +58,22 @@ class AnalyzeRequest(Body):
     # Left out, but never null: the default is not checked, and stands in no schema.
     video_id: UUID = Field(default_factory=lambda: None, description="From `POST /api/videos`")  # type: ignore[assignment]
     url: Url = Field(default_factory=lambda: None)  # type: ignore[assignment]
+    index: bool = Field(
+        False, description="Make a document of the knowledge base, `video:<video_id>`, of what was said and seen"
+    )
+    graph: bool = Field(False, description="With `index`: extract entities and relations from it, too")
 
     @model_validator(mode="after")
     def _one(self) -> AnalyzeRequest:
         if (self.video_id is None) == (self.url is None):
             raise ValueError("give either video_id or url")
+        if self.graph and not self.index:
+            raise ValueError("graph needs index=true: it is extracted from the document")
         return self
 
 
 class UploadQuery(Query):
-    filename: Annotated[str, Field(max_length=255), AfterValidator(jobs._storable)] | None = Field(
+    filename: Annotated[str, Field(max_length=255), AfterValidator(jobs.storable)] | None = Field(
         None, description="The name of a file that is sent as the bare body"
     )
 
@@ -90,6 +100,7 @@ class TaskCreated(View):
     status: str = "queued"
     message: str
     video_id: UUID
+    document_id: UUID | None = Field(description="With `index`: see `/api/knowledge/documents/{document_id}`")
 
 
 def _part(**properties: Any) -> dict[str, Any]:
@@ -225,6 +236,7 @@ def analyze(call: Call, body: AnalyzeRequest, headers: jobs.BatchHeaders) -> Ans
     key = headers.idempotency_key
     if body.url is not None:
         _check(call, body.url)
+    knowledge.check_graph(call, body.graph)
     with call.system.transaction() as transaction:
         if body.url is not None:
             # The same key makes the same video, so that the repeated request is the same job.
@@ -237,10 +249,13 @@ def analyze(call: Call, body: AnalyzeRequest, headers: jobs.BatchHeaders) -> Ans
             if found is None:
                 raise _unknown(body.video_id)
             video = found
-        new = NewJob(type=TYPE, payload={"video_id": str(video.id)}, idempotency_key=key)
-        job = transaction.submit(video.organization_id, new).job
+        new = NewJob(type=TYPE, payload={"video_id": str(video.id), "index": body.index}, idempotency_key=key)
+        if body.index:
+            job, document_id = _indexed(transaction, video, new, graph=body.graph)
+        else:
+            job, document_id = transaction.submit(video.organization_id, new).job, None
     return Answer(
-        TaskCreated(task_id=job.id, message="The video will be analysed.", video_id=video.id),
+        TaskCreated(task_id=job.id, message="The video will be analysed.", video_id=video.id, document_id=document_id),
         202,
         {"Location": f"/api/videos/task/{job.id}/status"},
     )
@@ -274,6 +289,16 @@ def status(call: Call, task_id: UUID, query: jobs.WaitQuery) -> TaskStatus:
         failed_at=job.finished_at if job.state == "failed" else None,
         cancelled_at=job.finished_at if job.state == "cancelled" else None,
     )
+
+
+def _indexed(transaction: Transaction, video: Video, new: NewJob, *, graph: bool) -> tuple[Job, UUID]:
+    """The document is there from the beginning, so that it can be looked at; the job that reads it follows the analysis."""
+    document = documents.of_video(transaction.conn, video.organization_id, video.id, title=video.filename)
+    then = (documents.reading(document.id, graph=graph),)
+    submitted = transaction.submit(video.organization_id, dataclasses.replace(new, then=then))
+    if submitted.created:
+        documents.ask(transaction.conn, document, chain_id=submitted.job.id, job_id=None)
+    return submitted.job, document.id
 
 
 def _create_url(call: Call, body: VideoByUrl) -> Video:

@@ -7,17 +7,21 @@ the analysis goes there, too: a job that a model's limit has parked goes on from
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from pydantic import Field
+
 from actors.analyze_video import understanding
 from actors.analyze_video.keeping import STORE_SHARE, Keeping
 from agentflow import USER_AGENT, fetch, videos
 from agentflow.errors import Permanent
 from agentflow.jobs.registry import Payload, job
+from agentflow.knowledge import documents
 from agentflow.storage import NotStored
 from agentflow.videos import Video
 from agentflow.worker.running import JobContext
@@ -30,6 +34,7 @@ _DOWNLOAD_LIMIT_S = 1800.0
 
 class AnalyzeVideo(Payload):
     video_id: UUID
+    index: bool = Field(False, description="Make a document of the knowledge base of what was said and seen")
 
 
 def folder(organization_id: int, job_id: UUID, payload: AnalyzeVideo) -> str:
@@ -59,7 +64,22 @@ def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
         with Keeping(context, prefix, out) as keeping:
             analysis = _earlier(context, prefix) or _analyzed(context, video, Path(scratch), keeping)
             analysis |= _understood(context, analysis, out, prefix)
+    if payload.index:
+        _index(context, video)
     return {"video_id": str(video.id), "filename": video.filename, **analysis}
+
+
+def _index(context: JobContext, video: Video) -> None:
+    """Whoever asked by the API has made the document already, and the job that reads it follows by itself."""
+    job = context.job
+    with context.system.transaction() as transaction:
+        conn, organization = transaction.conn, job.organization_id
+        document = documents.of_video(conn, organization, video.id, title=video.filename)
+        if document.chain_id == job.id:
+            return
+        reading = dataclasses.replace(documents.reading(document.id, graph=False), idempotency_key=f"index:{job.id}")
+        submitted = transaction.submit(organization, reading).job
+        documents.ask(conn, document, chain_id=submitted.id, job_id=submitted.id)
 
 
 def _analyzed(context: JobContext, video: Video, folder: Path, keeping: Keeping) -> dict[str, Any]:

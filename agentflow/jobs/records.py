@@ -83,6 +83,53 @@ def children(conn: Connection, job_id: UUID, organization_id: int | None = EVERY
     return [job_from_row(row) for row in rows]
 
 
+def newest(
+    conn: Connection, organization_id: int, type_: str, payload: dict[str, Any], states: tuple[State, ...]
+) -> Job | None:
+    """The newest job of this type in one of these states with this in its payload, if one is still kept."""
+    row = conn.execute(
+        f"select {JOB_COLUMNS} from agentflow.jobs j where j.organization_id = %s and j.type = %s"  # noqa: S608 - constants
+        " and j.state || '' = any (%s) and j.payload @> %s::jsonb order by j.created_at desc limit 1",
+        (organization_id, type_, list(states), json.dumps(payload)),
+    ).fetchone()
+    return job_from_row(row) if row else None
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A job of a chain; `job` is None as long as the one before it has not succeeded."""
+
+    id: UUID
+    type: str
+    job: Job | None
+
+
+def chains(conn: Connection, organization_id: int | None, first: list[UUID]) -> dict[UUID, list[Link]]:
+    """By the id of its first job, each chain with all its `then` jobs, in their order. Those that were cleaned up are missing."""
+    planned: dict[UUID, list[tuple[UUID, str]]] = {}
+    for id_, type_, then in conn.execute(
+        "select j.id, j.type, j.then_jobs from agentflow.jobs j where j.id = any (%(ids)s)"
+        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)",
+        {"ids": first, "organization": organization_id},
+    ).fetchall():
+        planned[id_] = [(id_, type_), *_planned(then)]
+    ids = [id_ for links in planned.values() for id_, _ in links]
+    rows = conn.execute(
+        f"select {_LISTED} from agentflow.jobs j where j.id = any (%(ids)s)"  # noqa: S608 - constants
+        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)",
+        {"ids": ids, "organization": organization_id},
+    ).fetchall()
+    jobs = {job.id: job for job in map(job_from_row, rows)}
+    return {id_: [Link(each, type_, jobs.get(each)) for each, type_ in links] for id_, links in planned.items()}
+
+
+def _planned(then: list[dict[str, Any]] | None) -> list[tuple[UUID, str]]:
+    found: list[tuple[UUID, str]] = []
+    for child in then or ():
+        found += [(UUID(child["id"]), child["type"]), *_planned(child.get("then"))]
+    return found
+
+
 def cancel(conn: Connection, organization_id: int, job_id: UUID) -> tuple[State | None, list[UUID]]:
     """Cancel a queued job, ask for the end of a running one. Returns its state now (None: no such job) and ids to ring."""
     row = conn.execute("select * from agentflow.cancel_1(%s, %s)", (organization_id, job_id)).fetchone()

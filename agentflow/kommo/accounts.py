@@ -15,7 +15,7 @@ from agentflow.database import Connection
 from agentflow.jobs.intake import NewJob, Submitted
 from agentflow.jobs.model import Priority
 from agentflow.jobs.unique import Unique
-from agentflow.secrets import Sealer
+from agentflow.secrets import Sealer, context_of
 
 if TYPE_CHECKING:
     from agentflow.system import Transaction
@@ -77,9 +77,13 @@ _COLUMNS: Final = ", ".join(Account.__dataclass_fields__)
 _SEEN: Final = "(%(organization)s::bigint is null or organization_id = %(organization)s) and state <> 'removed'"
 
 
+def purpose(what: str) -> str:
+    return f"crm_account_{what}"
+
+
 def context(organization_id: int, account_id: UUID, what: str) -> str:
     """What a sealed value is bound to."""
-    return f"crm_account:{organization_id}:{account_id}:{what}"
+    return context_of(purpose(what), organization_id, account_id)
 
 
 def create(
