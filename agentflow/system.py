@@ -24,6 +24,7 @@ from agentflow.database import Connection, Database, Unavailable
 from agentflow.jobs import dispatch, intake, records, rules, statistics
 from agentflow.jobs.intake import NewJob, Prepared, Submitted
 from agentflow.jobs.model import Job, Ring, State
+from agentflow.knowledge.embedding import Embeddings
 from agentflow.limits import Limits
 from agentflow.links import Links
 from agentflow.live import Live, Rows
@@ -38,6 +39,7 @@ from agentflow.storage.supabase import SupabaseStorage
 logger = log.get(__name__)
 
 WAIT_MOST_S: Final = 25.0
+_QUESTION_S: Final = 8.0
 
 
 @dataclass
@@ -237,6 +239,12 @@ class System:
         return Models(self.settings)
 
     @cached_property
+    def embeddings(self) -> Embeddings:
+        if self.kind == "web":  # where people wait for an answer
+            return Embeddings(self.settings, timeout_s=_QUESTION_S)
+        return Embeddings(self.settings, nice=5)
+
+    @cached_property
     def links(self) -> Links:
         return Links(self.settings.link_secret or self._installation_secret("links"))
 
@@ -307,6 +315,8 @@ class System:
             self.broker.close()
         if "models" in self.__dict__:
             self.models.close()
+        if "embeddings" in self.__dict__:
+            self.embeddings.close()
         if "database" in self.__dict__:
             self.database.close()
         if self._embedded is not None:

@@ -36,7 +36,7 @@ class Question:
 def passages() -> dict[str, str]:
     """Text by id."""
     lines = [line for name in FILES[:2] for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
-    return {id: text for id, text in (line.split("\t") for line in lines)}
+    return dict(line.split("\t") for line in lines)
 
 
 def questions() -> list[Question]:

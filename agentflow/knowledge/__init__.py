@@ -1,0 +1,1 @@
+"""The knowledge base: documents as chunks of text, their vectors, and the search over both."""
