@@ -1,9 +1,9 @@
 """Search in the knowledge base: by meaning (vectors) and by words (Postgres full text), fused by reciprocal rank.
 
 Each finds what the other cannot: a question in other words than its answer, and a name or number that means nothing. A list
-gives a hit 1 / (60 + rank), as in Cormack, Clarke and Büttcher, "Reciprocal Rank Fusion" (SIGIR 2009). The list by words is
-weighed by how much of the question a hit has, rare words counting more: of a long question nearly every text has some word, and
-a hit by "how" alone should not stand beside the first by meaning.
+gives a hit 1 / (60 + rank), as in Cormack, Clarke and Büttcher, "Reciprocal Rank Fusion" (SIGIR 2009). A hit by words counts by
+how much of the question it has, rare words more than common ones, and only from a share of that on: of a long question nearly
+every text has some word, and should not stand beside the first by meaning for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ CANDIDATES: Final = 60
 #: Words of a question that count; what is longer is no question.
 _MOST_WORDS: Final = 24
 #: A word in more chunks than this says little about any of them, and looking at all of them takes long.
-_COMMON: Final = 600
+_COMMON: Final = 1000
+#: Of how many chunks they are counted; above it a word is rare or not as it would be among so many.
+_MOST_TEXTS: Final = 20_000
+#: What a hit by words must have of the question. ops/bench/retrieval.py finds the same with anything from 0.33 to 0.6.
+_LEAST_SHARE: Final = 0.4
 _RANK_OFFSET: Final = 60
 #: What the index looks at before it is sure of its nearest, and the most when a filter throws many away.
 _BREADTH: Final = 120
@@ -132,7 +136,7 @@ def search(
         words = _words(conn, question)
         if mode != "vector":
             by_words = _by_words(conn, organization_id, words, filters)
-        ranked = fused(by_meaning, by_words)
+        ranked = fused(by_meaning, by_words, _LEAST_SHARE if by_meaning else 0.0)
         hits = _hits(conn, organization_id, [place for place, _ in ranked[: 2 * limit]], words)
     chosen = []
     seen: set[str] = set()
@@ -154,13 +158,16 @@ def search(
     return Found(chosen[:limit], model.title if model else None, problem)
 
 
-def fused(by_meaning: Mapping[Place, float], by_words: Mapping[Place, float]) -> list[tuple[Place, float]]:
-    """Both lists, each in its order, as one. Values of the second are its weights, 0 to 1."""
+def fused(
+    by_meaning: Mapping[Place, float], by_words: Mapping[Place, float], least_share: float = _LEAST_SHARE
+) -> list[tuple[Place, float]]:
+    """Both lists, each in its order, as one. Values of the second are shares of the question, 0 to 1."""
     scores: dict[Place, float] = {}
     for place, rank in _ranks(by_meaning).items():
         scores[place] = 1 / (_RANK_OFFSET + rank)
     for place, rank in _ranks(by_words).items():
-        scores[place] = scores.get(place, 0.0) + by_words[place] / (_RANK_OFFSET + rank)
+        if by_words[place] >= least_share:
+            scores[place] = scores.get(place, 0.0) + by_words[place] / (_RANK_OFFSET + rank)
     # Of two with the same score, the one that has the words.
     return sorted(scores.items(), key=lambda item: (-item[1], -by_words.get(item[0], 0.0), item[0]))
 
@@ -286,15 +293,9 @@ def _by_words(conn: Connection, organization_id: int, words: Sequence[str], filt
     if not words:
         return {}
     given = {"organization": organization_id, "words": list(words), "common": _COMMON, **filters.parameters}
-    frequencies = dict(
-        conn.execute(
-            "select w.word, (select count(*) from (select from agentflow.chunks c where c.organization_id = %(organization)s"
-            " and c.lexemes @@ quote_literal(w.word)::tsquery limit %(common)s) x)"
-            " from unnest(%(words)s::text[]) w(word)",
-            given,
-        ).fetchall()
-    )
-    weights = {word: math.log(1 + _COMMON / max(1, frequencies[word])) for word in words}
+    counted = conn.execute(_COUNTED, {**given, "most_texts": _MOST_TEXTS}).fetchall()
+    texts, frequencies = counted[0][2], {word: frequency for word, frequency, _ in counted}
+    weights = {word: _weight(frequencies[word], texts) for word in words}
     rare = [word for word in words if 0 < frequencies[word] < _COMMON]
     if not any(frequencies.values()):
         return {}
@@ -314,6 +315,23 @@ def _by_words(conn: Connection, organization_id: int, words: Sequence[str], filt
     return {(document_id, position): round(weight / whole, 4) for document_id, position, weight in rows}
 
 
+def _weight(frequency: int, texts: int) -> float:
+    """Inverse document frequency, as BM25 has it."""
+    return math.log(1 + (max(texts, frequency) - frequency + 0.5) / (frequency + 0.5))
+
+
+_COUNTED: Final = """
+select w.word, (
+    select count(*) from (
+        select from agentflow.chunks c
+        where c.organization_id = %(organization)s and c.lexemes @@ quote_literal(w.word)::tsquery limit %(common)s
+    ) x
+), (
+    select count(*) from (
+        select from agentflow.chunks c where c.organization_id = %(organization)s limit %(most_texts)s
+    ) x
+) from unnest(%(words)s::text[]) w(word)
+"""
 _WITH_WORDS: Final = """
 select f.document_id, f.position, f.weight from (
     select c.document_id, c.position, c.lexemes, (

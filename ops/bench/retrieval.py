@@ -40,9 +40,10 @@ def main() -> None:
     }
     figures = {
         group: {
-            mode: dict(
-                zip(("recall@10", "ndcg@10"), (round(mean(v), 4) for v in zip(*(of[i] for i in ids), strict=True)))
-            )
+            mode: {
+                "recall@10": round(mean(of[id][0] for id in ids), 4),
+                "ndcg@10": round(mean(of[id][1] for id in ids), 4),
+            }
             for mode, of in of_each.items()
         }
         for group, ids in groups.items()
