@@ -14,7 +14,7 @@ if "AGENTFLOW_CHILD" not in os.environ:
     if surplus.is_surplus():
         surplus.take_nothing()
     else:
-        from actors import deliver_callback  # noqa: F401
+        from actors import backfill_embeddings, deliver_callback  # noqa: F401
         from actors.analyze_video import job as analyze_video  # noqa: F401
         from actors.ping import job as ping  # noqa: F401
         from agentflow.worker.process import make_global

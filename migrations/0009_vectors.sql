@@ -51,7 +51,7 @@ begin
     execute format(
         'create table if not exists agentflow.vectors (
             organization_id bigint not null,
-            model_id smallint not null references agentflow.embedding_models,
+            model_id smallint not null,                -- no foreign key: its row goes last, and would be looked for in all of them
             chunk_key bytea not null,
             vector %I.halfvec storage plain,          -- of length 1; null: the model refuses the text
             error jsonb,                              -- and why

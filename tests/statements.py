@@ -24,7 +24,10 @@ FOLDER: Final = "AGENTFLOW_TEST_STATEMENTS"
 
 #: What belongs to no organization, or says itself whose it is.
 SHARED: Final = frozenset(
-    {"organizations", "installation", "migrations", "workers", "concurrency_keys", "window_1", "share_1"}
+    {
+        *("organizations", "installation", "migrations", "workers", "concurrency_keys", "window_1", "share_1"),
+        *("embedding_models", "prepare_vectors_1"),
+    }
 )
 
 #: Statements for all organizations at once, by a piece of their text (of functions without their version), each with its reason.
@@ -55,6 +58,8 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "delete from agentflow.workers w": "retention of workers' rows, not while one holds a job",
     "select count(*) filter (where id >= ": "what was done lately, for the operator and the metrics",
     "from agentflow.jobs j where true": "the operator's list of all jobs",
+    "from (select distinct on (organization_id, key) tokens from agentflow.chunks": "what another embedding model would cost",
+    "from agentflow.vectors v where v.model_id = %s and v.vector is not null": "how far the embedding models are filled",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
 }
 

@@ -15,7 +15,7 @@ from flask import Flask, Response, g, request
 
 from agentflow import metrics
 from agentflow.system import System
-from web import artefacts, callbacks, docs, jobs, organizations, problems, status, videos
+from web import artefacts, callbacks, docs, embedding_models, jobs, organizations, problems, search, status, videos
 from web.access import Access
 from web.api import Services, mount
 from web.waiting import Seats
@@ -38,6 +38,7 @@ def create_app(system: System) -> Flask:
     problems.install(app)
     groups = (
         *(jobs.routes, callbacks.routes, videos.routes, artefacts.routes),
+        *(search.routes, embedding_models.routes),
         *(organizations.routes, status.system_routes, status.open_routes),
     )
     for routes in groups:

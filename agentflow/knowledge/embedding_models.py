@@ -73,10 +73,18 @@ def add(
     return added
 
 
+def hold(conn: Connection, model_id: int) -> bool:
+    """Whether vectors of this model may be written; until the transaction ends it does not become an old one."""
+    query = "select from agentflow.embedding_models where id = %s and state <> 'old' for share"
+    return conn.execute(query, (model_id,)).fetchone() is not None
+
+
 def switch(conn: Connection, model_id: int) -> None:
-    """From here on it is searched with. In the caller's transaction, which has seen that no vector is missing."""
+    """From the end of the caller's transaction on it is searched with. Raises LookupError where it was given up meanwhile."""
     conn.execute("update agentflow.embedding_models set state = 'old' where state = 'active' and id <> %s", (model_id,))
-    conn.execute("update agentflow.embedding_models set state = 'active' where id = %s", (model_id,))
+    query = "update agentflow.embedding_models set state = 'active' where id = %s and state <> 'old'"
+    if conn.execute(query, (model_id,)).rowcount == 0:
+        raise LookupError(f"embedding model {model_id} was given up")
 
 
 def retire(conn: Connection, model_id: int) -> bool:

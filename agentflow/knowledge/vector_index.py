@@ -65,8 +65,11 @@ def drop_all(system: System, model_id: int) -> None:
     with system.database.connection() as conn:
         rows = conn.execute(
             "select c.relname from pg_index i join pg_class c on c.oid = i.indexrelid"
-            " where i.indrelid = to_regclass('agentflow.vectors') and starts_with(c.relname, %s)",
-            (f"vectors_near_{model_id}_",),
+            " where i.indrelid = to_regclass(%s) and starts_with(c.relname, %s)",
+            (
+                "agentflow.vectors",
+                f"vectors_near_{model_id}_",
+            ),
         ).fetchall()
     for (name,) in rows:
         with closing(system.database.connect(answer_timeout_s=_BUILD_S)) as conn:

@@ -73,9 +73,6 @@ class Spending:
 
 def why_not(conn: Connection) -> str | None:
     """Why there can be no vectors in this database; None: there can."""
-    row = conn.execute("select to_regclass('agentflow.vectors') is not null").fetchone()
-    if row is not None and row[0]:
-        return None
     row = conn.execute("select agentflow.prepare_vectors_1()").fetchone()
     return str(row[0]) if row is not None and row[0] is not None else None
 
@@ -193,13 +190,34 @@ def count(
     return (int(row[0]), int(row[1])) if row is not None else (0, 0)
 
 
+def volume(conn: Connection) -> tuple[int, int]:
+    """Of all organizations: how many different texts, and about how many tokens they are."""
+    row = conn.execute(
+        "select count(*), coalesce(sum(c.tokens), 0) from (select distinct on (organization_id, key) tokens"
+        " from agentflow.chunks order by organization_id, key) c"
+    ).fetchone()
+    return (int(row[0]), int(row[1])) if row is not None else (0, 0)
+
+
+def extent(conn: Connection, model: EmbeddingModel) -> tuple[int, int]:
+    """Of all organizations: how many vectors a model has, and how many texts lack one."""
+    row = conn.execute(
+        "select (select count(*) from agentflow.vectors v where v.model_id = %s and v.vector is not null),"
+        " (select count(*) from (select distinct organization_id, key from agentflow.chunks) c"
+        " where not exists (select from agentflow.vectors v where v.organization_id = c.organization_id"
+        " and v.model_id = %s and v.chunk_key = c.key))",
+        (model.id, model.id),
+    ).fetchone()
+    return (int(row[0]), int(row[1])) if row is not None else (0, 0)
+
+
 def drop_orphans(conn: Connection, organization_id: int, keys: Sequence[bytes]) -> int:
     """Delete the vectors of those keys that no chunk of the organization has any more, in the caller's transaction, which
     has deleted the chunks. Until it ends, no vectors of the organization are written."""
     if not keys:
         return 0
-    row = conn.execute("select to_regclass('agentflow.vectors') is not null").fetchone()
-    if row is None or not row[0]:
+    row = conn.execute("select to_regclass(%s)", ("agentflow.vectors",)).fetchone()
+    if row is None or row[0] is None:
         return 0
     _lock(conn, organization_id, shared=False)
     return conn.execute(
@@ -249,24 +267,25 @@ def _store(
     found: Sequence[Vector | Refused],
 ) -> None:
     """Of chunks that are gone by now nothing is written, nor of a model that was given up."""
+    if not embedding_models.hold(conn, model.id):
+        return
     _lock(conn, organization_id, shared=True)
     vector_index.find_types(conn)
     conn.execute(
         "insert into agentflow.vectors (organization_id, model_id, chunk_key, vector, error)"
-        " select %s, m.id, n.key, n.vector::halfvec, n.error"
+        " select %s, %s, n.key, n.vector::halfvec, n.error"
         " from unnest(%s::bytea[], %s::text[], %s::jsonb[]) n(key, vector, error)"
-        " join agentflow.embedding_models m on m.id = %s and m.state <> 'old'"
         " where exists (select from agentflow.chunks c where c.organization_id = %s and c.key = n.key)"
         " on conflict do nothing",
         (
             organization_id,
+            model.id,
             [missing.key for missing in batch],
             [None if isinstance(each, Refused) else each for each in found],
             [
                 Jsonb({"code": each.code, "message": each.message}) if isinstance(each, Refused) else None
                 for each in found
             ],
-            model.id,
             organization_id,
         ),
     )
@@ -278,10 +297,10 @@ def _lock(conn: Connection, organization_id: int, *, shared: bool) -> None:
     conn.execute(f"select {function}(hashtextextended('agentflow.vectors:' || %s, 7))".encode(), (organization_id,))
 
 
-def delete_some(conn: Connection, model_id: int, limit: int = 2000) -> int:
-    """A part of an old model's vectors; 0 when none is left."""
+def delete_some(conn: Connection, organization_id: int, model_id: int, limit: int = 2000) -> int:
+    """A part of an organization's vectors of an old model; 0 when none is left."""
     return conn.execute(
-        "delete from agentflow.vectors where ctid = any (array(select ctid from agentflow.vectors where model_id = %s"
-        " limit %s))",
-        (model_id, limit),
+        "delete from agentflow.vectors where organization_id = %s and model_id = %s and chunk_key in ("
+        "select chunk_key from agentflow.vectors where organization_id = %s and model_id = %s limit %s)",
+        (organization_id, model_id, organization_id, model_id, limit),
     ).rowcount
