@@ -60,17 +60,14 @@ def add(
     passage_prefix: str,
     query_prefix: str,
     state: Literal["active", "backfilling"],
-) -> EmbeddingModel:
-    """The model of these names in this state, or the one that is in this state already."""
+) -> EmbeddingModel | None:
+    """The model that is in this state now: this one, or another that was there before. None: this one is still an old one."""
     conn.execute(
         "insert into agentflow.embedding_models (provider, name, dimensions, passage_prefix, query_prefix, state)"
         " values (%s, %s, %s, %s, %s, %s) on conflict do nothing",
         (provider, name, dimensions, passage_prefix, query_prefix, state),
     )
-    added = of_state(conn, state)
-    if added is None:  # it stands there in another state: a switch is under way
-        raise LookupError(f"{provider}/{name} is {'the active' if state == 'backfilling' else 'another'} model already")
-    return added
+    return of_state(conn, state)
 
 
 def hold(conn: Connection, model_id: int) -> bool:
@@ -79,12 +76,14 @@ def hold(conn: Connection, model_id: int) -> bool:
     return conn.execute(query, (model_id,)).fetchone() is not None
 
 
-def switch(conn: Connection, model_id: int) -> None:
-    """From the end of the caller's transaction on it is searched with. Raises LookupError where it was given up meanwhile."""
-    conn.execute("update agentflow.embedding_models set state = 'old' where state = 'active' and id <> %s", (model_id,))
-    query = "update agentflow.embedding_models set state = 'active' where id = %s and state <> 'old'"
-    if conn.execute(query, (model_id,)).rowcount == 0:
-        raise LookupError(f"embedding model {model_id} was given up")
+def switch(conn: Connection, model_id: int) -> bool:
+    """From the end of the caller's transaction on it is searched with. False: it was given up meanwhile."""
+    query = "select from agentflow.embedding_models where id = %s and state = 'backfilling' for update"
+    if conn.execute(query, (model_id,)).fetchone() is None:
+        return False
+    conn.execute("update agentflow.embedding_models set state = 'old' where state = 'active'")
+    conn.execute("update agentflow.embedding_models set state = 'active' where id = %s", (model_id,))
+    return True
 
 
 def retire(conn: Connection, model_id: int) -> bool:

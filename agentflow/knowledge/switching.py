@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from agentflow import log, organizations
-from agentflow.errors import Permanent
+from agentflow.errors import Permanent, Transient
 from agentflow.jobs.intake import NewJob
 from agentflow.knowledge import embedding_models, vector_index, vectors
 from agentflow.knowledge.embedding_models import EmbeddingModel, Provider
@@ -67,9 +67,10 @@ def estimate(system: System, caller: Caller, title: str) -> Estimate:
 
 
 def switch(context: JobContext, title: str) -> dict[str, Any]:
-    """Fill, switch, delete; of the active model fill what is missing. Returns `model`, `vectors` made, `refused`, and the cost that the provider named.
+    """Fill, switch, delete; of the active model fill what is missing.
 
-    Raises WrongModel where another switch is under way, NoVectors, and what `Embeddings` does.
+    Returns `model`, `vectors` made, `refused`, and the cost that the provider named. Raises WrongModel where another switch
+    is under way, NoVectors, and what `Embeddings` does.
     """
     system = context.system
     spending = Spending(context)
@@ -88,7 +89,8 @@ def switch(context: JobContext, title: str) -> dict[str, Any]:
             break
     if model.state == "backfilling":
         with system.database.transaction() as conn:
-            embedding_models.switch(conn, model.id)
+            if not embedding_models.switch(conn, model.id):
+                raise WrongModel(f"the switch to {model.title} was given up")
         logger.info("searches use another embedding model now", model=model.title)
     context.progress(_FILL_END, "deleting the old vectors")
     delete_old(context)
@@ -140,8 +142,10 @@ def _begun(system: System, caller: Caller, title: str) -> EmbeddingModel:
                 *prefixes,
             ):
                 return model
-        state = "backfilling" if known else "active"
+        state: Literal["active", "backfilling"] = "backfilling" if known else "active"
         added = embedding_models.add(conn, provider, name, dimensions, *prefixes, state=state)
+    if added is None:
+        raise Transient(f"what was made of {title} before is still being deleted", code="model_being_deleted")
     if added.title != title:
         raise WrongModel(f"a switch to {added.title} is under way: let it end, or discard it")
     return added

@@ -92,7 +92,8 @@ def to_fill(system: System, caller: Caller) -> list[EmbeddingModel]:
     dimensions = system.embeddings.dimensions(caller, provider, name)
     with system.database.transaction() as conn:
         prefixes = system.embeddings.prefixes(provider)
-        return [embedding_models.add(conn, provider, name, dimensions, *prefixes, state="active")]
+        added = embedding_models.add(conn, provider, name, dimensions, *prefixes, state="active")
+    return [added] if added is not None else to_fill(system, caller)
 
 
 def embed_missing(context: JobContext, document_id: UUID, *, share_done: float, share_end: float) -> dict[str, Any]:
@@ -141,7 +142,8 @@ def fill(
     model: EmbeddingModel,
     document_id: UUID | None = None,
 ) -> Iterator[Stored]:
-    """Make what a document, or all of an organization, lacks; yields after each batch, which is committed by then."""
+    """Make what a document, or all of an organization, lacks; yields after each batch, which is committed by then. Ends where
+    the model is given up or replaced meanwhile."""
     after = b""
     while True:
         with system.database.connection() as conn:
@@ -152,7 +154,8 @@ def fill(
         for batch in batches(page):
             found = _patiently(system, context, caller, model, [missing.text for missing in batch])
             with system.database.transaction() as conn:
-                _store(conn, organization_id, model, batch, found)
+                if not _store(conn, organization_id, model, batch, found):
+                    return
             refused = sum(isinstance(each, Refused) for each in found)
             yield Stored(len(batch) - refused, refused, sum(missing.tokens for missing in batch))
 
@@ -265,10 +268,10 @@ def _store(
     model: EmbeddingModel,
     batch: Sequence[Missing],
     found: Sequence[Vector | Refused],
-) -> None:
-    """Of chunks that are gone by now nothing is written, nor of a model that was given up."""
+) -> bool:
+    """Of chunks that are gone by now nothing is written, nor of a model that is an old one by now: False."""
     if not embedding_models.hold(conn, model.id):
-        return
+        return False
     _lock(conn, organization_id, shared=True)
     vector_index.find_types(conn)
     conn.execute(
@@ -289,12 +292,13 @@ def _store(
             organization_id,
         ),
     )
+    return True
 
 
 def _lock(conn: Connection, organization_id: int, *, shared: bool) -> None:
     """Until the transaction ends."""
     function = "pg_advisory_xact_lock_shared" if shared else "pg_advisory_xact_lock"
-    conn.execute(f"select {function}(hashtextextended('agentflow.vectors:' || %s, 7))".encode(), (organization_id,))
+    conn.execute(f"select {function}(hashtextextended('vectors of ' || %s, 7))".encode(), (organization_id,))
 
 
 def delete_some(conn: Connection, organization_id: int, model_id: int, limit: int = 2000) -> int:
