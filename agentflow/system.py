@@ -39,7 +39,6 @@ from agentflow.storage.supabase import SupabaseStorage
 logger = log.get(__name__)
 
 WAIT_MOST_S: Final = 25.0
-_QUESTION_S: Final = 8.0
 
 
 @dataclass
@@ -240,9 +239,8 @@ class System:
 
     @cached_property
     def embeddings(self) -> Embeddings:
-        if self.kind == "web":  # where people wait for an answer
-            return Embeddings(self.settings, timeout_s=_QUESTION_S)
-        return Embeddings(self.settings, nice=5)
+        # A worker's other threads renew leases: they come first.
+        return Embeddings(self.settings, nice=0 if self.kind == "web" else 5)
 
     @cached_property
     def links(self) -> Links:

@@ -58,6 +58,7 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "delete from agentflow.workers w": "retention of workers' rows, not while one holds a job",
     "select count(*) filter (where id >= ": "what was done lately, for the operator and the metrics",
     "from agentflow.jobs j where true": "the operator's list of all jobs",
+    'create index concurrently "vectors_near_': "an index over one organization's vectors, whose number is its condition",
     "from (select distinct on (organization_id, key) tokens from agentflow.chunks": "what another embedding model would cost",
     "from agentflow.vectors v where v.model_id = %s and v.vector is not null": "how far the embedding models are filled",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",

@@ -101,7 +101,9 @@ BODIES: dict[str, Any] = {
     "/api/keys": {"name": "x", "scopes": ["read"]},
     "/api/callback-secrets": {},
     "/api/keys/{key_id}/rotate": {},
+    "/api/knowledge/models": {"model": "local/universal-sentence-encoder-multilingual-3"},
 }
+QUERIES: dict[str, dict[str, str]] = {"/api/knowledge/search": {"q": "anything"}}
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class Route:
         if self.path == "/api/videos/analyze":
             body = {"video_id": things["video_id"]}
         path = re.sub(r"{(\w+)}", lambda match: things[match.group(1)], self.path)
-        return client.open(path, method=self.method, json=body if self.method == "POST" else None)
+        json = body if self.method == "POST" else None
+        return client.open(path, method=self.method, json=json, query_string=QUERIES.get(self.path))
 
 
 def routes(app: Any) -> list[Route]:

@@ -7,12 +7,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
 
 import psutil
 import psycopg
 import pytest
 
+from agentflow import settings
 from agentflow.errors import JobError, Permanent, Transient, Wait
 from agentflow.knowledge import embedding_models, encoder, vectors
 from agentflow.knowledge.encoder import Encoder
@@ -126,7 +126,7 @@ def test_batches_keep_to_the_budget_of_tokens(remote: System, vendor: ModelServe
 def test_what_was_used_up_is_told_and_returned(environment: dict[str, str], conn: psycopg.Connection) -> None:
     with model_server() as vendor:
         named = {"OPENROUTER_API_KEY": KEY, "OPENROUTER_BASE_URL": vendor.url, "EMBEDDINGS_MODEL": "openai/small"}
-        system = System.start(_settings({**environment, **named}), "test")
+        system = System.start(settings.load({**environment, **named}), "test")
         context = Context(system)
 
         result = embed(context, add_document(conn, pages(3)))
@@ -138,12 +138,6 @@ def test_what_was_used_up_is_told_and_returned(environment: dict[str, str], conn
         **{"tokens_in": 19, "usd": pytest.approx(0.0002)},
     }
     assert context.told[-1] == (1.0, "vectors")
-
-
-def _settings(environment: dict[str, str]) -> Any:
-    from agentflow import settings
-
-    return settings.load(environment)
 
 
 def test_prefixes_stand_before_what_is_found_and_what_is_looked_for(

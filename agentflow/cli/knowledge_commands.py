@@ -52,6 +52,7 @@ def show_models(as_json: bool) -> None:
         if why := vectors.why_not(conn):
             raise Failure(str(vectors.NoVectors(why)))
         found = [(model, *vectors.extent(conn, model)) for model in embedding_models.every(conn)]
+        wanted = "/".join(system.embeddings.configured())
     if as_json:
         for model, made, missing in found:
             said = {"model": model.title, "state": model.state, "dimensions": model.dimensions}
@@ -60,7 +61,9 @@ def show_models(as_json: bool) -> None:
         rows = [(m.title, m.state, str(m.dimensions), str(made), str(missing)) for m, made, missing in found]
         output.console().print(output.table(("model", "state", "dimensions", "vectors", "missing"), rows))
     else:
-        print("no vectors yet: the first document makes them with the model of the settings")
+        print(f"no vectors yet: the first document makes them with {wanted}")
+    if found and wanted not in [model.title for model, _, _ in found] and not as_json:
+        print(f"the settings name {wanted}: `agentflow knowledge switch {wanted}` takes it into use")
 
 
 def switch(title: str, *, sure: bool) -> None:

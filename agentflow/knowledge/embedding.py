@@ -25,6 +25,7 @@ TEXTS_AT_ONCE: Final = EMBEDDINGS_AT_ONCE
 #: The server's word on these texts, not on the account or the model.
 _OF_THE_TEXT: Final = frozenset({"model_too_large", "model_bad_request", "model_refused"})
 _PROBE: Final = "What is this about?"
+_QUESTION_S: Final = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,10 @@ class Embeddings:
     model_dimensions where the server has another model under that name, and what `Models.embed` does.
     """
 
-    def __init__(self, settings: Settings, *, nice: int = 0, timeout_s: float | None = None) -> None:
-        self._settings = settings.model_copy(update={"llm_timeout": min(settings.llm_timeout, timeout_s or math.inf)})
+    def __init__(self, settings: Settings, *, nice: int = 0) -> None:
+        self._settings = settings
         self._encoder = Encoder(nice=nice)
-        self._models: dict[tuple[Provider, str], Models] = {}
+        self._models: dict[tuple[Provider, str, float], Models] = {}
         self._sane: set[tuple[Provider, str]] = set()  # what has answered with a vector
 
     def configured(self) -> tuple[Provider, str]:
@@ -86,11 +87,12 @@ class Embeddings:
         return len(vector)
 
     def question(self, caller: Caller, model: EmbeddingModel, text: str) -> Vector | Refused:
-        return self._made(caller, model, [_prefixed(model.query_prefix, text)])[0]
+        """Gives up early: somebody waits for the answer."""
+        return self._made(caller, model, [_prefixed(model.query_prefix, text)], _QUESTION_S)[0]
 
     def passages(self, caller: Caller, model: EmbeddingModel, texts: Sequence[str]) -> list[Vector | Refused]:
         """For each text its vector, or why there is none. Give at most TEXTS_AT_ONCE with TOKENS_AT_ONCE in all."""
-        return self._made(caller, model, [_prefixed(model.passage_prefix, text) for text in texts])
+        return self._made(caller, model, [_prefixed(model.passage_prefix, text) for text in texts], math.inf)
 
     @property
     def encoder_pid(self) -> int | None:
@@ -101,47 +103,55 @@ class Embeddings:
         for models in self._models.values():
             models.close()
 
-    def _of(self, provider: Provider, name: str) -> Models:
+    def _of(self, provider: Provider, name: str, timeout_s: float = math.inf) -> Models:
         """The client for a provider: the other's settings taken away, which would win or fill in."""
-        if (provider, name) not in self._models:
-            other = (
-                {"embeddings_base_url": None, "llm_base_url": None}
-                if provider == "openrouter"
-                else {"openrouter_api_key": None}
+        if (provider, name, timeout_s) not in self._models:
+            other = {"openrouter": ("embeddings_base_url", "llm_base_url")}.get(provider, ("openrouter_api_key",))
+            settings = self._settings.model_copy(
+                update={
+                    **dict.fromkeys(other),
+                    "embeddings_model": name,
+                    "llm_timeout": min(self._settings.llm_timeout, timeout_s),
+                }
             )
-            settings = self._settings.model_copy(update={**other, "embeddings_model": name})
-            self._models[provider, name] = Models(settings)
-        return self._models[provider, name]
+            self._models[provider, name, timeout_s] = Models(settings)
+        return self._models[provider, name, timeout_s]
 
-    def _made(self, caller: Caller, model: EmbeddingModel, texts: list[str]) -> list[Vector | Refused]:
+    def _made(
+        self, caller: Caller, model: EmbeddingModel, texts: list[str], timeout_s: float
+    ) -> list[Vector | Refused]:
         if model.provider == "local":
             return list(self._encoder.vectors(texts, caller.check))
-        return self._isolating(caller, model, texts)
+        return self._isolating(caller, model, texts, self._of(model.provider, model.name, timeout_s))
 
-    def _isolating(self, caller: Caller, model: EmbeddingModel, texts: list[str]) -> list[Vector | Refused]:
+    def _isolating(
+        self, caller: Caller, model: EmbeddingModel, texts: list[str], client: Models
+    ) -> list[Vector | Refused]:
         try:
-            found = self._asked(caller, model, texts)
+            found = self._asked(caller, model, texts, client)
         except Permanent as error:
             if error.code not in _OF_THE_TEXT:
                 raise
             if len(texts) == 1:
-                self._see_that_it_answers(caller, model)
+                self._see_that_it_answers(caller, model, client)
                 return [Refused(error.code, str(error))]
             middle = len(texts) // 2
             return [
-                *self._isolating(caller, model, texts[:middle]),
-                *self._isolating(caller, model, texts[middle:]),
+                *self._isolating(caller, model, texts[:middle], client),
+                *self._isolating(caller, model, texts[middle:], client),
             ]
         if len(texts) > 1:  # some servers answer with NaN for all of a batch in which one text is odd
-            return [v or self._isolating(caller, model, [text])[0] for v, text in zip(found, texts, strict=True)]
+            return [
+                v or self._isolating(caller, model, [text], client)[0] for v, text in zip(found, texts, strict=True)
+            ]
         if found[0] is None:
-            self._see_that_it_answers(caller, model)
+            self._see_that_it_answers(caller, model, client)
             return [Refused("model_bad_answer", "the model's vector of this text is not made of numbers")]
         return [found[0]]
 
-    def _asked(self, caller: Caller, model: EmbeddingModel, texts: list[str]) -> list[Vector | None]:
+    def _asked(self, caller: Caller, model: EmbeddingModel, texts: list[str], client: Models) -> list[Vector | None]:
         """None for what is no direction: NaN, infinity, or all zero."""
-        rows = self._of(model.provider, model.name).embed(caller, texts, model=model.name)
+        rows = client.embed(caller, texts, model=model.name)
         if rows and len(rows[0]) != model.dimensions:
             raise Permanent(
                 f"{model.title} answers with {len(rows[0])} numbers where it had {model.dimensions}: it is another model"
@@ -153,11 +163,11 @@ class Embeddings:
             self._sane.add((model.provider, model.name))
         return found
 
-    def _see_that_it_answers(self, caller: Caller, model: EmbeddingModel) -> None:
+    def _see_that_it_answers(self, caller: Caller, model: EmbeddingModel, client: Models) -> None:
         """A server that refuses whatever it is asked must not have every text marked as refused. Raises its refusal."""
         if (model.provider, model.name) in self._sane:
             return
-        if self._asked(caller, model, [_PROBE]) == [None]:
+        if self._asked(caller, model, [_PROBE], client) == [None]:
             raise Permanent(f"{model.title} makes no vectors of numbers, of any text", code="model_bad_answer")
 
 

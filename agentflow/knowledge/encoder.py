@@ -37,6 +37,7 @@ class Encoder:
     def __init__(self, *, nice: int = 0) -> None:
         self._nice = nice
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
         # The only thread that talks to the child: those of jobs are interrupted in the middle of anything.
         self._turns = ThreadPoolExecutor(1, thread_name_prefix="encoder")
 
@@ -60,6 +61,7 @@ class Encoder:
         return process.pid if process is not None and process.poll() is None else None
 
     def close(self) -> None:
+        self._closed = True
         self._turns.shutdown(wait=False, cancel_futures=True)
         if self._process is not None:
             self._process.kill()
@@ -79,6 +81,8 @@ class Encoder:
         raise AssertionError("not reached")
 
     def _running(self) -> subprocess.Popen[bytes]:
+        if self._closed:
+            raise Transient("the encoder is closed", code="child_died")
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __name__, str(self._nice)],

@@ -224,8 +224,9 @@ def _nearest(
     }
     if not filters.documents and vector_index.exists(conn, organization_id, model.id):
         conn.execute(
+            # Without `enable_sort` the index is used even where the planner believes that sorting all of them is cheaper.
             "select set_config('hnsw.ef_search', %s, true), set_config('hnsw.iterative_scan', 'strict_order', true),"
-            " set_config('hnsw.max_scan_tuples', %s, true), set_config('enable_seqscan', 'off', true)",
+            " set_config('hnsw.max_scan_tuples', %s, true), set_config('enable_sort', 'off', true)",
             (str(_BREADTH), str(_WIDEST)),
         )
         found = _read(conn, _by_index(organization_id, model, filters), given)
