@@ -15,17 +15,8 @@ from agentflow.cli.errors import USAGE, Failure
 from agentflow.errors import JobError
 from agentflow.jobs.intake import NewJob
 from agentflow.knowledge import embedding_models, search, switching, vectors
+from agentflow.knowledge.embedding import Unpaid
 from agentflow.organizations import DEFAULT_ORGANIZATION
-
-
-class _Operator:
-    """Asks for one vector, and pays."""
-
-    def check(self) -> None:
-        pass
-
-    def spent(self, **measures: float) -> None:
-        pass
 
 
 def search_for(question: str, org: str, limit: int, as_json: bool) -> None:
@@ -52,7 +43,10 @@ def show_models(as_json: bool) -> None:
         if why := vectors.why_not(conn):
             raise Failure(str(vectors.NoVectors(why)))
         found = [(model, *vectors.extent(conn, model)) for model in embedding_models.every(conn)]
-        wanted = "/".join(system.embeddings.configured())
+        try:
+            wanted = "/".join(system.embeddings.configured())
+        except JobError as error:
+            raise Failure(str(error), USAGE) from None
     if as_json:
         for model, made, missing in found:
             said = {"model": model.title, "state": model.state, "dimensions": model.dimensions}
@@ -69,7 +63,7 @@ def show_models(as_json: bool) -> None:
 def switch(title: str, *, sure: bool) -> None:
     with connected() as system:
         try:
-            estimate = switching.estimate(system, _Operator(), title)
+            estimate = switching.estimate(system, Unpaid(), title)
         except JobError as error:
             raise Failure(str(error), USAGE if isinstance(error, switching.WrongModel) else 1) from None
         cost = f"about ${estimate.usd:.4f}" if estimate.usd is not None else "no price was named"

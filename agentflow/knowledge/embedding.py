@@ -36,6 +36,16 @@ class Refused:
     message: str
 
 
+class Unpaid:
+    """Who asks for a single vector, outside of any job: not told what it cost."""
+
+    def check(self) -> None:
+        pass
+
+    def spent(self, **measures: float) -> None:
+        pass
+
+
 #: As pgvector reads it, of length 1.
 Vector = str
 

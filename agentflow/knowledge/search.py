@@ -18,7 +18,7 @@ from agentflow import log
 from agentflow.database import Connection
 from agentflow.errors import JobError
 from agentflow.knowledge import embedding_models, vector_index, vectors
-from agentflow.knowledge.embedding import Refused
+from agentflow.knowledge.embedding import Refused, Unpaid
 from agentflow.knowledge.embedding_models import EmbeddingModel
 from agentflow.models.client import Caller
 
@@ -126,7 +126,7 @@ def search(
     problem = None
     if mode != "text":
         try:
-            model, by_meaning = _by_meaning(system, organization_id, question, filters, caller or _Nobody())
+            model, by_meaning = _by_meaning(system, organization_id, question, filters, caller or Unpaid())
         except Unsearchable as error:
             if mode == "vector":
                 raise
@@ -174,16 +174,6 @@ def fused(
 
 def _ranks(places: Iterable[Place]) -> dict[Place, int]:
     return {place: rank for rank, place in enumerate(places, 1)}
-
-
-class _Nobody:
-    """Asks, and is not told what it cost."""
-
-    def check(self) -> None:
-        pass
-
-    def spent(self, **measures: float) -> None:
-        pass
 
 
 # ---- by meaning ----
