@@ -120,6 +120,7 @@ def embed_missing(context: JobContext, document_id: UUID, *, share_done: float, 
             vector_index.ensure(system, organization_id, model)
         if {model.id for model in to_fill(system, spending)} <= {model.id for model in models}:
             break  # else one was added meanwhile
+    context.progress(share_end, "vectors")
     reused = max(0, texts * len(models) - made - refused)
     cost = {name: value for name, value in spending.measures.items() if name in ("tokens_in", "usd")}
     return {"model": models[0].title, "vectors": made, "reused": reused, "refused": refused, **cost}
