@@ -138,6 +138,19 @@ def test_of_chunks_with_the_same_text_one_is_shown(remote: System, conn: psycopg
     assert sorted(texts(find(remote, "dog"))) == ["A payment came.", "The dog sleeps."]
 
 
+def test_a_text_that_stands_in_very_many_documents_crowds_no_other_out(
+    remote: System, conn: psycopg.Connection
+) -> None:
+    for _ in range(search.CANDIDATES + 5):
+        last = add_document(conn, ["The dog sleeps."])
+    embed(Context(remote), last)
+    embed(Context(remote), add_document(conn, ["A puppy is awake."]))
+
+    assert sorted(texts(find(remote, "dog", "vector"))) == ["A puppy is awake.", "The dog sleeps."]
+    assert sorted(texts(find(remote, "dogs awake", "text"))) == ["A puppy is awake.", "The dog sleeps."]
+    assert find(remote, "dog").hits[0].text_rank == find(remote, "dog").hits[0].vector_rank == 1
+
+
 @pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
 def test_filters_keep_to_a_language_and_to_documents(remote: System, conn: psycopg.Connection, mode: Mode) -> None:
     english = add_document(conn, ["A dog 5", "Another dog 5"], language="en")

@@ -209,36 +209,30 @@ def _nearest(
 ) -> dict[Place, float]:
     vector_index.find_types(conn)
     given = {
-        **{"organization": organization_id, "model": model.id, "vector": vector, "most": CANDIDATES},
+        **{"organization": organization_id, "vector": vector, "most": CANDIDATES},
         **filters.parameters,
     }
     if not filters.documents and vector_index.exists(conn, organization_id, model.id):
+        # Without `enable_sort` the index is used even where the planner believes that sorting all of them is cheaper.
         conn.execute(
-            # Without `enable_sort` the index is used even where the planner believes that sorting all of them is cheaper.
             "select set_config('hnsw.ef_search', %s, true), set_config('hnsw.iterative_scan', 'strict_order', true),"
             " set_config('hnsw.max_scan_tuples', %s, true), set_config('enable_sort', 'off', true)",
             (str(_BREADTH), str(_WIDEST)),
         )
-        found = _read(conn, _by_index(organization_id, model, filters), given)
+        found = _read(conn, _nearest_query(organization_id, model, filters, by_index=True), given)
         if len(found) == CANDIDATES or filters == Filters():
             return found
     # Exact: of few vectors, of some documents, or in a language that is rare here.
-    return _read(conn, _EXACT.replace("/* filters */", filters.condition), given)
+    return _read(conn, _nearest_query(organization_id, model, filters, by_index=False), given)
 
 
-#: Of chunks with the same text the first is meant.
-_EXACT: Final = """
-select distinct on (n.distance, n.chunk_key) n.document_id, n.position, n.distance from (
-    select c.document_id, c.position, v.chunk_key, v.vector <=> %(vector)s::halfvec as distance
-    from agentflow.vectors v join agentflow.chunks c on c.organization_id = v.organization_id and c.key = v.chunk_key
-    where v.organization_id = %(organization)s and v.model_id = %(model)s and v.vector is not null /* filters */
-    order by distance limit %(most)s
-) n order by n.distance, n.chunk_key, n.document_id, n.position
-"""
+def _nearest_query(organization_id: int, model: EmbeddingModel, filters: Filters, *, by_index: bool) -> str:
+    """Of chunks with the same text the first is meant.
 
-
-def _by_index(organization_id: int, model: EmbeddingModel, filters: Filters) -> str:
-    """Numbers stand in the text itself: the index is for these alone, and the planner has to see that they are meant."""
+    Numbers stand in the text itself: the index is for these alone, and the planner has to see that they are meant. Without the
+    cast no index fits, and all are looked at.
+    """
+    vector = f"v.vector::halfvec({model.dimensions:d})" if by_index else "v.vector"
     matching = (
         f" and exists (select from agentflow.chunks c where c.organization_id = %(organization)s"
         f" and c.key = v.chunk_key{filters.condition})"
@@ -247,7 +241,7 @@ def _by_index(organization_id: int, model: EmbeddingModel, filters: Filters) -> 
     )
     return f"""
 with near as materialized (
-    select v.chunk_key, v.vector::halfvec({model.dimensions:d}) <=> %(vector)s::halfvec({model.dimensions:d}) as distance
+    select v.chunk_key, {vector} <=> %(vector)s::halfvec({model.dimensions:d}) as distance
     from agentflow.vectors v
     where v.organization_id = {organization_id:d} and v.model_id = {model.id:d} and v.vector is not null{matching}
     order by distance limit %(most)s
@@ -323,15 +317,18 @@ select w.word, (
     ) x
 ) from unnest(%(words)s::text[]) w(word)
 """
+#: Here, too, of chunks with the same text the first is meant.
 _WITH_WORDS: Final = """
-select f.document_id, f.position, f.weight from (
-    select c.document_id, c.position, c.lexemes, (
-        select sum(w.weight) from unnest(%(words)s::text[], %(weights)s::double precision[]) w(word, weight)
-        where c.lexemes @@ quote_literal(w.word)::tsquery
-    ) as weight
-    from agentflow.chunks c
-    where c.organization_id = %(organization)s and c.lexemes @@ %(wanted)s::tsquery /* filters */ limit %(looked_at)s
-) f order by f.weight desc, ts_rank_cd(f.lexemes, %(wanted)s::tsquery, 1) desc, f.document_id, f.position limit %(most)s
+select t.document_id, t.position, t.weight from (
+    select distinct on (f.key) f.* from (
+        select c.document_id, c.position, c.key, c.lexemes, (
+            select sum(w.weight) from unnest(%(words)s::text[], %(weights)s::double precision[]) w(word, weight)
+            where c.lexemes @@ quote_literal(w.word)::tsquery
+        ) as weight
+        from agentflow.chunks c
+        where c.organization_id = %(organization)s and c.lexemes @@ %(wanted)s::tsquery /* filters */ limit %(looked_at)s
+    ) f order by f.key, f.document_id, f.position
+) t order by t.weight desc, ts_rank_cd(t.lexemes, %(wanted)s::tsquery, 1) desc, t.document_id, t.position limit %(most)s
 """
 
 

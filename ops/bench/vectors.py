@@ -164,8 +164,9 @@ def recall(system: System, model: embedding_models.EmbeddingModel, question: str
         by_index = list(search._nearest(conn, ORGANIZATION, model, vector, Filters()).items())[:10]
     with system.database.transaction() as conn:
         vector_index.find_types(conn)
-        given = {"organization": ORGANIZATION, "model": model.id, "vector": vector, "most": 10}
-        exact: dict[tuple[UUID, int], float] = search._read(conn, search._EXACT.replace("/* filters */", ""), given)
+        given = {"organization": ORGANIZATION, "vector": vector, "most": 10}
+        query = search._nearest_query(ORGANIZATION, model, Filters(), by_index=False)
+        exact: dict[tuple[UUID, int], float] = search._read(conn, query, given)
     furthest = max(exact.values()) + 1e-6  # of two at the same distance, either will do
     return sum(distance <= furthest for _, distance in by_index) / 10
 
