@@ -47,7 +47,7 @@ class SwitchStarted(View):
 
 
 class Discarded(View):
-    model: str
+    model: str | None = Field(description="What is given up; null: no switch was under way")
 
 
 @routes.get("/api/knowledge/models", {200: ModelList}, scope="admin")
@@ -93,11 +93,8 @@ def switch_model(call: Call, body: SwitchRequest) -> Answer:
     return Answer(SwitchStarted(job_id=submitted.job.id, texts=texts, tokens=tokens), 202)
 
 
-@routes.post("/api/knowledge/models/discard", {200: Discarded}, scope="admin", problems=(409,))
+@routes.post("/api/knowledge/models/discard", {200: Discarded}, scope="admin")
 def discard_model(call: Call) -> Discarded:
     """Give up a switch that is under way; the active model stays, what was made of the other is deleted by a job."""
     with call.system.transaction() as transaction:
-        dropped = switching.discard(transaction)
-    if dropped is None:
-        raise Refused(409, "no switch is under way")
-    return Discarded(model=dropped)
+        return Discarded(model=switching.discard(transaction))
