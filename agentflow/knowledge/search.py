@@ -219,19 +219,18 @@ def _nearest(
             " set_config('hnsw.max_scan_tuples', %s, true), set_config('enable_sort', 'off', true)",
             (str(_BREADTH), str(_WIDEST)),
         )
-        found = _read(conn, _nearest_query(organization_id, model, filters, by_index=True), given)
-        if len(found) == CANDIDATES or filters == Filters():
-            return found
+        near = _read(conn, _nearest_query(organization_id, model, filters, by_index=True), given)
+        conn.execute("select set_config('enable_sort', 'on', true)")
+        if len(near) == CANDIDATES or filters == Filters():
+            return _places(conn, organization_id, near, filters)
     # Exact: of few vectors, of some documents, or in a language that is rare here.
-    return _read(conn, _nearest_query(organization_id, model, filters, by_index=False), given)
+    near = _read(conn, _nearest_query(organization_id, model, filters, by_index=False), given)
+    return _places(conn, organization_id, near, filters)
 
 
 def _nearest_query(organization_id: int, model: EmbeddingModel, filters: Filters, *, by_index: bool) -> str:
-    """Of chunks with the same text the first is meant.
-
-    Numbers stand in the text itself: the index is for these alone, and the planner has to see that they are meant. Without the
-    cast no index fits, and all are looked at.
-    """
+    """Numbers stand in the text itself: the index is for these alone, and the planner has to see that they are meant. Without
+    the cast no index fits, and all are looked at."""
     vector = f"v.vector::halfvec({model.dimensions:d})" if by_index else "v.vector"
     matching = (
         f" and exists (select from agentflow.chunks c where c.organization_id = %(organization)s"
@@ -240,24 +239,31 @@ def _nearest_query(organization_id: int, model: EmbeddingModel, filters: Filters
         else ""
     )
     return f"""
-with near as materialized (
-    select v.chunk_key, {vector} <=> %(vector)s::halfvec({model.dimensions:d}) as distance
-    from agentflow.vectors v
-    where v.organization_id = {organization_id:d} and v.model_id = {model.id:d} and v.vector is not null{matching}
-    order by distance limit %(most)s
-)
-select c.document_id, c.position, n.distance from near n cross join lateral (
-    select c.document_id, c.position from agentflow.chunks c
-    where c.organization_id = %(organization)s and c.key = n.chunk_key{filters.condition}
-    order by c.document_id, c.position limit 1
-) c order by n.distance
+select v.chunk_key, {vector} <=> %(vector)s::halfvec({model.dimensions:d}) as distance
+from agentflow.vectors v
+where v.organization_id = {organization_id:d} and v.model_id = {model.id:d} and v.vector is not null{matching}
+    and v.organization_id = %(organization)s
+order by distance limit %(most)s
 """  # noqa: S608 - numbers
 
 
-def _read(conn: Connection, query: str, given: Mapping[str, Any]) -> dict[Place, float]:
+def _read(conn: Connection, query: str, given: Mapping[str, Any]) -> dict[bytes, float]:
     # Not prepared: a plan for any organization would have to do without the index of one.
-    rows = conn.execute(query.encode(), given, prepare=False).fetchall()
-    return {(document_id, position): float(distance) for document_id, position, distance in rows}
+    return {key: float(distance) for key, distance in conn.execute(query.encode(), given, prepare=False).fetchall()}
+
+
+def _places(
+    conn: Connection, organization_id: int, near: Mapping[bytes, float], filters: Filters
+) -> dict[Place, float]:
+    """Where the texts of these keys stand, in their order; of chunks with the same text the first is meant."""
+    rows = conn.execute(
+        f"select distinct on (c.key) c.key, c.document_id, c.position from agentflow.chunks c"  # noqa: S608 - ours
+        f" where c.organization_id = %(organization)s and c.key = any (%(keys)s){filters.condition}"
+        " order by c.key, c.document_id, c.position".encode(),
+        {"organization": organization_id, "keys": list(near), **filters.parameters},
+    ).fetchall()
+    places = {key: (document_id, position) for key, document_id, position in rows}
+    return {places[key]: distance for key, distance in near.items() if key in places}
 
 
 # ---- by words ----

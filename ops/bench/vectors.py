@@ -16,7 +16,6 @@ import re
 import time
 from pathlib import Path
 from statistics import mean, quantiles
-from uuid import UUID
 
 import numpy as np
 import psutil
@@ -166,7 +165,7 @@ def recall(system: System, model: embedding_models.EmbeddingModel, question: str
         vector_index.find_types(conn)
         given = {"organization": ORGANIZATION, "vector": vector, "most": 10}
         query = search._nearest_query(ORGANIZATION, model, Filters(), by_index=False)
-        exact: dict[tuple[UUID, int], float] = search._read(conn, query, given)
+        exact = search._read(conn, query, given)
     furthest = max(exact.values()) + 1e-6  # of two at the same distance, either will do
     return sum(distance <= furthest for _, distance in by_index) / 10
 
