@@ -210,7 +210,14 @@ class Settings(BaseModel):
     llm_timeout: Seconds = Field(180.0, description="Seconds until a model's answer is given up")
     embeddings_base_url: str | None = Field(None, description="An OpenAI-compatible server for embeddings")
     embeddings_api_key: SecretStr | None = Field(None, description="Its key, where it wants one")
-    embeddings_model: str | None = Field(None, description="Its model; at OpenRouter `openai/text-embedding-3-small`")
+    embeddings_model: str | None = Field(
+        None,
+        description="Its model, or OpenRouter's (`openai/text-embedding-3-small`); unset: the local one, which needs no server",
+    )
+    embeddings_passage_prefix: str | None = Field(
+        None, description="What the model wants before a text that is to be found: `passage:` for E5"
+    )
+    embeddings_query_prefix: str | None = Field(None, description="And before a question: `query:` for E5")
     transcription_base_url: str | None = Field(None, description="An OpenAI-compatible server for speech")
     transcription_api_key: SecretStr | None = Field(None, description="Its key, where it wants one")
     transcription_model: str | None = Field(None, description="Its model; at OpenRouter `openai/whisper-1`")

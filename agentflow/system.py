@@ -26,6 +26,7 @@ from agentflow.database import Connection, Database, Unavailable
 from agentflow.jobs import dispatch, intake, records, rules, statistics
 from agentflow.jobs.intake import NewJob, Prepared, Submitted
 from agentflow.jobs.model import Job, Ring, State
+from agentflow.knowledge.embedding import Embeddings
 from agentflow.limits import Limits
 from agentflow.links import Links
 from agentflow.live import Live, Rows
@@ -255,6 +256,11 @@ class System:
         return Connections("Kommo", "crm")
 
     @cached_property
+    def embeddings(self) -> Embeddings:
+        # A worker's other threads renew leases: they come first.
+        return Embeddings(self.settings, nice=0 if self.kind == "web" else 5)
+
+    @cached_property
     def links(self) -> Links:
         return Links(self.settings.link_secret or self._installation_secret("links"))
 
@@ -337,6 +343,8 @@ class System:
             self.models.close()
         if "crm_connections" in self.__dict__:
             self.crm_connections.close()
+        if "embeddings" in self.__dict__:
+            self.embeddings.close()
         if "database" in self.__dict__:
             self.database.close()
         if self._embedded is not None:

@@ -34,6 +34,8 @@ SHARED: Final = frozenset(
         "share_1",
         "durations",
         "paces",
+        "embedding_models",
+        "prepare_vectors_1",
     }
 )
 
@@ -93,6 +95,9 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "with old as materialized (select endpoint_id, entity from": "retention of the states of their entities",
     "from agentflow.webhook_endpoints e left join lateral": "the alarm for silent endpoints, and its metrics",
     "select id, organization_id, sealed from agentflow.": "rotate-key: every sealed value, whoever's it is",
+    'create index concurrently "vectors_near_': "an index over one organization's vectors, whose number is its condition",
+    "from (select distinct on (organization_id, key) tokens from agentflow.chunks": "what another embedding model would cost",
+    "from agentflow.vectors v where v.model_id = %s and v.vector is not null": "how far the embedding models are filled",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
 }
 

@@ -138,7 +138,9 @@ BODIES: dict[str, Any] = {
     "/api/webhook-endpoints/{endpoint_id}/rotate": {"kind": "token"},
     "/api/webhook-events/{event_id}/replay": {},
     "/api/webhook-events/replay": {},
+    "/api/knowledge/models": {"model": "local/universal-sentence-encoder-multilingual-3"},
 }
+QUERIES: dict[str, dict[str, str]] = {"/api/knowledge/search": {"q": "anything"}}
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ class Route:
         if self.path == "/api/videos/analyze":
             body = {"video_id": things["video_id"]}
         path = re.sub(r"{(\w+)}", lambda match: things[match.group(1)], self.path)
-        return client.open(path, method=self.method, json=body if self.method != "GET" else None)
+        json = body if self.method != "GET" else None
+        return client.open(path, method=self.method, json=json, query_string=QUERIES.get(self.path))
 
 
 def routes(app: Any) -> list[Route]:

@@ -21,6 +21,7 @@ from web import (
     crm,
     crm_oauth,
     docs,
+    embedding_models,
     endpoints,
     graph,
     jobs,
@@ -29,6 +30,7 @@ from web import (
     problems,
     rules,
     schedules,
+    search,
     status,
     videos,
     webhook_events,
@@ -56,6 +58,7 @@ def create_app(system: System) -> Flask:
     problems.install(app)
     groups = (
         *(jobs.routes, callbacks.routes, videos.routes, knowledge.routes, graph.routes, artefacts.routes),
+        *(search.routes, embedding_models.routes),
         *(endpoints.routes, webhook_events.routes, webhooks.routes),
         *(crm.routes, crm_oauth.routes, schedules.routes),
         *(organizations.routes, rules.routes, status.system_routes, status.open_routes),

@@ -21,7 +21,7 @@ from agentflow.database import Connection
 from agentflow.jobs import records
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
-from agentflow.knowledge import vectors
+from agentflow.knowledge import graph, vectors
 from agentflow.knowledge.chunks import Chunk, swap
 from agentflow.videos import SUFFIX
 
@@ -247,6 +247,8 @@ def replace(
 
     None: the document is gone, or another job has been put in this one's place.
     """
+    if in_graph := graph.has_facts(conn, organization_id, document_id):
+        graph.lock(conn, organization_id)  # before the document, as a deletion does
     found = conn.execute(
         "select job_id from agentflow.documents where id = %s and organization_id = %s for update",
         (document_id, organization_id),
@@ -254,6 +256,8 @@ def replace(
     if found is None or found[0] != job_id:
         return None
     kept, moved, added, removed = swap(conn, organization_id, document_id, content.chunks)
+    if in_graph and removed:
+        graph.forget_passages(conn, organization_id, document_id)
     row = conn.execute(
         "update agentflow.documents d set title = %(title)s, kind = %(kind)s, language = %(language)s,"
         " content_hash = %(hash)s, size_bytes = %(size)s, text = %(text)s, chunker = %(chunker)s, facts = %(facts)s,"
@@ -300,7 +304,8 @@ def failed(conn: Connection, organization_id: int, document_id: UUID, job_id: UU
 
 
 def delete(conn: Connection, organization_id: int, document_id: UUID) -> bool:
-    """Remove a document with its chunks, and the vectors that no other document needs. False: there is none."""
+    """Remove a document with its chunks, its facts, and the vectors that no other document needs. False: there is none."""
+    graph.forget_document(conn, organization_id, document_id)
     conn.execute(
         "select 1 from agentflow.documents where id = %s and organization_id = %s for update",
         (document_id, organization_id),

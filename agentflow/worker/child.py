@@ -74,10 +74,6 @@ def _run(running: Running, target: str, arguments: dict[str, Any], on_note: OnNo
 
 
 def _spawn(target: str, write_fd: int, stderr: IO[bytes], *, notes: bool) -> subprocess.Popen[bytes]:
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    root = str(Path(__file__).resolve().parent.parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    environment["AGENTFLOW_CHILD"] = str(os.getpid())  # the parent: see actors/__init__.py and _die_with_parent
     try:
         return subprocess.Popen(
             [
@@ -94,10 +90,19 @@ def _spawn(target: str, write_fd: int, stderr: IO[bytes], *, notes: bool) -> sub
             stderr=stderr,
             pass_fds=[write_fd],
             start_new_session=True,
-            env=environment,
+            env=environment(),
         )
     finally:
         os.close(write_fd)
+
+
+def environment() -> dict[str, str]:
+    """Of a child: where its code is and whose it is, no secrets."""
+    kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    root = str(Path(__file__).resolve().parent.parent.parent)
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    kept["AGENTFLOW_CHILD"] = str(os.getpid())  # the parent: see actors/__init__.py and die_with_parent
+    return kept
 
 
 def _send(process: subprocess.Popen[bytes], arguments: dict[str, Any]) -> None:
@@ -164,7 +169,7 @@ def _error(error: dict[str, Any]) -> Exception:
 
 def main() -> None:
     target, fd = sys.argv[1], int(sys.argv[2])
-    _die_with_parent()
+    die_with_parent()
     os.nice(_NICE)
     out = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
     arguments = json.loads(sys.stdin.readline())
@@ -201,7 +206,7 @@ def _described(error: Exception) -> dict[str, Any]:
     return described
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Linux kills us when the parent dies; elsewhere the end of standard input does."""
     if sys.platform == "linux":
         import ctypes
