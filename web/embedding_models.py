@@ -35,7 +35,7 @@ class ModelList(View):
 class SwitchRequest(Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"model": "openrouter/openai/text-embedding-3-small"}]})
 
-    model: Annotated[str, Field(min_length=3, max_length=300), AfterValidator(jobs._storable)] = Field(
+    model: Annotated[str, Field(min_length=3, max_length=300), AfterValidator(jobs.storable)] = Field(
         description="PROVIDER/NAME; the provider is `local`, `server` (EMBEDDINGS_BASE_URL) or `openrouter`"
     )
 

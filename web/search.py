@@ -20,7 +20,7 @@ _LANGUAGE: Final = r"^[a-z]{2,3}$"
 
 
 class SearchQuery(Query):
-    q: Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(jobs._storable)] = Field(
+    q: Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(jobs.storable)] = Field(
         description="What is looked for: a question, a few words, a name or number"
     )
     limit: Annotated[int, Field(ge=1, le=50)] = 10

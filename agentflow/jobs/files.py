@@ -105,7 +105,7 @@ def _take(conn: Connection, limit: int) -> list[Doomed]:
 
 
 def _named(conn: Connection, doomed: Iterable[Doomed]) -> set[Doomed]:
-    """Those that are, or hold, a file of a video that is there, or that an open job is to work on."""
+    """Those that are, or hold, a file of a video or document that is there, or that an open job is to work on."""
     by_organization: dict[int, list[str]] = {}
     for each in doomed:
         by_organization.setdefault(each.organization_id, []).append(each.key)
@@ -118,6 +118,8 @@ def _named(conn: Connection, doomed: Iterable[Doomed]) -> set[Doomed]:
             " select k from unnest(%(keys)s::text[]) k where"
             " exists (select from agentflow.videos v where v.organization_id = %(organization)s and"
             " (v.storage_key = k or right(k, 1) = '/' and starts_with(v.storage_key, k)))"
+            " or exists (select from agentflow.documents d where d.organization_id = %(organization)s and (d.storage_key = k"
+            " or d.video_id is not null and strpos(k, d.video_id::text) > 0 and strpos(d.facts::text, k) > 0))"
             " or exists (select from open where strpos(open.payload, k) > 0)",
             {"organization": organization_id, "mark": f"o/{organization_id}/", "keys": keys},
         ).fetchall()
