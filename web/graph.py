@@ -25,7 +25,7 @@ Shown = TypeVar("Shown", bound=View)
 
 TYPE: Final = "extract_graph"
 
-_Text = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(jobs._storable)]
+_Text = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(jobs.storable)]
 
 
 class EntityQuery(Query):
