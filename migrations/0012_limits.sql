@@ -35,7 +35,7 @@ left join agentflow.budgets each on each.organization_id = 0 and each.measure = 
 cross join lateral (
     select case when mine.own then least(mine.per_day, each.per_day) else coalesce(mine.per_day, each.per_day) end as per_day
 ) b
-where d.day = (now() at time zone 'UTC')::date and d.amount >= b.per_day;
+where d.day = (clock_timestamp() at time zone 'UTC')::date and d.amount >= b.per_day;
 
 create function agentflow.over_budget_1(p_organization bigint) returns boolean
 language sql stable
@@ -79,7 +79,7 @@ begin
         where u.job_id = g.job_id and u.fence = g.fence
     ), counted as (
         insert into agentflow.usage_days as d (day, organization_id, measure, amount)
-        select (now() at time zone 'UTC')::date, g.organization_id, m.name, sum(g.more)
+        select (clock_timestamp() at time zone 'UTC')::date, g.organization_id, m.name, sum(g.more)
         from grown g cross join lateral (
             select g.name union all select 'tokens' where g.name in ('tokens_in', 'tokens_out')
         ) m(name)

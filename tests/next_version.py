@@ -1,4 +1,4 @@
-"""`dramatiq tests.next_version`: a worker of a version to come, whose stored functions are `settle_2` and so on."""
+"""`dramatiq tests.next_version`: a worker of a version to come, whose stored functions are `settle_100` and so on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _execute = BoundedConnection.execute
 
 def execute(self: BoundedConnection, query: Any, *arguments: Any, **options: Any) -> Any:
     if isinstance(query, str):
-        query = re.sub(r"\bagentflow\.(\w+)_1\(", r"agentflow.\1_2(", query)
+        query = re.sub(r"\bagentflow\.(\w+_\d+)\(", r"agentflow.\g<1>00(", query)
     return _execute(self, query, *arguments, **options)
 
 

@@ -103,6 +103,10 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
 
 #: The same, and needed while a request of an organization's key is answered.
 IN_REQUESTS: Final[Mapping[str, str]] = {
+    "select kind, name, organization_id, reason, created_at, own from agentflow.pauses": "all rules, known for 2 s",
+    "select organization_id, type, running, own from agentflow.caps": "all rules, known for 2 s",
+    "select organization_id, provider, amount, per_s, own from agentflow.rate_limits": "all rules, known for 2 s",
+    "select exists (select from agentflow.budgets), agentflow.share_": "all rules, known for 2 s",
     "select * from agentflow.cancel_": "takes the organization as its first argument",
     "select id, queue, type, priority from agentflow.jobs where id = any (%s)": (
         "whom to ring after a transition: the next in line of a type's key may be another's job"

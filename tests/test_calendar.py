@@ -574,7 +574,12 @@ def test_each_entry_of_the_schedule_runs(system: System, conn: Connection) -> No
     looked(looking)
 
     outcomes = {row.schedule: row.outcome for row in ticks.latest(conn)}
-    assert len(outcomes) == len(schedule.entries(system)) >= 12
+    listed = {entry.name for entry in schedule.entries(system)}
+    assert set(outcomes) == listed - {
+        "kommo.incremental",
+        "kommo.reconcile",
+        "webhooks",
+    }  # nothing is there to tick for
     assert set(outcomes.values()) == {"done"}
     assert looking.alarms() == []
 

@@ -63,7 +63,10 @@ def agentflow(
 @pytest.fixture(scope="module")
 def up() -> Iterator[Up]:
     """An `agentflow up` with a home of its own, for the tests of this module that need somebody to work."""
-    with open_folder() as folder, running_up({"AGENTFLOW_HOME": str(folder / "home")}, folder / "up.log") as up:
+    with (
+        open_folder() as folder,
+        running_up({"AGENTFLOW_HOME": str(folder / "home"), "CANARY_INTERVAL": "0"}, folder / "up.log") as up,
+    ):
         up.home = folder / "home"
         yield up
 

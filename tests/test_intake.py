@@ -82,7 +82,7 @@ def jobs(conn: Connection) -> int:
         (ping(then=(NewJob("no_such_type", {}),)), "then.0.type", "no_such_type"),
         (ping(then=(NewJob("deliver_callback", {}),)), "then.0.type", "deliver_callback"),
         (ping(then=(ping(run_at=datetime.now(UTC)),)), "then.0", "may not have run_at"),
-        (ping(then=(ping(idempotency_key="i"),)), "then.0", "may not have run_at, an idempotency key"),
+        (ping(then=(ping(idempotency_key="i"),)), "then.0", "may not have run_at, a head start, an idempotency key"),
         (ping(then=(ping(concurrency_key="k"),)), "then.0", "concurrency key"),
         (ping(then=(ping(),) * (MAX_THEN_JOBS + 1)), "then", "more than 50"),
     ],

@@ -259,8 +259,8 @@ def test_workers_with_the_old_and_the_next_stored_functions_share_the_work(
         for (definition,) in direct.execute(
             "select pg_get_functiondef(p.oid) from pg_proc p where pronamespace = 'agentflow'::regnamespace order by p.oid"
         ).fetchall():
-            text = re.sub(r"\bagentflow\.(\w+)_1\(", r"agentflow.\1_2(", definition)
-            if "agentflow.settle_2(" in text.partition("$")[0]:
+            text = re.sub(r"\bagentflow\.(\w+_\d+)\(", r"agentflow.\g<1>00(", definition)
+            if "agentflow.settle_100(" in text.partition("$")[0]:
                 text = re.sub(r"\bbegin\b", "begin perform nextval('agentflow.settled_by_the_next');", text, count=1)
             direct.execute(text.encode())
         system = System.start(settings.load(environment), "test")

@@ -19,7 +19,7 @@ from agentflow import metrics, settings
 from agentflow.system import System
 from agentflow.webhooks import endpoints, events, order, silence
 from agentflow.webhooks.intake import moment_of
-from scheduler import schedule
+from tests.calendar_support import cleaned_up
 from tests.core_support import together, value
 from tests.web_support import AUTH, client, count, problem
 from tests.webhook_support import FORM, JSON, SIGNERS, Made, event_of, make
@@ -465,16 +465,16 @@ def test_a_silence_is_told_once_and_so_is_its_end(
     assert silence.silent(conn) == []
     conn.execute("update agentflow.webhook_endpoints set watched_since = watched_since - interval '11 min'")
 
-    states = [schedule.watch_webhooks(system)["silent"] for _ in range(3)]
+    states = [len(silence.silent(conn)) for _ in range(3)]
 
     assert states == [1, 1, 1] and [level for level, _ in told] == ["error"]
     assert client.get(f"/api/webhook-endpoints/{watched.id}").json["silent_since"] is not None
     text = metrics.render(system).decode()
     assert f'agentflow_webhook_silence{{endpoint="{watched.id}",source="github"}} 1.0' in text
     client.post(watched.path, data=b"{}")  # refused: this is not the sender
-    assert schedule.watch_webhooks(system)["silent"] == 1
+    assert len(silence.silent(conn)) == 1
     watched.post(b"{}")
-    assert [schedule.watch_webhooks(system)["silent"] for _ in range(2)] == [0, 0]
+    assert [len(silence.silent(conn)) for _ in range(2)] == [0, 0]
     assert [level for level, _ in told] == ["error", "info"]
     assert client.get(f"/api/webhook-endpoints/{watched.id}").json["silent_since"] is None
     conn.execute("update agentflow.webhook_events set received_at = received_at - interval '11 min'")
@@ -498,7 +498,7 @@ def test_old_events_go_in_batches_but_for_those_that_are_still_to_be_handled(
     )
 
     assert events.delete_old(conn, days=30, limit=1) == 1
-    assert schedule.clean_up(system)["webhooks"] == 1
+    assert cleaned_up(system)["clean_up.webhooks"] == 1
 
     assert value(conn, "select count(*) from agentflow.webhook_events") == 2
     conn.execute(
