@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import click
 import psycopg
 import pytest
 
@@ -134,6 +135,15 @@ def test_wrong_usage_is_one_line_on_stderr_and_exit_2(agentflow: Command, argume
 
     assert (said.status, said.out, said.err.count("\n")) == (2, "", 1), said.err
     assert said.err.startswith("agentflow: ")
+
+
+def test_a_group_without_a_command_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, group in {"": commands.cli, **commands.cli.commands}.items():
+        if isinstance(group, click.Group):
+            assert commands.run(name.split()) == 0, name
+
+            said = capsys.readouterr()
+            assert said.out.startswith("Usage: agentflow") and "\nCommands:\n" in said.out and not said.err
 
 
 def test_a_wrong_setting_is_one_line_that_names_it(agentflow: Command) -> None:
