@@ -230,7 +230,8 @@ def test_ping_measures_and_submit_waits_and_show_has_every_attempt(with_up: Comm
 
     queues = with_up("queues").out
     assert re.search(r"^default +0 +0 +0 +– +1 +25", queues, re.MULTILINE), queues
-    assert "4 succeeded" in queues
+    succeeded = re.search(r"(\d+) succeeded", queues)
+    assert succeeded and int(succeeded[1]) >= 4, queues  # more where the canaries have been round
     assert json.loads(with_up("queues", "--json").out)["workers"][0]["kind"] == "up"
 
 
