@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from agentflow import fetch
 from agentflow.errors import Permanent, Transient
 from agentflow.fetch import Fetched, FetchRefused, Guard, check_url, download
+from agentflow.fetch.guard import REFUSED_V4, is_public
 
 from .http_server import Reply, Server, serve
 
@@ -814,10 +814,10 @@ def test_no_message_and_no_log_line_holds_a_query_string(
 
 def test_what_is_special_is_what_python_calls_special() -> None:
     """Our table against Python's: whatever it holds for private, reserved or multicast, we refuse."""
-    for network in fetch._REFUSED_V4:
+    for network in REFUSED_V4:
         for address in (network[0], network[-1]):
-            assert not fetch._is_public(address)
+            assert not is_public(address)
     for number in range(0, 2**32, 65_521):
         address = ipaddress.IPv4Address(number)
         if address.is_private or address.is_reserved or address.is_multicast or address.is_loopback:
-            assert not fetch._is_public(address), address
+            assert not is_public(address), address

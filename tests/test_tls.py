@@ -11,6 +11,7 @@ import pytest
 
 from agentflow import database, settings, tls
 from agentflow.cli import checkup
+from agentflow.cli.checkup import postgres, rabbitmq, redis
 from agentflow.settings import SettingsError
 from agentflow.system import System
 from agentflow.tls import Trust
@@ -205,22 +206,22 @@ def test_doctor_says_what_tls_each_connection_uses(
     with servers.behind(tls=authority.server(HOST)):
         system = started_system(environment, servers, TLS_CA_FILE=str(authority.file))
         for look, found in (
-            (checkup._database, "TLS verified (sslmode=verify-full)"),
-            (checkup._redis, "TLS verified"),
-            (checkup._rabbitmq, "TLS verified"),
+            (postgres.database, "TLS verified (sslmode=verify-full)"),
+            (redis.server, "TLS verified"),
+            (rabbitmq.server, "TLS verified"),
         ):
             said = look(system)
             assert isinstance(said, str) and found in said
         system.close()
     with servers.behind(tls=stranger.server(HOST)):
         system = started_system(environment, servers, TLS_CA_FILE=str(authority.file))
-        for look in (checkup._database, checkup._redis, checkup._rabbitmq):
+        for look in (postgres.database, redis.server, rabbitmq.server):
             with pytest.raises(checkup.Wrong, match=r"TLS: .*certificate") as wrong:
                 look(system)
             assert "TLS_CA_FILE" in wrong.value.advice
         system.close()
         system = started_system(environment, servers, TLS_VERIFY="false")
-        remark = checkup._database(system)
+        remark = postgres.database(system)
         assert isinstance(remark, checkup.Remark) and "TLS not verified (sslmode=require)" in remark.found
         system.close()
 

@@ -6,17 +6,9 @@ Pictures and sound travel as bytes: no address that a user gave is handed to a v
 somebody's network or tell it what we look at.
 """
 
-from agentflow.models.client import (
-    Caller,
-    Completion,
-    Image,
-    Message,
-    Models,
-    NotConfigured,
-    Segment,
-    Transcription,
-    Word,
-)
+from agentflow.models.client import Caller, Models
+from agentflow.models.content import Completion, Image, Message, Segment, Transcription, Word
+from agentflow.models.endpoints import NotConfigured
 
 __all__ = [
     "Caller",

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from agentflow import log
-from agentflow.calls import Service, fingerprint
+from agentflow.calls import Service
 from agentflow.connections import Connections, Head
-from agentflow.errors import JobError, Permanent, Transient, Wait
-from agentflow.limits import Window
-from agentflow.models import failures, structured
+from agentflow.errors import JobError, Transient, Wait
+from agentflow.models import endpoints, failures, structured, wire
 from agentflow.models.answers import key_of
+from agentflow.models.content import Completion, Message, Transcription
+from agentflow.models.endpoints import Endpoint, Kind
 from agentflow.models.structured import Shape, WrongShape
 from agentflow.settings import Settings
 
 logger = log.get(__name__)
 
-Kind = Literal["chat", "vision", "embeddings", "transcription"]
 #: OpenAI takes 2048 texts in a request, others fewer; a batch fails as a whole.
 EMBEDDINGS_AT_ONCE: Final = 100
 _QUOTED_ANSWER_CHARS: Final = 4000
@@ -55,76 +53,6 @@ class Placed(Caller, Protocol):
         """Told of an answer that names itself the last one for so long."""
 
 
-class NotConfigured(Permanent):
-    """No server for this kind of question is set."""
-
-    def __init__(self, wanted: str) -> None:
-        super().__init__(f"not configured: set {wanted}", code="not_configured")
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A server and its model for one kind of question. Only OpenRouter gets what only OpenRouter knows."""
-
-    base_url: str
-    key: str | None
-    model: str
-    openrouter: bool
-
-    @property
-    def provider(self) -> str:
-        """What limits name it by: `openrouter`, or the server's host and port."""
-        return "openrouter" if self.openrouter else urlsplit(self.base_url).netloc.rpartition("@")[2].lower()
-
-
-@dataclass(frozen=True)
-class Image:
-    """A picture's own bytes; `media_type` is image/png, image/jpeg, image/webp or image/gif."""
-
-    data: bytes
-    media_type: str
-
-
-@dataclass(frozen=True)
-class Message:
-    role: Literal["system", "user", "assistant"]
-    text: str
-    images: tuple[Image, ...] = ()
-
-
-@dataclass(frozen=True)
-class Completion:
-    """`finish_reason` is stop, or length where the answer was cut off at `max_tokens`."""
-
-    text: str
-    finish_reason: str | None
-    model: str
-
-
-@dataclass(frozen=True)
-class Word:
-    text: str
-    start_s: float
-    end_s: float
-
-
-@dataclass(frozen=True)
-class Segment:
-    text: str
-    start_s: float
-    end_s: float
-
-
-@dataclass(frozen=True)
-class Transcription:
-    """Times count from the start of the sound. Servers that know no times of words, or none at all, leave these empty."""
-
-    text: str
-    language: str | None
-    segments: tuple[Segment, ...]
-    words: tuple[Word, ...]
-
-
 class Models:
     """One per process, shared by its threads. Connects to nothing before the first question.
 
@@ -143,28 +71,7 @@ class Models:
 
     def endpoint(self, kind: Kind) -> Endpoint:
         """Raises NotConfigured."""
-        settings = self._settings
-        own_url, own_key, model = {
-            "chat": (settings.llm_base_url, settings.llm_api_key, settings.llm_model),
-            "vision": (settings.llm_base_url, settings.llm_api_key, settings.vision_model or settings.llm_model),
-            "embeddings": (settings.embeddings_base_url, settings.embeddings_api_key, settings.embeddings_model),
-            "transcription": (
-                settings.transcription_base_url,
-                settings.transcription_api_key,
-                settings.transcription_model,
-            ),
-        }[kind]
-        if own_url is None and settings.openrouter_api_key is not None:
-            secret = settings.openrouter_api_key.get_secret_value()
-            model = model or _OPENROUTER_MODELS[kind]
-            return Endpoint(settings.openrouter_base_url.rstrip("/"), secret, model, openrouter=True)
-        if own_url is None:  # one server for everything
-            own_url, own_key = settings.llm_base_url, settings.llm_api_key
-        if own_url is None:
-            raise NotConfigured("OPENROUTER_API_KEY or LLM_BASE_URL")
-        if model is None:
-            raise NotConfigured(f"{kind.upper()}_MODEL to one that LLM_BASE_URL has, or OPENROUTER_API_KEY")
-        return Endpoint(own_url.rstrip("/"), own_key.get_secret_value() if own_key else None, model, openrouter=False)
+        return endpoints.choose(self._settings, kind)
 
     def chat(
         self,
@@ -219,7 +126,7 @@ class Models:
             question = {"model": model or endpoint.model, "input": batch, "encoding_format": "float"}
             asked = "\n".join(batch)
             document = self._ask(caller, endpoint, "/embeddings", asked, json=question)
-            vectors += _vectors(document, len(batch))
+            vectors += wire.vectors(document, len(batch))
         if len({len(vector) for vector in vectors}) > 1:
             raise Transient("the model's embeddings differ in length", code="model_bad_answer")
         return vectors
@@ -236,7 +143,7 @@ class Models:
         with sound.open("rb") as file:
             files = {"file": (f"sound{sound.suffix}", file, f"audio/{sound.suffix.removeprefix('.')}")}
             document = self._ask(caller, endpoint, "/audio/transcriptions", sound.name, data=form, files=files)
-        return _transcription(document)
+        return wire.transcription(document)
 
     def close(self) -> None:
         if "_connections" in self.__dict__:
@@ -255,7 +162,10 @@ class Models:
         shape: type[Shape] | None,
     ) -> Completion:
         endpoint = self.endpoint("vision" if any(message.images for message in messages) else "chat")
-        question: dict[str, Any] = {"model": model or endpoint.model, "messages": [_message(m) for m in messages]}
+        question: dict[str, Any] = {
+            "model": model or endpoint.model,
+            "messages": [wire.of_message(m) for m in messages],
+        }
         if max_tokens is not None:
             question["max_tokens"] = max_tokens
         if temperature is not None:
@@ -268,7 +178,7 @@ class Models:
         else:
             question |= {"stream": True, "stream_options": {"include_usage": True}}
             document = self._stream(caller, endpoint, "/chat/completions", asked, question, on_text)
-        return _completion(document, question["model"])
+        return wire.completion(document, question["model"])
 
     def _response_format(self, endpoint: Endpoint, shape: type[Shape]) -> dict[str, Any]:
         match self._settings.llm_structured_output:
@@ -291,7 +201,7 @@ class Models:
         except ValueError:
             raise Transient("the model server's answer is not JSON", code="model_bad_answer") from None
         if isinstance(document, dict):
-            _tell(caller, document)
+            caller.spent(model_calls=1, **wire.spent(document))
         if error := failures.of_document(document, asked=asked):
             raise self._noted(caller, endpoint, error)
         return dict(document)
@@ -310,7 +220,7 @@ class Models:
         usage: dict[str, Any] = {}
         with self._answer(caller, endpoint, path, asked, json=question) as head:
             try:
-                for event in _events(head.pieces):
+                for event in wire.events(head.pieces):
                     if event == "[DONE]":
                         ended = True
                         break
@@ -328,7 +238,7 @@ class Models:
                             on_text(piece)
             finally:
                 if usage:
-                    _tell(caller, {"usage": usage})
+                    caller.spent(model_calls=1, **wire.spent({"usage": usage}))
         if not ended and finish_reason is None:
             raise Transient("the model server broke off its answer", code="model_cut")
         return {"choices": [{"message": {"content": text}, "finish_reason": finish_reason}]}
@@ -337,139 +247,29 @@ class Models:
     def _answer(self, caller: Caller, endpoint: Endpoint, path: str, asked: str, **content: Any) -> Iterator[Head]:
         """Send, once there is a place for it, and give an answer that is no error."""
         if isinstance(caller, Placed):
-            caller.permit(self._service(endpoint), key_of(path, asked).hex()[:16])
+            caller.permit(endpoints.service(self._settings, endpoint), key_of(path, asked).hex()[:16])
         with self._connections.send(
             "POST",
             endpoint.base_url + path,
             total_s=self._settings.llm_timeout,
             check=caller.check,
-            headers=self._headers(endpoint),
+            headers=endpoints.headers(self._settings, endpoint),
             **content,
         ) as head:
             if head.status >= 300:
                 error = failures.of_answer(head.status, head.headers, head.read(), asked=asked)
                 raise self._noted(caller, endpoint, error)
             if isinstance(caller, Placed) and (for_s := failures.exhausted_s(head.headers)):
-                caller.exhausted(self._service(endpoint), for_s)
+                caller.exhausted(endpoints.service(self._settings, endpoint), for_s)
             yield head
-
-    def _service(self, endpoint: Endpoint) -> Service:
-        settings = self._settings
-        windows: tuple[Window, ...] = ()
-        if endpoint.openrouter:
-            windows = (
-                Window(settings.openrouter_rate_per_minute, 60),
-                Window(settings.openrouter_rate_per_hour, 3600),
-                Window(settings.openrouter_rate_per_day, 86_400),
-            )
-        return Service(endpoint.provider, fingerprint(endpoint.base_url, endpoint.key), windows)
-
-    def _headers(self, endpoint: Endpoint) -> dict[str, str]:
-        headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-        if endpoint.openrouter:
-            headers["X-OpenRouter-Title"] = self._settings.openrouter_title
-            if self._settings.openrouter_referer:
-                headers["HTTP-Referer"] = self._settings.openrouter_referer
-        return headers
 
     def _noted(self, caller: Caller, endpoint: Endpoint, error: JobError) -> JobError:
         if error.code == failures.LIMIT and isinstance(caller, Placed):
-            caller.refused(self._service(endpoint), error.seconds if isinstance(error, Wait) else None)
+            caller.refused(
+                endpoints.service(self._settings, endpoint), error.seconds if isinstance(error, Wait) else None
+            )
         if error.code in failures.OF_THE_ACCOUNT:  # somebody has to do something, and no job's retry will
             logger.error(
                 "a model server refuses the account", code=error.code, server=urlsplit(endpoint.base_url).hostname
             )
         return error
-
-
-#: What OpenRouter is asked where no model is named.
-_OPENROUTER_MODELS: Final[dict[Kind, str]] = {
-    "chat": "openai/gpt-4o-mini",
-    "vision": "openai/gpt-4o-mini",
-    "embeddings": "openai/text-embedding-3-small",
-    "transcription": "openai/whisper-1",
-}
-
-
-def _message(message: Message) -> dict[str, Any]:
-    if not message.images:
-        return {"role": message.role, "content": message.text}
-    parts: list[dict[str, Any]] = [{"type": "text", "text": message.text}]
-    for image in message.images:
-        url = f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
-        parts.append({"type": "image_url", "image_url": {"url": url}})
-    return {"role": message.role, "content": parts}
-
-
-def _completion(document: dict[str, Any], model: str) -> Completion:
-    choices = document.get("choices")
-    if not isinstance(choices, list) or not choices:
-        raise Transient("the model server's answer has no choices", code="model_bad_answer")
-    choice = choices[0]
-    message = choice.get("message") or {}
-    text, reason = message.get("content") or "", choice.get("finish_reason")
-    if reason == "content_filter" or (message.get("refusal") and not text):
-        raise Permanent("the model refused this", code="model_refused")
-    if not text.strip():
-        raise Transient("the model said nothing", code="model_empty")
-    return Completion(text, reason, document.get("model") or model)
-
-
-def _vectors(document: dict[str, Any], wanted: int) -> list[list[float]]:
-    try:
-        data = document["data"]
-        if all(each.get("index") is not None for each in data):
-            data = sorted(data, key=lambda each: int(each["index"]))
-        vectors = [[float(number) for number in each["embedding"]] for each in data]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise Transient("the model server's embeddings cannot be read", code="model_bad_answer") from None
-    if len(vectors) != wanted:
-        raise Transient(f"{len(vectors)} embeddings came for {wanted} texts", code="model_bad_answer")
-    return vectors
-
-
-def _transcription(document: dict[str, Any]) -> Transcription:
-    try:
-        language = document.get("language")
-        return Transcription(
-            text=str(document["text"]).strip(),
-            language=str(language) if language else None,
-            segments=tuple(
-                Segment(str(s["text"]).strip(), float(s["start"]), float(s["end"]))
-                for s in document.get("segments") or ()
-            ),
-            words=tuple(
-                Word(str(w.get("word", w.get("text", ""))).strip(), float(w["start"]), float(w["end"]))
-                for w in document.get("words") or ()
-            ),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise Transient("the model server's transcript cannot be read", code="model_bad_answer") from None
-
-
-def _events(pieces: Iterable[bytes]) -> Iterator[str]:
-    """The data of server-sent events. Comments (OpenRouter sends some to keep the line alive) are passed over."""
-    rest = b""
-    for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip().decode(errors="replace")
-
-
-def _tell(caller: Caller, document: Mapping[str, Any]) -> None:
-    """What an answer cost, as far as it says so."""
-    usage = document.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    named = {
-        "tokens_in": usage.get("prompt_tokens", usage.get("input_tokens")),
-        "tokens_out": usage.get("completion_tokens", usage.get("output_tokens")),
-        "audio_s": usage.get("seconds"),
-        "usd": usage.get("cost"),
-    }
-    known = {
-        name: float(value)
-        for name, value in named.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-    }
-    caller.spent(model_calls=1, **known)

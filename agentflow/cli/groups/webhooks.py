@@ -1,8 +1,10 @@
-"""The commands about webhooks and the key of stored credentials. Only click is imported here, as in agentflow/cli/commands.py."""
+"""`webhooks`, and `rotate-key` for the key of stored credentials."""
 
 from __future__ import annotations
 
 import click
+
+from agentflow.cli.groups import options
 
 _SOURCES = ["standard", "github", "stripe", "slack", "telegram", "kommo", "kommo_chats", "generic"]
 _ENDPOINT = click.argument("endpoint", metavar="ID", type=click.UUID)
@@ -11,7 +13,7 @@ _SECRET = click.option(
 )
 
 
-@click.group(no_args_is_help=True)
+@click.group(cls=options.Group)
 def webhooks() -> None:
     """Webhooks in: endpoints, what came to them, and handling it once more."""
 
@@ -35,8 +37,8 @@ def create(
 
 
 @webhooks.command("list")
-@click.option("--org", metavar="SLUG", help="Of one organization.  [default: of all]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@options.OF_ORGANIZATION
+@options.AS_LINES
 def list_endpoints(org: str | None, as_json: bool) -> None:
     """Endpoints, the newest first."""
     from agentflow.cli import webhook_commands
@@ -48,7 +50,7 @@ def list_endpoints(org: str | None, as_json: bool) -> None:
 @_ENDPOINT
 @click.option("--kind", type=click.Choice(["secret", "token"]), default="secret", show_default=True)
 @_SECRET
-@click.option("--grace", "grace_h", type=click.FloatRange(0, 720), default=24.0, show_default=True, help="Hours.")
+@options.grace("Hours.")
 def rotate(endpoint: object, kind: str, secret_file: str | None, grace_h: float) -> None:
     """Make a new secret, or a new token; the one before works for the grace."""
     from agentflow.cli import webhook_commands
@@ -79,7 +81,7 @@ def enable(endpoint: object) -> None:
 @click.option("--outcome", type=click.Choice(["pending", "done", "stale", "ignored", "failed"]))
 @click.option("--verdict", type=click.Choice(["verified", "by_token", "conflict", "refused"]))
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@options.AS_LINES
 def list_events(endpoint: object, outcome: str | None, verdict: str | None, limit: int, as_json: bool) -> None:
     """What came, the newest first."""
     from agentflow.cli import webhook_commands
