@@ -40,8 +40,10 @@ COLUMNS: Final = (
 
 @dataclass(slots=True)
 class Resealed:
-    """How many values were there, how many of them are new under the key, and which could not be read (table, row, why). `busy`: values that
-    are just being replaced, which were left (table, row)."""
+    """How many values were there, how many of them are new under the key, and which could not be read (table, row, why).
+
+    `busy`: values that are just being replaced, which were left (table, row).
+    """
 
     seen: int = 0
     changed: int = 0

@@ -13,14 +13,14 @@ from agentflow.system import System
 from scheduler import calendar as looking
 from scheduler import schedule
 from scheduler.calendar import Calendar
-from tests.calendar_support import Connection, calendar, database_url, looked, original, ticks_of
+from tests.calendar_support import Connection, calendar, looked, ticks_of
 from tests.core_support import rows, value
 from tests.kommo_support import connect, linked, server
 from tests.test_calendar import at_once, systems
 from tests.web_support import client
 from tests.webhook_support import make
 
-__all__ = ["client", "database_url", "linked", "original", "server", "systems"]
+__all__ = ["client", "linked", "server", "systems"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The knowledge base as its callers see it: gunicorn, a worker and two servers for models; files in, answers out, and out again."""
+"""The knowledge base as its callers see it: gunicorn, a worker and two servers for models; from files to answers."""
 
 from __future__ import annotations
 

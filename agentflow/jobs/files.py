@@ -50,7 +50,8 @@ def doom(conn: Connection, doomed: Sequence[Doomed]) -> None:
 def remove_batch(database: Database, storage: Storage, limit: int = BATCH) -> int:
     """Remove doomed files that are due. Returns how many entries were tried; fewer than `limit`: done.
 
-    What the store refuses is tried again later; what a row still names, when that may have gone. Safe to repeat, and to be done by two at once.
+    What the store refuses is tried again later; what a row still names, when that may have gone. Safe to repeat, and to be
+    done by two at once.
     """
     with database.connection() as conn:
         taken = _take(conn, limit)
