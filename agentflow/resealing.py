@@ -40,11 +40,15 @@ COLUMNS: Final = (
 
 @dataclass(slots=True)
 class Resealed:
-    """How many values were there, how many of them are new under the key, and which could not be read (table, row, why)."""
+    """How many values were there, how many of them are new under the key, and which could not be read (table, row, why).
+
+    `busy`: values that are just being replaced, which were left (table, row).
+    """
 
     seen: int = 0
     changed: int = 0
     unreadable: list[tuple[str, UUID, str]] = field(default_factory=list)
+    busy: list[tuple[str, UUID]] = field(default_factory=list)
 
 
 def reseal(conn: Connection, sealer: Sealer, *, report: Callable[[Resealed], None] = lambda _: None) -> Resealed:
@@ -75,9 +79,7 @@ def reseal(conn: Connection, sealer: Sealer, *, report: Callable[[Resealed], Non
                         (sealer.seal(plain, context=context), row_id, organization_id, sealed, sealed),
                     ).fetchone()
                     if row == (False,):
-                        done.unreadable.append(
-                            (column.table, row_id, "it is being renewed; run this again in a minute")
-                        )
+                        done.busy.append((column.table, row_id))
                     done.changed += row == (True,)
             after = rows[-1][0]
             report(done)

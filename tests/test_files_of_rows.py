@@ -10,12 +10,15 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 
 from agentflow import videos
 from agentflow.jobs import files, retention
 from agentflow.jobs.files import Doomed
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.retention import Keep
+from agentflow.knowledge import documents
+from agentflow.knowledge.documents import Source
 from agentflow.storage import StorageError
 from agentflow.system import System
 from scheduler import storage
@@ -156,6 +159,30 @@ def test_a_file_that_a_row_still_names_is_left_alone(system: System, conn: Conne
 
     assert stored(system) == {video.storage_key}
     assert doomed(conn) == [video.storage_key]
+
+
+def test_the_pictures_that_a_document_shows_outlive_their_analysis_without_an_alarm_and_go_after_the_document(
+    system: System, conn: Connection
+) -> None:
+    video = upload(system, conn)
+    _, shown = analysed(system, conn, video)
+    _, other = analysed(system, conn, video)
+    source = Source(video_id=video.id)
+    document, _ = documents.hand_in(conn, 1, "film", source, title=None)
+    facts = {"keyframes": [{"time_s": 1.0, "key": f"{shown}/keyframes/1.png"}]}
+    conn.execute("update agentflow.documents set facts = %s where id = %s", (Jsonb(facts), document.id))
+    retention.delete_jobs(conn, succeeded=True, keep=NOTHING)
+    assert doomed(conn) == sorted([f"{shown}/", f"{other}/"])
+
+    for _ in range(3):
+        done = storage.remove_doomed(system)
+        assert (done.behind, done.facts["stuck"]) == (False, 0)
+        conn.execute("update agentflow.doomed_files set due_at = clock_timestamp()")
+
+    assert stored(system) == {video.storage_key, f"{shown}/sheet.png", f"{shown}/keyframes/1.png"}
+    assert documents.delete(conn, 1, document.id)
+    storage.remove_doomed(system)
+    assert stored(system) == {video.storage_key} and doomed(conn) == []
 
 
 def test_a_video_goes_with_its_file_when_no_job_names_it_any_more(system: System, conn: Connection) -> None:

@@ -13,6 +13,8 @@ import pytest
 from flask.testing import FlaskClient
 
 from agentflow import resealing, settings, signing
+from agentflow.kommo import accounts
+from agentflow.kommo.accounts import Credentials
 from agentflow.secrets import Sealer, Unreadable, context_of
 from agentflow.settings import SettingsError
 from agentflow.system import System
@@ -104,6 +106,44 @@ def test_the_command_says_what_it_did_and_what_it_could_not(
     assert lost.status == 1 and "2 of 2 values are under other keys" in lost.err
     assert done.status == 0 and "2 of 2 values encrypted anew" in done.out
     assert value(conn, "select count(distinct split_part(sealed, '.', 2)) from agentflow.callback_secrets") == 1
+
+
+def test_the_tokens_of_crm_accounts_are_sealed_anew_but_for_those_that_are_being_bought(
+    agentflow: Command, environment: dict[str, str], conn: Connection
+) -> None:
+    """Whoever buys a token knows the one that it replaces by its sealed form: changed meanwhile, what was bought is lost."""
+    before = system_with(environment, ENCRYPTION_KEY=OLD)
+    given = Credentials(code="code-1", client_id="c-1", client_secret="s-1", redirect_uri="https://app.example/cb")
+    quiet, buying = (
+        accounts.create(
+            conn, 1, before.sealer, name=name, base_url=f"https://{name}.kommo.com", credentials=credentials
+        )
+        for name, credentials in (("quiet", Credentials(token="token-1")), ("buying", given))
+    )
+    before.close()
+    until = "update agentflow.crm_accounts set grant_held_until = clock_timestamp() + make_interval(secs => %s) where id = %s"
+    conn.execute(until, (3600, buying.id))
+    keys = {"ENCRYPTION_KEY": NEW, "ENCRYPTION_KEY_OLD": OLD}
+
+    first = agentflow("rotate-key", **keys)
+
+    both = system_with(environment, **keys)
+    assert first.status == 1 and "2 of 3 values are being renewed" in first.err and "other keys" not in first.err
+    sealed = {
+        row[0]: row[1:]
+        for row in conn.execute("select id, access_sealed, grant_sealed, client_sealed from agentflow.crm_accounts")
+    }
+    assert both.sealer.is_current(sealed[quiet.id][0])
+    assert sealed[buying.id][0] is None
+    assert not any(both.sealer.is_current(each) for each in sealed[buying.id][1:])
+    assert sorted(readable(conn, both.sealer)) == ["code-1", "s-1", "token-1"]
+    both.close()
+    conn.execute(until, (-1, buying.id))
+    second = agentflow("rotate-key", **keys)
+    assert second.status == 0 and "2 of 3 values encrypted anew" in second.out
+    only_new = system_with(environment, ENCRYPTION_KEY=NEW)
+    assert sorted(readable(conn, only_new.sealer)) == ["code-1", "s-1", "token-1"]
+    only_new.close()
 
 
 def test_every_sealed_column_of_the_schema_is_in_the_list(conn: Connection) -> None:

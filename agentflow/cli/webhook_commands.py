@@ -140,6 +140,10 @@ def rotate_key() -> None:
         raise Failure(
             f"{len(done.unreadable)} of {done.seen} values are under other keys: set ENCRYPTION_KEY_OLD to theirs"
         )
+    if done.busy:
+        raise Failure(
+            f"{len(done.busy)} of {done.seen} values are being renewed, and are under the old key: run this again in a minute"
+        )
     print(f"{done.changed} of {done.seen} values encrypted anew: all are under the key {key_id} now")
 
 

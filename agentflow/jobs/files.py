@@ -22,6 +22,8 @@ logger = log.get(__name__)
 BATCH: Final = 100
 #: Between two tries to remove a file: doubled with each, up to a day.
 _AGAIN_S: Final = 60.0
+#: What is shown by a document whose analysis is forgotten is looked at again after so long.
+_NAMED_AGAIN: Final = timedelta(days=1)
 #: A file of this age without a row was left by a process that died before it wrote the row.
 _ORPHAN_AGE: Final = timedelta(days=1)
 _OF_A_VIDEO: Final = re.compile(r"o/(\d{1,18})/videos/([0-9a-f-]{36})/(?:([0-9a-f-]{36})/.+|source[^/]*)", re.DOTALL)
@@ -48,7 +50,8 @@ def doom(conn: Connection, doomed: Sequence[Doomed]) -> None:
 def remove_batch(database: Database, storage: Storage, limit: int = BATCH) -> int:
     """Remove doomed files that are due. Returns how many entries were tried; fewer than `limit`: done.
 
-    What the store refuses, or a row still names, is tried again later. Safe to repeat, and to be done by two at once.
+    What the store refuses is tried again later; what a row still names, when that may have gone. Safe to repeat, and to be
+    done by two at once.
     """
     with database.connection() as conn:
         taken = _take(conn, limit)
@@ -56,7 +59,7 @@ def remove_batch(database: Database, storage: Storage, limit: int = BATCH) -> in
     gone = []
     for each in taken:
         if each in named:
-            logger.warning("a file that was to be removed is still named by a row", key=each.key)
+            logger.info("a file that was to be removed is still named by a row", key=each.key)
             continue
         try:
             if each.key.endswith("/"):
@@ -67,14 +70,17 @@ def remove_batch(database: Database, storage: Storage, limit: int = BATCH) -> in
             logger.warning("a file could not be removed; it is tried again", key=each.key, error=str(error))
             continue
         gone.append(each.key)
-    if gone:
-        with database.connection() as conn:
-            conn.execute("delete from agentflow.doomed_files where key = any (%s)", (gone,))
+    with database.connection() as conn:
+        conn.execute("delete from agentflow.doomed_files where key = any (%s)", (gone,))
+        conn.execute(
+            "update agentflow.doomed_files set tries = 0, due_at = clock_timestamp() + %s where key = any (%s)",
+            (_NAMED_AGAIN, [each.key for each in named]),
+        )
     return len(taken)
 
 
 def overdue(conn: Connection) -> int:
-    """How many were tried and are still there."""
+    """How many were tried and are still there, though no row names them."""
     row = conn.execute("select count(*) from agentflow.doomed_files where tries > 1").fetchone()
     return int(row[0]) if row else 0
 

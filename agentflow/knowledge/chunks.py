@@ -27,13 +27,19 @@ class Chunk:
     place: dict[str, Any]
 
 
-def swap(
-    conn: Connection, organization_id: int, document_id: UUID, chunks: Sequence[Chunk]
-) -> tuple[int, int, int, int]:
-    """Put these chunks in the place of those that are there; rows of those that are the same are not touched.
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """How many chunks were kept, moved, added and removed. `reworded`: keys whose text has other white space than it had."""
 
-    Returns how many were kept, moved, added and removed.
-    """
+    kept: int
+    moved: int
+    added: int
+    removed: int
+    reworded: frozenset[bytes]
+
+
+def swap(conn: Connection, organization_id: int, document_id: UUID, chunks: Sequence[Chunk]) -> Swapped:
+    """Put these chunks in the place of those that are there; rows of those that are the same are not touched."""
     rows = conn.execute(
         "select position, key, start_offset, end_offset, tokens, language, place, text from agentflow.chunks"
         " where organization_id = %s and document_id = %s order by position",
@@ -45,6 +51,7 @@ def swap(
         old[chunk.key].append((position, chunk))
     moved: list[tuple[int, Chunk]] = []
     added: list[Chunk] = []
+    reworded: set[bytes] = set()
     kept = 0
     for chunk in chunks:
         if not old[chunk.key]:
@@ -55,11 +62,13 @@ def swap(
             kept += 1
         else:
             moved.append((position, chunk))
+        if same.text != chunk.text:
+            reworded.add(chunk.key)
     left = [each for found in old.values() for each in found]
     _remove(conn, organization_id, document_id, left)
     _move(conn, organization_id, document_id, moved)
     _add(conn, organization_id, document_id, added)
-    return kept, len(moved), len(added), len(left)
+    return Swapped(kept, len(moved), len(added), len(left), frozenset(reworded))
 
 
 def _remove(conn: Connection, organization_id: int, document_id: UUID, left: Sequence[tuple[int, Chunk]]) -> None:

@@ -247,17 +247,18 @@ def replace(
 
     None: the document is gone, or another job has been put in this one's place.
     """
-    if in_graph := graph.has_facts(conn, organization_id, document_id):
-        graph.lock(conn, organization_id)  # before the document, as a deletion does
+    if _was_read(conn, organization_id, document_id):
+        # Facts of the version before may be written at this moment. Before the document, as a deletion does.
+        graph.lock(conn, organization_id)
     found = conn.execute(
         "select job_id from agentflow.documents where id = %s and organization_id = %s for update",
         (document_id, organization_id),
     ).fetchone()
     if found is None or found[0] != job_id:
         return None
-    kept, moved, added, removed = swap(conn, organization_id, document_id, content.chunks)
-    if in_graph and removed:
-        graph.forget_passages(conn, organization_id, document_id)
+    swapped = swap(conn, organization_id, document_id, content.chunks)
+    if swapped.removed or swapped.reworded:
+        graph.forget_passages(conn, organization_id, document_id, swapped.reworded)
     row = conn.execute(
         "update agentflow.documents d set title = %(title)s, kind = %(kind)s, language = %(language)s,"
         " content_hash = %(hash)s, size_bytes = %(size)s, text = %(text)s, chunker = %(chunker)s, facts = %(facts)s,"
@@ -277,7 +278,15 @@ def replace(
         },
     ).fetchone()
     assert row is not None  # noqa: S101 - locked above
-    return Replaced(row[0], kept, moved, added, removed)
+    return Replaced(row[0], swapped.kept, swapped.moved, swapped.added, swapped.removed)
+
+
+def _was_read(conn: Connection, organization_id: int, document_id: UUID) -> bool:
+    row = conn.execute(
+        "select read_at is not null from agentflow.documents where id = %s and organization_id = %s",
+        (document_id, organization_id),
+    ).fetchone()
+    return row == (True,)
 
 
 def still_writes(conn: Connection, organization_id: int, document_id: UUID, job_id: UUID) -> bool:

@@ -154,24 +154,16 @@ def forget_document(conn: Connection, organization_id: int, document_id: UUID) -
     refresh(conn, organization_id, touched)
 
 
-def has_facts(conn: Connection, organization_id: int, document_id: UUID) -> bool:
-    row = conn.execute(
-        "select exists (select from agentflow.graph_mentions where organization_id = %s and document_id = %s)",
-        (organization_id, document_id),
-    ).fetchone()
-    return bool(row and row[0])
-
-
-def forget_passages(conn: Connection, organization_id: int, document_id: UUID) -> None:
-    """Take out what stood in chunks that the document no longer has. In the transaction that removed them, which has taken
-    `lock` before it locked the document."""
+def forget_passages(conn: Connection, organization_id: int, document_id: UUID, reworded: Collection[bytes]) -> None:
+    """Take out what stood in chunks that the document no longer has, and in those `reworded`, where its offsets mean other
+    words now. In the transaction that changed them, which has taken `lock` before it locked the document."""
     touched = _entities_of(conn, organization_id, document_id)
     for table in ("graph_evidence", "graph_mentions"):
         conn.execute(
             f"delete from agentflow.{table} f where f.organization_id = %s and f.document_id = %s"  # noqa: S608 - constants
-            " and not exists (select from agentflow.chunks c where c.organization_id = f.organization_id"
-            " and c.document_id = f.document_id and c.key = f.chunk_key)",
-            (organization_id, document_id),
+            " and (f.chunk_key = any(%s) or not exists (select from agentflow.chunks c"
+            " where c.organization_id = f.organization_id and c.document_id = f.document_id and c.key = f.chunk_key))",
+            (organization_id, document_id, list(reworded)),
         )
     refresh(conn, organization_id, touched)
 
