@@ -329,7 +329,7 @@ def test_a_process_that_grows_is_found_and_one_that_warms_up_is_not(tmp_path: Pa
         "steady": [(s, 80.0 + (n % 3) * 0.02, 20) for n, s in enumerate(seconds)],
         "warms up": [(s, 60.0 + min(s, 500) / 25, 20) for s in seconds],
         "leaks": [(s, 80.0 + 1.5 * s / 3600, 20) for s in seconds],
-        "opens": [(s, 80.0, 20 + int(s / 600)) for s in seconds],
+        "opens": [(s, 80.0, 20 + int(s / 300)) for s in seconds],
         "runs more and more at once": [(s, 80.0, 20 + 3 * (n % 4) * n // 90) for n, s in enumerate(seconds)],
         "came later": [(s, 80.0 + s, 20) for s in seconds[100:]],
     }

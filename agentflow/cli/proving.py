@@ -158,7 +158,7 @@ def _end_of_soak(made: dict[str, Any], options: Options) -> int:
     console.print(f"{made['accepted']} jobs accepted, {made['jobs_per_s']} a second finished")
     columns = ("process", "MB", "MB per hour", "descriptors", "more")
     rows = [
-        (name, p["mb_last"], f"{p['mb_per_h']:+.2f}", p["descriptors_last"], f"{p['descriptors_more']:+.2f}")
+        (name, p["mb_last"], f"{p['mb_per_h']:+.2f}", p["descriptors_last"], f"{p['descriptors_more']:+d}")
         for name, p in made["processes"].items()
     ]
     console.print(output.table(columns, rows, right=columns[1:]))

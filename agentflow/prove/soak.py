@@ -30,8 +30,7 @@ from agentflow.prove.run import Copy, Say, private_copy
 _SAMPLE_EVERY_S: Final = 10.0
 #: What a slope may be over the last two thirds: there the caches are full and the pools have their size.
 MB_PER_H: Final = 1.0
-DESCRIPTORS: Final = 1.0
-_FLOOR_S: Final = 30.0
+DESCRIPTORS: Final = 1
 _BATCHES: Final = 0.1
 
 Samples = dict[str, list[tuple[float, float, int]]]  # name of the process -> (second, MB, descriptors)
@@ -77,16 +76,15 @@ def make(
         if len(late) < 3 or taken[0][0] > options.seconds / 3:
             continue  # it came later, or went
         hours = [second / 3600 for second, _, _ in late]
-        descriptors = statistics.linear_regression(hours, _floors(late)).slope * (hours[-1] - hours[0])
         processes[name] = {
             "mb_first": round(taken[0][1], 2),
             "mb_last": round(taken[-1][1], 2),
             "mb_per_h": round(statistics.linear_regression(hours, [mb for _, mb, _ in late]).slope, 3),
             "descriptors_last": taken[-1][2],
-            "descriptors_more": round(descriptors, 2),
+            "descriptors_more": _more_stay(late),
         }
     grows = [
-        f"{name}: {p['mb_per_h']:+.2f} MB/h, {p['descriptors_more']:+.2f} descriptors"
+        f"{name}: {p['mb_per_h']:+.2f} MB/h, {p['descriptors_more']:+d} descriptors"
         for name, p in processes.items()
         if abs(p["mb_per_h"]) > MB_PER_H or abs(p["descriptors_more"]) > DESCRIPTORS
     ]
@@ -112,9 +110,11 @@ def make(
     }
 
 
-def _floors(taken: Sequence[tuple[float, float, int]]) -> list[int]:
-    """The fewest descriptors within half a minute of each sample: what a running job opens it closes again."""
-    return [min(n for other, _, n in taken if abs(other - second) <= _FLOOR_S) for second, _, _ in taken]
+def _more_stay(late: Sequence[tuple[float, float, int]]) -> int:
+    """How many more descriptors stay open at the end than at the beginning: what a running job opens it closes again, so
+    the fewest of a sixth of the time count."""
+    sixth = max(1, len(late) // 6)
+    return min(n for _, _, n in late[-sixth:]) - min(n for _, _, n in late[:sixth])
 
 
 def _sample(copy: Copy, samples: Samples, stop: threading.Event, load: Load, options: Options, say: Say) -> None:
@@ -154,7 +154,7 @@ def page(made: Mapping[str, Any]) -> str:
     words = {"ok": "Nothing grows", "wrong": "Something grows", "weak": "Nothing grows, but the load was not reached"}
     rows = "".join(
         f'<tr><td><i style="background:{_COLOURS[n % len(_COLOURS)]}"></i>{escape(name)}</td><td>{p["mb_last"]:.1f} MB</td>'
-        f"<td>{p['mb_per_h']:+.2f} MB/h</td><td>{p['descriptors_last']}</td><td>{p['descriptors_more']:+.2f}</td></tr>"
+        f"<td>{p['mb_per_h']:+.2f} MB/h</td><td>{p['descriptors_last']}</td><td>{p['descriptors_more']:+d}</td></tr>"
         for n, (name, p) in enumerate(made["processes"].items())
     )
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>agentflow prove --soak</title><style>
@@ -162,7 +162,7 @@ def page(made: Mapping[str, Any]) -> str:
 svg text {{ font: 12px system-ui, sans-serif; fill: currentColor; opacity: .7 }} td, th {{ text-align: left; padding: 4px 24px 4px 0 }}
 i {{ display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 8px }} h2 {{ font-size: 16px }}
 </style></head><body><h1>{words[made["verdict"]]}</h1>
-<p>{made["minutes"]:g} minutes at {made["jobs_per_s"]:g} jobs a second, {escape(made["machine"])}. Slopes over the last two thirds.</p>
+<p>{made["minutes"]:g} minutes at {made["jobs_per_s"]:g} jobs a second, {escape(made["machine"])}. Slopes over the last two thirds; descriptors that stay open.</p>
 <h2>Memory, MB</h2>{_plot(made, 1)}<h2>Open descriptors</h2>{_plot(made, 2)}
 <table><tr><th>process</th><th>memory</th><th>slope</th><th>descriptors</th><th>more</th></tr>{rows}</table></body></html>
 """
