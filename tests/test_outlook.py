@@ -147,7 +147,7 @@ def test_who_is_over_a_budget_waits_until_midnight_whether_parked_or_passed_over
     raised = look(client, job)
 
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    assert (said["status"], said["wait_reason"], said["waiting"]["reason"]) == ("queued", None, "budget")
+    assert (said["state"], said["wait_reason"], said["waiting"]["reason"]) == ("queued", None, "budget")
     to_midnight_s = (today + timedelta(days=1) - datetime.now(UTC)).total_seconds()
     assert in_s(said["estimate"]["start"]) == pytest.approx(to_midnight_s, abs=SLOW_S)
     # Nobody is passed over who was rung for, and whoever is told of an end is let in.
