@@ -41,8 +41,9 @@ _PATIENCE_MOST_MS: Final = 1000
 #: The share that a refusal takes off: the first, and the most of those that follow. A half is found in five.
 _FIRST_STEP: Final = 0.05
 _LARGEST_STEP: Final = 0.2
-#: A refusal follows another when it comes so soon after the bucket is open again, or within its shortest window.
-_FOLLOWS_S: Final = 10.0
+#: A refusal follows another when it comes within the shortest window, and so long, after the bucket is open again: a lower limit
+#: shows itself by then. One that comes later is of a call that was on its way for long.
+_FOLLOWS_S: Final = 3.0
 #: While Redis is away it is asked so seldom, since each try may take its whole timeout.
 _AWAY_S: Final = 2.0
 
@@ -117,7 +118,7 @@ class Limits:
 
     def _close(self, bucket: Bucket, for_s: float, step: float) -> None:
         closed_ms = max(1.0, for_s * 1000)
-        follows_s = max(_FOLLOWS_S, min((w.per_s for w in bucket.windows), default=0.0))
+        follows_s = _FOLLOWS_S + min((w.per_s for w in bucket.windows), default=0.0)
         self._alone.refused(bucket, closed_ms)
         if self._client is None or time.monotonic() < self._ask_again_at:
             return
