@@ -34,10 +34,8 @@ logger = log.get(__name__)
 #: The log of a bucket is as long as its largest window; ten bytes a call.
 MOST_CALLS: Final = 1_000_000
 _KEEP_PLACE_S: Final = 600
-#: Who has a place and comes this much early, or finds those before him late, keeps it; else he goes to the end of the line. Or
-#: four calls' distance, where that is longer, but not this much: a place that is lost is a call that nobody makes.
+#: Who has a place and comes this much early, or finds those before him late, keeps it; else he goes to the end of the line.
 _PATIENCE_MS: Final = 250
-_PATIENCE_MOST_MS: Final = 1000
 #: The share that a refusal takes off: the first, and the most of those that follow. A half is found in five.
 _FIRST_STEP: Final = 0.05
 _LARGEST_STEP: Final = 0.2
@@ -96,10 +94,7 @@ class Limits:
         try:
             waits_ms = self._take(
                 keys=[key for bucket in buckets for key in self._keys(bucket)] + [f"{self._prefix}:place:{holder}"],
-                args=[
-                    *(_PATIENCE_MS, _PATIENCE_MOST_MS, _KEEP_PLACE_S * 1000),
-                    *(len(buckets), *self._described(buckets)),
-                ],
+                args=[_PATIENCE_MS, _KEEP_PLACE_S * 1000, len(buckets), *self._described(buckets)],
             )
         except redis.RedisError as error:
             self._away(error)
@@ -166,8 +161,8 @@ end
 """
 
 # KEYS: two for each bucket (calls: a list of times in ms; state: a hash), and the holder's place.
-# ARGV: patience in ms and the most of it, how long a place is kept in ms, number of buckets, then for each its pace in ms, its
-# number of windows, and for each of those the amount and its length in ms.
+# ARGV: patience in ms, how long a place is kept in ms, number of buckets, then for each its pace in ms, its number of windows,
+# and for each of those the amount and its length in ms.
 # The hash: closed, the time until which nothing is let through; line, the last place that was handed out, pace, how far it was
 # from the one before it, and the windows that they are of: a line of other ones is over; and what refusals taught (_FACTOR).
 # Of a lowered amount whole calls are let through, and for the rest the window is longer: 95 % of 7 calls in 1 s are 7 in 1.05 s.
@@ -176,11 +171,10 @@ _TAKE: Final = (
     + """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local patience, patience_most = tonumber(ARGV[1]), tonumber(ARGV[2])
-local keep, buckets = tonumber(ARGV[3]), tonumber(ARGV[4])
+local patience, keep, buckets = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local place = KEYS[#KEYS]
 local at, line, pace, closed = now, now, 0, false
-local longest, described, arg = {}, {}, 5
+local longest, described, arg = {}, {}, 4
 for b = 1, buckets do
     local calls, state = KEYS[2 * b - 1], KEYS[2 * b]
     local h = redis.call('HMGET', state, 'closed', 'line', 'windows', 'pace')
@@ -215,7 +209,6 @@ for b = 1, buckets do
     end
     pace = math.max(pace, full > 0 and full or lines_pace)
 end
-patience = math.max(patience, math.min(patience_most, 4 * pace))
 local held = not closed and redis.call('EXISTS', place) == 1
 if at <= now and (held or line <= now) then
     for b = 1, buckets do
@@ -324,7 +317,7 @@ class _Alone:
                         state.calls.popleft()
                 self._places.pop(holder, None)
                 return 0.0
-            if not held or at - now > max(_PATIENCE_MS, min(_PATIENCE_MOST_MS, 4 * pace)):
+            if not held or at - now > _PATIENCE_MS:
                 at = max(at, line + pace)
                 for state, windows in lines:
                     state.line, state.pace, state.windows = at, pace, windows

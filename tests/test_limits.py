@@ -132,16 +132,6 @@ def test_who_comes_later_does_not_overtake_those_who_wait(limits: Limits) -> Non
     assert limits.take([bucket], "waiting") == 0.0
 
 
-def test_who_comes_a_few_calls_too_early_keeps_the_place(limits: Limits) -> None:
-    bucket = a_bucket((2, 1.0))
-    for n in range(2):
-        limits.take([bucket], f"call {n}")
-    limits.take([bucket], "waiting")
-    time.sleep(0.2)
-
-    assert limits.take([bucket], "waiting") < 0.9  # else at the end of the line, half a second later
-
-
 def test_those_who_come_back_too_late_stand_in_line_again_and_not_all_at_once(limits: Limits) -> None:
     bucket = a_bucket((5, 0.5))
     for n in range(5):
@@ -153,7 +143,7 @@ def test_those_who_come_back_too_late_stand_in_line_again_and_not_all_at_once(li
     answers = [limits.take([bucket], f"waiting {n}") for n in range(100)]
 
     assert answers.count(0.0) <= 10
-    waiting = sorted(answer for answer in answers if answer > 0.41)
+    waiting = sorted(answer for answer in answers if answer > 0.26)
     assert len(waiting) > 30
     assert waiting[-1] - waiting[0] > 4
 
