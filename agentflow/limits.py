@@ -5,8 +5,12 @@ largest window: never more than `amount` calls within any `per_s` seconds. Who i
 handed out in order, one calls' distance apart, so that a thousand who wait do not come at once, and who comes later does not
 overtake them. A place is a time and no token: who never comes back uses nothing up.
 
-Limits learn: a 429 closes the bucket for all workers until the time that the vendor names, and lowers what is let through
-by a little, since the vendor counts by another clock; it recovers within the hour.
+Limits learn: a 429 closes the bucket for all workers until the time that the vendor names, and lowers what is let through.
+How far is found as TCP finds its rate, by additive increase and multiplicative decrease (AIMD; Chiu and Jain 1989, RFC 5681): a
+little at the first refusal, since the vendor counts by another clock, and twice as much at each that follows, since its limit is
+another one than ours. A quiet time gives back half of a large step (the middle between what was refused and what was
+not: BIC, Xu, Harfoush and Rhee 2004); from there on it is a slow line and a cube of the time (as CUBIC, RFC 9438): slow near what
+was refused, and within ten minutes all of it, since a vendor may have been overloaded for a moment only.
 
 Own code, because no kept library decides over several windows and buckets in one step and hands out times (`limits` and
 `pyrate-limiter` count one window at a time, or answer only yes or no).
@@ -32,10 +36,14 @@ MOST_CALLS: Final = 1_000_000
 _KEEP_PLACE_S: Final = 600
 #: Who has a place and comes this much early, or finds those before him late, keeps it; else he goes to the end of the line.
 _PATIENCE_MS: Final = 250
-_LOWERED_MOST: Final = 0.05
+#: The share that a refusal takes off: the first, and the most of those that follow. A half is found in five.
+_FIRST_STEP: Final = 0.05
+_LARGEST_STEP: Final = 0.2
+#: A refusal follows another when it comes within the shortest window, and so long, after the bucket is open again: a lower limit
+#: shows itself by then. One that comes later is of a call that was on its way for long.
+_FOLLOWS_S: Final = 3.0
 #: While Redis is away it is asked so seldom, since each try may take its whole timeout.
 _AWAY_S: Final = 2.0
-_RECOVERS_PER_S: Final = 1.0 / 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,7 @@ class Limits:
         try:
             waits_ms = self._take(
                 keys=[key for bucket in buckets for key in self._keys(bucket)] + [f"{self._prefix}:place:{holder}"],
-                args=[_PATIENCE_MS, _KEEP_PLACE_S * 1000, _RECOVERS_PER_S, len(buckets), *self._described(buckets)],
+                args=[_PATIENCE_MS, _KEEP_PLACE_S * 1000, len(buckets), *self._described(buckets)],
             )
         except redis.RedisError as error:
             self._away(error)
@@ -95,21 +103,22 @@ class Limits:
         return float(waits_ms) / 1000
 
     def refused(self, bucket: Bucket, retry_after_s: float | None = None) -> None:
-        """The vendor answered 429: closed for all workers until then (None: for one call's distance), and a little slower."""
+        """The vendor answered 429: closed for all workers until then (None: for one call's distance), and slower."""
         seconds = min(bucket.pace_ms / 1000, 60.0) if retry_after_s is None else retry_after_s
-        self._close(bucket, seconds, _LOWERED_MOST)
+        self._close(bucket, seconds, _FIRST_STEP)
 
     def close(self, bucket: Bucket, for_s: float) -> None:
         """The vendor says that nothing is left until then: closed for all workers, and as fast as before afterwards."""
         self._close(bucket, for_s, 0.0)
 
-    def _close(self, bucket: Bucket, for_s: float, lowered: float) -> None:
+    def _close(self, bucket: Bucket, for_s: float, step: float) -> None:
         closed_ms = max(1.0, for_s * 1000)
+        follows_s = _FOLLOWS_S + min((w.per_s for w in bucket.windows), default=0.0)
         self._alone.refused(bucket, closed_ms)
         if self._client is None or time.monotonic() < self._ask_again_at:
             return
         try:
-            self._refuse(keys=self._keys(bucket)[1:], args=[int(closed_ms), lowered, _RECOVERS_PER_S])
+            self._refuse(keys=self._keys(bucket)[1:], args=[int(closed_ms), step, _LARGEST_STEP, int(follows_s * 1000)])
         except redis.RedisError as error:
             self._away(error)
 
@@ -137,44 +146,59 @@ class Limits:
             self._away_since = None
 
 
+# What refusals left of a bucket's amounts. In its hash: factor, the share that the last one left; lowered, from when on it
+# recovers; quiet, when no other has followed, and `back` is given back; step, what the last one took off.
+_FACTOR: Final = """
+local LONGER = 2  -- a window, at the most
+local function factor_at(now, state)
+    local h = redis.call('HMGET', state, 'factor', 'lowered', 'quiet', 'back')
+    if not h[1] then return 1 end
+    local seconds = math.max(0, now - tonumber(h[2])) / 1000
+    local factor = tonumber(h[1]) + seconds / 3600 + (seconds / 600) ^ 3
+    if now >= tonumber(h[3] or 0) then factor = factor + tonumber(h[4] or 0) end
+    return math.min(1, factor)
+end
+"""
+
 # KEYS: two for each bucket (calls: a list of times in ms; state: a hash), and the holder's place.
-# ARGV: patience in ms, how long a place is kept in ms, recovery per s, number of buckets, then for each its pace in ms, its
-# number of windows, and for each of those the amount and its length in ms.
+# ARGV: patience in ms, how long a place is kept in ms, number of buckets, then for each its pace in ms, its number of windows,
+# and for each of those the amount and its length in ms.
 # The hash: closed, the time until which nothing is let through; line, the last place that was handed out, pace, how far it was
-# from the one before it, and the windows that they are of: a line of other ones is over; factor and lowered, what a 429 left of
-# the amounts and when.
-_TAKE: Final = """
+# from the one before it, and the windows that they are of: a line of other ones is over; and what refusals taught (_FACTOR).
+# Of a lowered amount whole calls are let through, and for the rest the window is longer: 95 % of 7 calls in 1 s are 7 in 1.05 s.
+_TAKE: Final = (
+    _FACTOR
+    + """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local patience, keep, recovers, buckets = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local patience, keep, buckets = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local place = KEYS[#KEYS]
 local at, line, pace, closed = now, now, 0, false
-local longest, described, arg = {}, {}, 5
+local longest, described, arg = {}, {}, 4
 for b = 1, buckets do
     local calls, state = KEYS[2 * b - 1], KEYS[2 * b]
-    local h = redis.call('HMGET', state, 'closed', 'line', 'factor', 'lowered', 'windows', 'pace')
+    local h = redis.call('HMGET', state, 'closed', 'line', 'windows', 'pace')
     if h[1] and tonumber(h[1]) > now then
         closed = true
         at = math.max(at, tonumber(h[1]))
     end
-    local factor = 1
-    if h[3] then
-        factor = math.min(1, tonumber(h[3]) + (now - tonumber(h[4])) / 1000 * recovers)
-    end
+    local factor = factor_at(now, state)
     local lines_pace, windows = tonumber(ARGV[arg]) / factor, tonumber(ARGV[arg + 1])
     local full = 0
     arg = arg + 2
     described[b] = table.concat(ARGV, ' ', arg, arg + 2 * windows - 1)
-    if windows > 0 and h[5] == described[b] then
+    if windows > 0 and h[3] == described[b] then
         line = math.max(line, tonumber(h[2] or 0))
-        lines_pace = tonumber(h[6])
+        lines_pace = tonumber(h[4])
     end
     longest[b] = {0, 0}
     for _ = 1, windows do
         local amount, length = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1])
         arg = arg + 2
         longest[b] = {math.max(longest[b][1], amount), math.max(longest[b][2], length)}
-        amount = math.max(1, math.floor(amount * factor))
+        local lowered = amount * factor
+        amount = math.max(1, math.ceil(lowered - 1e-9))
+        length = length * math.min(LONGER, amount / lowered)
         local before = redis.call('LINDEX', calls, -amount)
         if before then
             at = math.max(at, tonumber(before) + length)
@@ -191,7 +215,7 @@ if at <= now and (held or line <= now) then
         if longest[b][1] > 0 then
             redis.call('RPUSH', KEYS[2 * b - 1], now)
             redis.call('LTRIM', KEYS[2 * b - 1], -longest[b][1], -1)
-            redis.call('PEXPIRE', KEYS[2 * b - 1], longest[b][2] + 1000)
+            redis.call('PEXPIRE', KEYS[2 * b - 1], longest[b][2] * LONGER + 1000)
         end
     end
     redis.call('DEL', place)
@@ -211,24 +235,38 @@ end
 redis.call('SET', place, 1, 'PX', math.ceil(at - now) + keep)
 return math.max(1, math.ceil(at - now))
 """
+)
 
-# KEYS: the bucket's state. ARGV: closed for so many ms, the share that a refusal takes off, recovery per s.
-# Many calls may be under way when the vendor begins to refuse: they count as one refusal within a tenth of a second.
-_REFUSE: Final = """
+# KEYS: the bucket's state. ARGV: closed for so many ms, the share that a first refusal takes off (0: none), the most that one
+# takes off, and how soon another one follows in ms.
+# Many calls may be under way when the vendor begins to refuse: until it is open again, and for a second, they are one refusal.
+_REFUSE: Final = (
+    _FACTOR
+    + """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local h = redis.call('HMGET', KEYS[1], 'closed', 'factor', 'lowered')
+local first, largest, follows = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local h = redis.call('HMGET', KEYS[1], 'closed', 'lowered', 'quiet', 'step')
 local closed = math.max(tonumber(h[1] or 0), now + tonumber(ARGV[1]))
 redis.call('HSET', KEYS[1], 'closed', closed)
-local lowered = tonumber(h[3] or 0)
-if now - lowered > 100 then
-    local factor = math.min(1, tonumber(h[2] or 1) + (now - lowered) / 1000 * tonumber(ARGV[3]))
-    if not h[2] then factor = 1 end
-    redis.call('HSET', KEYS[1], 'factor', math.max(0.01, factor * (1 - tonumber(ARGV[2]))), 'lowered', now)
+if first > 0 then
+    local lowered = tonumber(h[2] or 0)
+    if now >= lowered then
+        local factor, step, back = factor_at(now, KEYS[1]), first, 0
+        if now < tonumber(h[3] or 0) then
+            step = math.min(largest, tonumber(h[4]) * 2)
+            back = factor * step / 2
+        end
+        redis.call('HSET', KEYS[1], 'factor', math.max(0.01, factor * (1 - step)), 'step', step, 'back', back)
+        lowered = now + 1000
+    end
+    lowered = math.max(lowered, closed)
+    redis.call('HSET', KEYS[1], 'lowered', lowered, 'quiet', lowered + follows)
 end
-redis.call('PEXPIRE', KEYS[1], math.max(3600000, closed - now + 3600000))
+redis.call('PEXPIRE', KEYS[1], math.ceil(math.max(3600000, closed - now + 3600000)))
 return 0
 """
+)
 
 
 @dataclass

@@ -122,6 +122,7 @@ class Outlooks:
         waits = Waits(queue.picture, queue.durations, job, place)
         waits.for_share()
         waits.for_rules(now)
+        waits.for_budget(now)
         waits.for_processes(self._settings)
         line = standing.key_line(conn, job) if job.concurrency_key is not None else None
         if line is not None:

@@ -98,7 +98,7 @@ def worker(environment: dict[str, str], log: Path, *, ready: bool = True) -> Ite
     arguments = [str(BIN / "dramatiq"), "tests.job_types", "--processes", "1", "--path", str(ROOT)]
     with started(arguments, {"PORT": str(free_port()), **environment}, log) as process:
         if ready:
-            process.wait_for("Worker process is ready for action")
+            process.wait_for("Worker process is ready for action", within_s=90.0)
         yield process
 
 

@@ -213,7 +213,7 @@ def state(conn: Connection, job: Job) -> tuple[str, str | None, int]:
 WAITS, DONE = ("queued", "budget", 0), ("succeeded", None, 1)
 
 
-@pytest.fixture(params=["rung for", "polling"])
+@pytest.fixture(params=["rung for", pytest.param("polling", marks=pytest.mark.long)])
 def tier(request: pytest.FixtureRequest, environment: dict[str, str]) -> None:
     if request.param == "polling":
         del environment["REDIS_URL"]
@@ -242,6 +242,7 @@ def test_a_job_that_runs_into_the_budget_waits_and_goes_on_with_a_larger_one(
     assert len(vendor.asked) == 7  # five, one and one: none twice
 
 
+@pytest.mark.long
 def test_at_midnight_everybody_goes_on(
     system: System, conn: Connection, environment: dict[str, str], vendor: ModelServer, tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ def vendor() -> Iterator[ModelServer]:
         yield server
 
 
-@pytest.fixture(params=["redis", "postgres alone"])
+@pytest.fixture(params=["redis", pytest.param("postgres alone", marks=pytest.mark.long)])
 def tier(request: pytest.FixtureRequest, environment: dict[str, str]) -> None:
     """With limits shared in Redis, and with those of the one process."""
     if request.param == "postgres alone":

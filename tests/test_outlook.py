@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from flask.testing import FlaskClient
 
-from agentflow.jobs import claims, forecasts, leases, records, rules, settlement, standing
+from agentflow.jobs import callbacks, claims, forecasts, leases, records, rules, settlement, standing
 from agentflow.jobs.estimates import Estimate
 from agentflow.jobs.forecasts import Forecast
 from agentflow.jobs.model import Job, Verdict
@@ -127,6 +127,45 @@ def test_what_is_paused_has_no_time(client: FlaskClient, conn: Connection, rule:
 
     assert said["waiting"]["reason"] == "paused" and said["waiting"]["position"] == 1
     assert said["estimate"] == {"start": None, "start_range": None, "end": None, "end_range": None}
+
+
+@pytest.mark.parametrize("sent", [True, False])
+@pytest.mark.usefixtures("staff")
+def test_who_is_over_a_budget_waits_until_midnight_whether_parked_or_passed_over(
+    client: FlaskClient, conn: Connection, sent: bool
+) -> None:
+    learned(conn)
+    job, told = submit(client), submit(client)
+    conn.execute("update agentflow.jobs set type = %s where id = %s", (callbacks.TYPE, told["id"]))
+    over_budget(conn)
+    if not sent:
+        conn.execute("update agentflow.jobs set sent_at = null, sends = 0, wake_at = run_at")
+
+    said = look(client, job)
+    of_callback = look(client, told)
+    rules.set_budget(conn, 1, "usd", 2)
+    raised = look(client, job)
+
+    today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    assert (said["state"], said["wait_reason"], said["waiting"]["reason"]) == ("queued", None, "budget")
+    to_midnight_s = (today + timedelta(days=1) - datetime.now(UTC)).total_seconds()
+    assert in_s(said["estimate"]["start"]) == pytest.approx(to_midnight_s, abs=SLOW_S)
+    # Nobody is passed over who was rung for, and whoever is told of an end is let in.
+    assert of_callback["waiting"]["reason"] == ("due" if sent else "budget")
+    assert raised["waiting"]["reason"] == "due"
+
+
+@pytest.mark.usefixtures("staff")
+def test_a_pause_and_what_a_job_was_parked_for_go_before_the_budget(client: FlaskClient, conn: Connection) -> None:
+    parked, paused = submit(client), submit(client)
+    park(conn, claim(conn, parked["id"]), "retry", 600.0)
+    over_budget(conn)
+
+    retried = look(client, parked)
+    rules.pause(conn, "organization", "", 1)
+
+    assert retried["waiting"]["reason"] == "retry"
+    assert look(client, paused)["waiting"]["reason"] == "paused"
 
 
 def test_the_line_of_a_concurrency_key(client: FlaskClient, conn: Connection, staff: UUID) -> None:
@@ -329,6 +368,14 @@ def test_threads_in_use_are_counted_only_while_more_jobs_wait(conn: Connection, 
 
 
 # ---- helpers ----
+
+
+def over_budget(conn: Connection) -> None:
+    rules.set_budget(conn, 1, "usd", 1)
+    conn.execute(
+        "insert into agentflow.usage_days (day, organization_id, measure, amount)"
+        " values ((now() at time zone 'UTC')::date, 1, 'usd', 1)"
+    )
 
 
 def park(conn: Connection, taken: Job, reason: str, seconds: float) -> None:

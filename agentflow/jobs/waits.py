@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from datetime import UTC, timedelta
 from typing import Final
 
-from agentflow.jobs import registry, rules
+from agentflow.jobs import callbacks, registry, rules
 from agentflow.jobs.estimates import Durations, Lane, free_after, turns_before
 from agentflow.jobs.model import PRIORITIES, Job
 from agentflow.jobs.standing import KeyLine, Picture, Place, RunningJob
@@ -49,6 +50,14 @@ class Waits:
             self._for_slots(cap, lambda r: r.organization_id == job.organization_id)
         if (cap := now.cap_of(job.organization_id, job.type)) is not None:
             self._for_slots(cap, lambda r: (r.organization_id, r.type) == (job.organization_id, job.type), job.type)
+
+    def for_budget(self, now: rules.Rules) -> None:
+        """Of the organization, until midnight UTC."""
+        if over_budget(self._job, now, self._place):
+            midnight = (self._place.at.astimezone(UTC) + timedelta(days=1)).replace(
+                hour=0, minute=0, second=0, microsecond=0
+            )
+            self._waits_s.append((midnight - self._place.at).total_seconds())
 
     def for_processes(self, settings: Settings) -> None:
         """A type of which a process runs only so many at once."""
@@ -140,6 +149,11 @@ class Waits:
         return sum(means) / len(means) if means else None
 
 
+def over_budget(job: Job, now: rules.Rules, place: Place) -> bool:
+    """Who is told of an end waits for no budget, once somebody was rung for it."""
+    return job.organization_id in now.over_budget and not (place.sent and job.type == callbacks.TYPE)
+
+
 def reason_of(job: Job, now: rules.Rules, place: Place, picture: Picture, *, busy: bool) -> str:
     """Why a queued job waits: what is in force now comes before what its row says it was parked for."""
     if now.pause_of(job.organization_id, job.queue, job.type) is not None:
@@ -148,6 +162,8 @@ def reason_of(job: Job, now: rules.Rules, place: Place, picture: Picture, *, bus
         return job.wait_reason or "scheduled"
     if job.wait_reason is not None and not place.sent and place.rung_in_s > 0:
         return job.wait_reason
+    if over_budget(job, now, place):
+        return "budget"
     if not picture.workers:
         return "unserved"
     return "busy" if busy else "due"

@@ -4,8 +4,8 @@ eight worker processes; then one that lowers its limit half-way; then what 5,000
     .venv/bin/python ops/bench/vendor_limit.py [--rate 70] [--workers 8] [--seconds 80] [--parked 5000]
 
 Starts private servers. The limit that is set is the vendor's own; the vendor counts exactly, within any second by its own
-clock, and refuses with Retry-After. The warm-up is a fifth of the time; a lowered limit is learned in steps of 5 %, of a refusal
-each, in half of it. Writes ops/bench/results/vendor_limit.json.
+clock, and refuses with Retry-After. The warm-up is a fifth of the time; half of it is for learning a lowered limit. Writes
+ops/bench/results/vendor_limit.json.
 """
 
 from __future__ import annotations
