@@ -19,7 +19,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, quantiles
@@ -37,8 +37,9 @@ from agentflow.knowledge.words import NO_FILTERS
 from agentflow.system import System
 
 WORDS = 62
-SEARCHES = 300
-ROUNDS = 5
+SEARCHES = 100
+ROUNDS = 2
+COMPARED = 40
 #: How far a vector that is not real stands beside the line between two that are.
 ASIDE = 0.3
 PASSAGES_IN_A_CHUNK = 3
@@ -66,8 +67,8 @@ def main() -> None:
             keep({"chunks searched": options.searched, "index s": round(time.perf_counter() - began, 1)})
         found = searching(system, random.Random(8))
         keep(found)
-    assert found["search p95 ms"] < 50
-    assert found["recall@10 of the index against exact"] >= 0.98
+    assert float(found["search p95 ms"]) < 50
+    assert float(found["recall@10 of the index against exact"]) >= 0.98
 
 
 def keep(more: Mapping[str, object], *, afresh: bool = False) -> None:
@@ -195,32 +196,61 @@ def nearest(vectors: np.ndarray) -> float:
     return round(float(np.median(1 - likeness.max(axis=1))), 3)
 
 
-def searching(system: System, chance: random.Random) -> dict[str, float]:
+def searching(system: System, chance: random.Random) -> dict[str, float | str]:
     model = active(system)
     with system.database.connection() as conn:
         assert vector_index.exists(conn, ORGANIZATION, model.id)
     questions = [question.text for question in labels.questions()]
     questions += [" ".join(chance.sample(text.split(), 6)) for text in texts(SEARCHES - len(questions), chance)]
     chance.shuffle(questions)
-    rounds = [[took_ms(system, question) for question in questions] for _ in range(ROUNDS)]
-    of_rounds = sorted(quantiles(took, n=100)[94] for took in rounds)
-    best = [min(took) for took in zip(*rounds, strict=True)]
-    recalls = [recall(system, model, question) for question in questions[:100]]
+    took(system, questions[0], [])
+    assert system.embeddings.encoder_pid is not None
+    pids = [system.embeddings.encoder_pid, *backends(system)]
+    rounds = [[took(system, question, pids) for question in questions] for _ in range(ROUNDS)]
+    best = [min(wall for wall, _ in of) for of in zip(*rounds, strict=True)]
+    busy = [min(cpu for _, cpu in of) for of in zip(*rounds, strict=True)]
+    recalls = [recall(system, model, question) for question in questions[:COMPARED]]
     return {
+        "shared_buffers of Postgres": shared_buffers(system),
         "load while searching": round(os.getloadavg()[0], 1),
         "searches": len(questions) * ROUNDS,
-        "search p50 ms": round(quantiles(best, n=100)[49], 1),
-        "search p95 ms": round(quantiles(best, n=100)[94], 1),
-        "search p95 ms of the best round": round(of_rounds[0], 1),
-        "search p95 ms of the worst round": round(of_rounds[-1], 1),
+        "search p50 ms": percentile(best, 50),
+        "search p95 ms": percentile(best, 95),
+        "search p95 ms of the best round": min(percentile([wall for wall, _ in of], 95) for of in rounds),
+        "CPU of a search p50 ms": percentile(busy, 50),
+        "CPU of a search p95 ms": percentile(busy, 95),
         "recall@10 of the index against exact": round(mean(recalls), 4),
     }
 
 
-def took_ms(system: System, question: str) -> float:
-    began = time.perf_counter()
+def percentile(values: Sequence[float], which: int) -> float:
+    return round(quantiles(values, n=100)[which - 1], 1)
+
+
+def took(system: System, question: str, pids: Sequence[int]) -> tuple[float, float]:
+    """Milliseconds on the clock, and on a processor: of this process and those, which is what others' load adds nothing to."""
+    began, used = time.perf_counter(), time.process_time() + sum(map(cpu_s, pids))
     assert search.search(system, ORGANIZATION, question).hits
-    return (time.perf_counter() - began) * 1000
+    wall, busy = time.perf_counter() - began, time.process_time() + sum(map(cpu_s, pids)) - used
+    return wall * 1000, busy * 1000
+
+
+def cpu_s(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def shared_buffers(system: System) -> str:
+    with system.database.connection() as conn:
+        row = conn.execute("show shared_buffers").fetchone()
+    return str(row[0]) if row is not None else ""
+
+
+def backends(system: System) -> list[int]:
+    with system.database.connection() as conn:
+        rows = conn.execute(
+            "select pid from pg_stat_activity where backend_type = 'client backend' and datname = current_database()"
+        ).fetchall()
+    return [row[0] for row in rows]
 
 
 def recall(system: System, model: embedding_models.EmbeddingModel, question: str) -> float:
