@@ -44,8 +44,6 @@ _MOST_WORDS: Final = 24
 _SAMPLE: Final = 300
 #: A word in more of the sample than this says little about any of them, and looking at all of them takes long.
 _COMMON: Final = 6
-#: So many chunks are counted; above it a word is rare or not as it would be among so many.
-_MOST_TEXTS: Final = 20_000
 #: Of those that have the wanted words so many are looked at, in the order of the table.
 _LOOKED_AT: Final = 2000
 #: Words of which two must meet in a chunk: so many at most, the rarest.
@@ -91,11 +89,15 @@ def search(
 
 def _seen(conn: Connection, organization_id: int, words: Sequence[str]) -> tuple[dict[str, int], int, int]:
     """In how many of a sample each word is, how many it has, and how many there are in all."""
-    rows = conn.execute(
-        _SEEN,
-        {"organization": organization_id, "words": list(words), "sample": _SAMPLE, "most_texts": _MOST_TEXTS},
-    ).fetchall()
-    return {row[0]: row[1] for row in rows}, rows[0][2], rows[0][3]
+    given = {"organization": organization_id, "words": list(words), "sample": _SAMPLE}
+    rows = conn.execute(_SEEN, given).fetchall()
+    sampled, last_key = rows[0][2:]
+    seen = {row[0]: row[1] for row in rows}
+    if sampled < _SAMPLE:
+        return seen, sampled, sampled
+    # Keys are spread evenly: where the last of the sample stands says how many there are, to about 6 %.
+    part = (int.from_bytes(last_key[:8]) + 1) / 2**64
+    return seen, sampled, round(sampled / part)
 
 
 def _wanted(seen: dict[str, int], rare: Sequence[str], *, alone: bool) -> str:
@@ -117,12 +119,12 @@ def _quoted(word: str) -> str:
 
 _SEEN: Final = """
 with sample as materialized (
-    select c.lexemes from agentflow.chunks c where c.organization_id = %(organization)s
+    select c.key, c.lexemes from agentflow.chunks c where c.organization_id = %(organization)s
     order by c.organization_id, c.key limit %(sample)s
 )
-select w.word, (select count(*) from sample s where s.lexemes @@ w.query), (select count(*) from sample), (
-    select count(*) from (select from agentflow.chunks c where c.organization_id = %(organization)s limit %(most_texts)s) x
-) from (select word, quote_literal(word)::tsquery as query from unnest(%(words)s::text[]) u(word) offset 0) w
+select w.word, (select count(*) from sample s where s.lexemes @@ w.query), (select count(*) from sample),
+    (select s.key from sample s order by s.key desc limit 1)
+from (select word, quote_literal(word)::tsquery as query from unnest(%(words)s::text[]) u(word) offset 0) w
 """
 #: Weights are inverse document frequencies, as BM25 has them; a word that the sample does not have is counted among the chunks
 #: that are looked at, which are all that have it. Of chunks with the same text the first is meant.
@@ -132,7 +134,7 @@ with found as materialized (
     where c.organization_id = %(organization)s and c.lexemes @@ %(wanted)s::tsquery /* filters */ limit %(looked_at)s
 ), words as materialized (
     select nth, quote_literal(word)::tsquery as query, frequency
-    from unnest(%(words)s::text[], %(frequencies)s::integer[]) with ordinality u(word, frequency, nth)
+    from unnest(%(words)s::text[], %(frequencies)s::bigint[]) with ordinality u(word, frequency, nth)
 ), had as materialized (
     select f.document_id, f.position, f.key, w.nth
     from found f join words w on f.lexemes @@ w.query
