@@ -204,7 +204,8 @@ def _nearest_query(organization_id: int, model: EmbeddingModel, filters: Filters
     """Places and distances; of chunks with the same text the first is meant.
 
     Numbers stand in the text itself: the index is for these alone, and the planner has to see that they are meant. Without
-    the cast no index fits, and all are looked at.
+    the cast no index fits, and all are looked at. Places are sorted as a pair, which no index is in the order of: where sorting
+    is dear, all chunks would be gone through in that order.
     """
     vector = f"v.vector::halfvec({model.dimensions:d})" if by_index else "v.vector"
     chunk = f"c.organization_id = %(organization)s and c.key = v.chunk_key{filters.condition}"
@@ -218,7 +219,7 @@ with near as materialized (
     order by distance limit %(most)s
 )
 select first.document_id, first.position, v.distance from near v cross join lateral (
-    select c.document_id, c.position from agentflow.chunks c where {chunk} order by c.document_id, c.position limit 1
+    select c.document_id, c.position from agentflow.chunks c where {chunk} order by (c.document_id, c.position) limit 1
 ) first order by v.distance
 """  # noqa: S608 - numbers, and conditions of ours
 

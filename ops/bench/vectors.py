@@ -38,8 +38,8 @@ from agentflow.system import System
 
 WORDS = 62
 SEARCHES = 100
-ROUNDS = 2
-COMPARED = 40
+ROUNDS = 3
+COMPARED = 25
 #: How far a vector that is not real stands beside the line between two that are.
 ASIDE = 0.3
 PASSAGES_IN_A_CHUNK = 3
