@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 from agentflow import settings
+from agentflow.calls import Service
 from agentflow.database import BoundedConnection
 from agentflow.knowledge import vectors
 from agentflow.system import System
@@ -60,6 +61,19 @@ class Context:
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
+
+
+class PlacedContext(Context):
+    """… whose calls take places among all, as a job's do."""
+
+    def permit(self, service: Service, about: str = "") -> None:
+        self.system.calls.permit(service, self.organization_id, f"job:{about}")
+
+    def refused(self, service: Service, retry_after_s: float | None = None) -> None:
+        self.system.calls.refused(service, self.organization_id, retry_after_s)
+
+    def exhausted(self, service: Service, for_s: float) -> None:
+        self.system.calls.exhausted(service, for_s)
 
 
 def embed(context: Context, document: UUID) -> dict[str, Any]:

@@ -14,14 +14,17 @@ import pytest
 
 from agentflow import settings
 from agentflow.errors import JobError, Permanent, Transient, Wait
+from agentflow.jobs import rules
 from agentflow.knowledge import embedding_models, encoder, vectors
 from agentflow.knowledge.encoder import Encoder
+from agentflow.limits import Window
 from agentflow.system import System
 from tests import openrouter_server as faults
 from tests.knowledge_support import (
     ORGANIZATION,
     Context,
     Killed,
+    PlacedContext,
     add_document,
     answering,
     embed,
@@ -138,6 +141,30 @@ def test_what_was_used_up_is_told_and_returned(environment: dict[str, str], conn
         **{"tokens_in": 19, "usd": pytest.approx(0.0002)},
     }
     assert context.told[-1] == (1.0, "vectors")
+
+
+def test_what_a_job_embeds_keeps_to_the_limits_and_goes_on_from_where_it_was_held_back(
+    environment: dict[str, str], conn: psycopg.Connection
+) -> None:
+    rules.set_limit(conn, ORGANIZATION, "openrouter", [Window(2, 3600)])
+    with model_server() as vendor:
+        named = {"OPENROUTER_API_KEY": KEY, "OPENROUTER_BASE_URL": vendor.url, "EMBEDDINGS_MODEL": "openai/small"}
+        system = System.start(settings.load({**environment, **named}), "test")
+        document = add_document(conn, pages(100))  # 80 of which are a batch
+
+        with pytest.raises(Wait) as raised:
+            embed(PlacedContext(system), document)
+        held_back = len(vendor.asked), len(stored(conn))
+
+        rules.set_limit(conn, ORGANIZATION, "openrouter", [Window(1000, 60)])
+        eventually(lambda: system.rules.now().limit_of(ORGANIZATION, "openrouter", ()) == (Window(1000, 60),))
+        result = embed(PlacedContext(system), document)
+        paid_for = embedded_texts(vendor)
+        system.close()
+    assert raised.value.reason == "limit" and raised.value.seconds > 60
+    assert held_back == (2, 80)  # the model was asked for its dimensions, and then for one batch
+    assert result["vectors"] == 20
+    assert sorted(paid_for) == sorted([PROBE, *pages(100)])
 
 
 def test_prefixes_stand_before_what_is_found_and_what_is_looked_for(

@@ -1,4 +1,4 @@
-"""Search in the knowledge base: by meaning (vectors) and by words (Postgres full text), fused by reciprocal rank.
+"""Search in the knowledge base: by meaning (vectors) and by words (`words`: Postgres full text), fused by reciprocal rank.
 
 Each finds what the other cannot: a question in other words than its answer, and a name or number that means nothing. A list
 gives a hit 1 / (60 + rank), as in Cormack, Clarke and Büttcher, "Reciprocal Rank Fusion" (SIGIR 2009). A hit by words counts by
@@ -8,7 +8,6 @@ every text has some word, and should not stand beside the first by meaning for i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -17,9 +16,10 @@ from uuid import UUID
 from agentflow import log
 from agentflow.database import Connection
 from agentflow.errors import JobError
-from agentflow.knowledge import embedding_models, vector_index, vectors
+from agentflow.knowledge import embedding_models, vector_index, vectors, words
 from agentflow.knowledge.embedding import Refused, Unpaid
 from agentflow.knowledge.embedding_models import EmbeddingModel
+from agentflow.knowledge.words import CANDIDATES, NO_FILTERS, Filters, Place
 from agentflow.models.client import Caller
 
 if TYPE_CHECKING:
@@ -29,16 +29,6 @@ logger = log.get(__name__)
 
 Mode = Literal["hybrid", "vector", "text"]
 
-#: Of each list, so many take part.
-CANDIDATES: Final = 60
-#: Words of a question that count; what is longer is no question.
-_MOST_WORDS: Final = 24
-#: A word in more chunks than this says little about any of them, and looking at all of them takes long.
-_COMMON: Final = 1000
-#: Of how many chunks they are counted; above it a word is rare or not as it would be among so many.
-_MOST_TEXTS: Final = 20_000
-#: What a hit by words must have of the question. ops/bench/retrieval.py finds the same with anything from 0.33 to 0.6.
-_LEAST_SHARE: Final = 0.4
 _RANK_OFFSET: Final = 60
 #: What the index looks at before it is sure of its nearest, and the most when a filter throws many away.
 _BREADTH: Final = 400
@@ -87,32 +77,13 @@ class Found:
     problem: str | None
 
 
-Place = tuple[UUID, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Filters:
-    language: str | None = None
-    documents: tuple[UUID, ...] = ()
-
-    @property
-    def condition(self) -> str:
-        """On a chunk `c`; its parameters are `parameters`."""
-        language = " and c.language = %(language)s" if self.language is not None else ""
-        return language + (" and c.document_id = any (%(documents)s)" if self.documents else "")
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return {"language": self.language, "documents": list(self.documents)}
-
-
 def search(
     system: System,
     organization_id: int,
     question: str,
     *,
     limit: int = 10,
-    filters: Filters = Filters(),
+    filters: Filters = NO_FILTERS,
     mode: Mode = "hybrid",
     caller: Caller | None = None,
 ) -> Found:
@@ -133,11 +104,12 @@ def search(
             problem = str(error)
     by_words: dict[Place, float] = {}
     with system.database.transaction() as conn:
-        words = _words(conn, question)
+        stems = words.stems(conn, question)
+        least_share = words.LEAST_SHARE if by_meaning else 0.0
         if mode != "vector":
-            by_words = _by_words(conn, organization_id, words, filters)
-        ranked = fused(by_meaning, by_words, _LEAST_SHARE if by_meaning else 0.0)
-        hits = _hits(conn, organization_id, [place for place, _ in ranked[: 2 * limit]], words)
+            by_words = words.search(conn, organization_id, stems, filters, least_share)
+        ranked = fused(by_meaning, by_words, least_share)
+        hits = _hits(conn, organization_id, [place for place, _ in ranked[: 2 * limit]], stems)
     chosen = []
     seen: set[str] = set()
     vector_ranks, text_ranks = _ranks(by_meaning), _ranks(by_words)
@@ -159,7 +131,7 @@ def search(
 
 
 def fused(
-    by_meaning: Mapping[Place, float], by_words: Mapping[Place, float], least_share: float = _LEAST_SHARE
+    by_meaning: Mapping[Place, float], by_words: Mapping[Place, float], least_share: float = words.LEAST_SHARE
 ) -> list[tuple[Place, float]]:
     """Both lists, each in its order, as one. Values of the second are shares of the question, 0 to 1."""
     scores: dict[Place, float] = {}
@@ -207,150 +179,62 @@ def _by_meaning(
 def _nearest(
     conn: Connection, organization_id: int, model: EmbeddingModel, vector: str, filters: Filters
 ) -> dict[Place, float]:
-    vector_index.find_types(conn)
-    given = {
-        **{"organization": organization_id, "vector": vector, "most": CANDIDATES},
-        **filters.parameters,
-    }
-    if not filters.documents and vector_index.exists(conn, organization_id, model.id):
-        # Without `enable_sort` the index is used even where the planner believes that sorting all of them is cheaper.
-        conn.execute(
-            "select set_config('hnsw.ef_search', %s, true), set_config('hnsw.iterative_scan', 'strict_order', true),"
-            " set_config('hnsw.max_scan_tuples', %s, true), set_config('enable_sort', 'off', true)",
-            (str(_BREADTH), str(_WIDEST)),
-        )
+    given = {"organization": organization_id, "vector": vector, "most": CANDIDATES, **filters.parameters}
+    if _prepare(conn, organization_id, model) and not filters.documents:
         near = _read(conn, _nearest_query(organization_id, model, filters, by_index=True), given)
-        conn.execute("select set_config('enable_sort', 'on', true)")
-        if len(near) == CANDIDATES or filters == Filters():
-            return _places(conn, organization_id, near, filters)
+        if len(near) == CANDIDATES or filters == NO_FILTERS:
+            return near
     # Exact: of few vectors, of some documents, or in a language that is rare here.
-    near = _read(conn, _nearest_query(organization_id, model, filters, by_index=False), given)
-    return _places(conn, organization_id, near, filters)
+    return _read(conn, _nearest_query(organization_id, model, filters, by_index=False), given)
+
+
+def _prepare(conn: Connection, organization_id: int, model: EmbeddingModel) -> bool:
+    """Set the transaction up; whether there is an index. With sorting made dear, the index is used even where the planner
+    believes that sorting all vectors is cheaper."""
+    vector_index.find_types(conn)
+    conn.execute(
+        "select set_config('hnsw.ef_search', %s, true), set_config('hnsw.iterative_scan', 'strict_order', true),"
+        " set_config('hnsw.max_scan_tuples', %s, true), set_config('enable_sort', 'off', true)",
+        (str(_BREADTH), str(_WIDEST)),
+    )
+    return vector_index.exists(conn, organization_id, model.id)
 
 
 def _nearest_query(organization_id: int, model: EmbeddingModel, filters: Filters, *, by_index: bool) -> str:
-    """Numbers stand in the text itself: the index is for these alone, and the planner has to see that they are meant. Without
-    the cast no index fits, and all are looked at."""
+    """Places and distances; of chunks with the same text the first is meant.
+
+    Numbers stand in the text itself: the index is for these alone, and the planner has to see that they are meant. Without
+    the cast no index fits, and all are looked at. Places are sorted as a pair, which no index is in the order of: where sorting
+    is dear, all chunks would be gone through in that order.
+    """
     vector = f"v.vector::halfvec({model.dimensions:d})" if by_index else "v.vector"
-    matching = (
-        f" and exists (select from agentflow.chunks c where c.organization_id = %(organization)s"
-        f" and c.key = v.chunk_key{filters.condition})"
-        if filters.condition
-        else ""
-    )
+    chunk = f"c.organization_id = %(organization)s and c.key = v.chunk_key{filters.condition}"
+    matching = f" and exists (select from agentflow.chunks c where {chunk})" if filters.condition else ""
     return f"""
-select v.chunk_key, {vector} <=> %(vector)s::halfvec({model.dimensions:d}) as distance
-from agentflow.vectors v
-where v.organization_id = {organization_id:d} and v.model_id = {model.id:d} and v.vector is not null{matching}
-    and v.organization_id = %(organization)s
-order by distance limit %(most)s
-"""  # noqa: S608 - numbers
+with near as materialized (
+    select v.chunk_key, {vector} <=> %(vector)s::halfvec({model.dimensions:d}) as distance
+    from agentflow.vectors v
+    where v.organization_id = {organization_id:d} and v.model_id = {model.id:d} and v.vector is not null{matching}
+        and v.organization_id = %(organization)s
+    order by distance limit %(most)s
+)
+select first.document_id, first.position, v.distance from near v cross join lateral (
+    select c.document_id, c.position from agentflow.chunks c where {chunk} order by (c.document_id, c.position) limit 1
+) first order by v.distance
+"""  # noqa: S608 - numbers, and conditions of ours
 
 
-def _read(conn: Connection, query: str, given: Mapping[str, Any]) -> dict[bytes, float]:
+def _read(conn: Connection, query: str, given: Mapping[str, Any]) -> dict[Place, float]:
     # Not prepared: a plan for any organization would have to do without the index of one.
-    return {key: float(distance) for key, distance in conn.execute(query.encode(), given, prepare=False).fetchall()}
-
-
-def _places(
-    conn: Connection, organization_id: int, near: Mapping[bytes, float], filters: Filters
-) -> dict[Place, float]:
-    """Where the texts of these keys stand, in their order; of chunks with the same text the first is meant."""
-    rows = conn.execute(
-        f"select distinct on (c.key) c.key, c.document_id, c.position from agentflow.chunks c"  # noqa: S608 - ours
-        f" where c.organization_id = %(organization)s and c.key = any (%(keys)s){filters.condition}"
-        " order by c.key, c.document_id, c.position".encode(),
-        {"organization": organization_id, "keys": list(near), **filters.parameters},
-    ).fetchall()
-    places = {key: (document_id, position) for key, document_id, position in rows}
-    return {places[key]: distance for key, distance in near.items() if key in places}
-
-
-# ---- by words ----
-
-
-def _words(conn: Connection, question: str) -> list[str]:
-    """Stems, without those that say nothing, each once, in the question's order."""
-    row = conn.execute(
-        "select array(select u.lexeme from unnest(to_tsvector('pg_catalog.russian',"
-        " regexp_replace(%s, '-(?=\\d)', ' ', 'g'))) u order by u.positions[1] limit %s)",
-        (question, _MOST_WORDS),
-    ).fetchone()
-    return list(row[0]) if row is not None else []
-
-
-def _by_words(conn: Connection, organization_id: int, words: Sequence[str], filters: Filters) -> dict[Place, float]:
-    """The share of the question that each has, the best first."""
-    if not words:
-        return {}
-    given = {"organization": organization_id, "words": list(words), "common": _COMMON, **filters.parameters}
-    counted = conn.execute(_COUNTED, {**given, "most_texts": _MOST_TEXTS}).fetchall()
-    texts, frequencies = counted[0][2], {word: frequency for word, frequency, _ in counted}
-    weights = {word: _weight(frequencies[word], texts) for word in words}
-    rare = [word for word in words if 0 < frequencies[word] < _COMMON]
-    if not any(frequencies.values()):
-        return {}
-    # Where every word is common, only texts with all of them are looked at.
-    wanted = _query(conn, rare, " | ") if rare else _query(conn, [w for w in words if frequencies[w]], " & ")
-    rows = conn.execute(
-        _WITH_WORDS.replace("/* filters */", filters.condition).encode(),
-        {
-            **given,
-            "wanted": wanted,
-            "weights": [weights[word] for word in words],
-            "looked_at": 4 * _COMMON,
-            "most": CANDIDATES,
-        },
-    ).fetchall()
-    whole = sum(weights.values())
-    return {(document_id, position): round(weight / whole, 4) for document_id, position, weight in rows}
-
-
-def _weight(frequency: int, texts: int) -> float:
-    """Inverse document frequency, as BM25 has it."""
-    return math.log(1 + (max(texts, frequency) - frequency + 0.5) / (frequency + 0.5))
-
-
-_COUNTED: Final = """
-select w.word, (
-    select count(*) from (
-        select from agentflow.chunks c
-        where c.organization_id = %(organization)s and c.lexemes @@ quote_literal(w.word)::tsquery limit %(common)s
-    ) x
-), (
-    select count(*) from (
-        select from agentflow.chunks c where c.organization_id = %(organization)s limit %(most_texts)s
-    ) x
-) from unnest(%(words)s::text[]) w(word)
-"""
-#: Here, too, of chunks with the same text the first is meant.
-_WITH_WORDS: Final = """
-select t.document_id, t.position, t.weight from (
-    select distinct on (f.key) f.* from (
-        select c.document_id, c.position, c.key, c.lexemes, (
-            select sum(w.weight) from unnest(%(words)s::text[], %(weights)s::double precision[]) w(word, weight)
-            where c.lexemes @@ quote_literal(w.word)::tsquery
-        ) as weight
-        from agentflow.chunks c
-        where c.organization_id = %(organization)s and c.lexemes @@ %(wanted)s::tsquery /* filters */ limit %(looked_at)s
-    ) f order by f.key, f.document_id, f.position
-) t order by t.weight desc, ts_rank_cd(t.lexemes, %(wanted)s::tsquery, 1) desc, t.document_id, t.position limit %(most)s
-"""
-
-
-def _query(conn: Connection, words: Sequence[str], operator: str) -> str:
-    row = conn.execute(
-        "select string_agg(quote_literal(w), %s) from unnest(%s::text[]) w", (operator, list(words))
-    ).fetchone()
-    assert row is not None  # noqa: S101 - an aggregate
-    return str(row[0])
+    rows = conn.execute(query.encode(), given, prepare=False).fetchall()
+    return {(document_id, position): float(distance) for document_id, position, distance in rows}
 
 
 # ---- what is shown ----
 
 
 def _hits(
-    conn: Connection, organization_id: int, places: Sequence[Place], words: Sequence[str]
+    conn: Connection, organization_id: int, places: Sequence[Place], stems: Sequence[str]
 ) -> dict[Place, dict[str, Any]]:
     """The rest of each hit, by place. Words are marked by Postgres, which knows their stems; offsets are made of the marks."""
     rows = conn.execute(
@@ -362,7 +246,7 @@ def _hits(
         " join agentflow.documents d on d.id = c.document_id where c.organization_id = %(organization)s",
         {
             "organization": organization_id,
-            "words": list(words),
+            "words": list(stems),
             "marks": "".join(_MARKS),
             "options": f"HighlightAll=true, StartSel={_MARKS[0]}, StopSel={_MARKS[1]}",
             "documents": [place[0] for place in places],

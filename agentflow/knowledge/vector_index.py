@@ -23,6 +23,10 @@ logger = log.get(__name__)
 
 MANY: Final = 10_000
 _BUILD_S: Final = 6 * 3600.0
+#: What does not fit into memory is built many times slower; more than this a small server does not have.
+_MOST_MEMORY_KB: Final = 256 * 1024
+#: Of each vector beside its numbers: its neighbours.
+_NEIGHBOURS_BYTES: Final = 700
 
 
 def name_of(organization_id: int, model_id: int) -> str:
@@ -94,6 +98,12 @@ def _build(conn: Connection, organization_id: int, model: EmbeddingModel) -> boo
     ).fetchone()
     if left is not None:
         conn.execute(sql.SQL("drop index concurrently if exists {}").format(sql.Identifier("agentflow", name)))
+    conn.execute(
+        "select set_config('maintenance_work_mem', greatest(least((count(*) * %s / 1024)::bigint, %s), s.setting::bigint)"
+        " || 'kB', false) from pg_settings s left join agentflow.vectors v on v.organization_id = %s and v.model_id = %s"
+        " where s.name = 'maintenance_work_mem' group by s.setting",
+        (2 * model.dimensions + _NEIGHBOURS_BYTES, _MOST_MEMORY_KB, organization_id, model.id),
+    )
     try:
         conn.execute(_definition(conn, name, organization_id, model))
     except psycopg.errors.DuplicateTable:

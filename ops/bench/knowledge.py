@@ -25,15 +25,17 @@ RESULTS = ROOT / "ops/bench/results"
 
 
 @contextmanager
-def own_system() -> Iterator[System]:
-    folder = Path(tempfile.mkdtemp(prefix="agentflow-bench-"))
+def own_system(home: Path | None = None) -> Iterator[System]:
+    """In a folder that stays; without one, in a temporary one."""
+    folder = home or Path(tempfile.mkdtemp(prefix="agentflow-bench-"))
     system = System.start(settings.load({"AGENTFLOW_HOME": str(folder)}), "bench")
     system.database.answer_timeout_s = 600.0  # a busy machine is no outage
     try:
         yield system
     finally:
         system.close(wait_stopped_s=30)
-        shutil.rmtree(folder, ignore_errors=True)
+        if home is None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
