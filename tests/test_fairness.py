@@ -137,6 +137,22 @@ def test_no_organization_gets_all_threads_with_long_jobs(conn: Connection) -> No
 
 
 @pytest.mark.usefixtures("organizations")
+def test_threads_that_do_short_jobs_have_the_next_ones_before_them(conn: Connection) -> None:
+    dispatch.charge(conn, {("default", ONE): (100, 4.0)})
+    conn.execute("update agentflow.lanes set cost_s = 0.04")
+    waiting(conn, ONE, 200)
+
+    first = ring(conn)
+    running = claim(conn, uuid4(), *first[:16])
+
+    assert len(first) == 16 + 20  # four fifths of twenty threads, and what those do in 50 ms
+    assert ring(conn) == []
+    for job in running[:5]:
+        finish(conn, job)
+    assert len(ring(conn)) == 5
+
+
+@pytest.mark.usefixtures("organizations")
 def test_low_is_not_starved_by_ones_own_default_jobs(conn: Connection) -> None:
     low = {job.id for job in waiting(conn, ONE, 50, priority=2)}
     waiting(conn, ONE, 500)

@@ -361,6 +361,29 @@ def test_a_job_that_meets_a_thread_kept_for_critical_ones_waits_there_for_the_ne
     runtime.settler.stop()
 
 
+@pytest.mark.parametrize("counted", ["nobody", "organizations", "a cap"])
+def test_where_running_jobs_count_an_end_lets_the_relay_look_again(system: System, counted: str) -> None:
+    with system.database.connection() as conn:
+        if counted == "organizations":
+            conn.execute("insert into agentflow.organizations (id, slug, name) values (2, 'two', 'Two')")
+        if counted == "a cap":
+            rules.set_cap(conn, rules.EVERY, "ping", 1)
+    settled, gate, woken = threading.Event(), threading.Event(), list[bool]()
+
+    def perform(running: Running, _context: JobContext) -> Verdict:
+        gate.wait(60)
+        woken.clear()  # its claim is one reason more to look
+        return Verdict(*running.key, "succeeded")
+
+    runtime = Runtime(
+        system,
+        kind="test",
+        threads=4,
+        perform=perform,
+        replace=lambda: None,
+        threads_ready=lambda: True,
+        enqueue=lambda _message: None,
+    )
 def test_a_doubled_a_stale_and_a_malformed_message_change_nothing(system: System, running_worker: Process) -> None:
     job = ended(system, submit(system, "ping"))
     busy = submit(system, "ping", {"sleep_ms": 1500})
