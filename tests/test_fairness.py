@@ -137,19 +137,22 @@ def test_no_organization_gets_all_threads_with_long_jobs(conn: Connection) -> No
 
 
 @pytest.mark.usefixtures("organizations")
-def test_threads_that_do_short_jobs_have_the_next_ones_before_them(conn: Connection) -> None:
+@pytest.mark.parametrize(("begun", "more"), [("-1 h", 0), ("+1 h", 16)])
+def test_short_jobs_have_the_next_ones_before_their_threads_until_one_takes_long(
+    conn: Connection, begun: str, more: int
+) -> None:
     dispatch.charge(conn, {("default", ONE): (100, 4.0)})
-    conn.execute("update agentflow.lanes set cost_s = 0.04")
+    conn.execute("update agentflow.lanes set cost_s = 0.04")  # four fifths of twenty threads do 60 of them in 150 ms
     waiting(conn, ONE, 200)
 
     first = ring(conn)
-    running = claim(conn, uuid4(), *first[:16])
+    claim(conn, uuid4(), *first[:16])
+    conn.execute(
+        "update agentflow.jobs set started_at = clock_timestamp() + %s::interval where state = 'running'", (begun,)
+    )
 
-    assert len(first) == 16 + 20  # four fifths of twenty threads, and what those do in 50 ms
-    assert ring(conn) == []
-    for job in running[:5]:
-        finish(conn, job)
-    assert len(ring(conn)) == 5
+    assert len(first) == 50  # half the window
+    assert len(ring(conn)) == more
 
 
 @pytest.mark.usefixtures("organizations")
