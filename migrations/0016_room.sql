@@ -1,9 +1,9 @@
 -- How many more messages of each organization may be outstanding in a queue: its cap of threads, and as many jobs as they do in
--- 150 ms, less what runs and what was sent already; and of those sent at most as many as fill half the window. What is on top of
--- the cap lies before the threads that end short jobs, which otherwise wait until a verdict is written and another is rung for:
--- some 50 ms, or several times that on a busy machine. Jobs so long that the cap's threads do none in that time get no more than the cap.
--- A job costs what is measured until its verdict is written, or what those that run have taken so far: long ones after short ones
--- are seen at once. Replaced in place, since what it promises is the same: workers of the release before are served by it, too.
+-- about 50 ms, less what runs and what was sent already. Those of 50 ms are on top of the cap: they lie before the threads that end
+-- short jobs, which otherwise wait until a verdict is written and another is rung for. Jobs so long that the cap's threads do none in
+-- 50 ms get no more than the cap. A job costs what is measured until its verdict is written, or what those that run have taken so
+-- far: long ones after short ones are seen at once. Replaced in place, since what it promises is the same: workers of the release
+-- before are served by it, too.
 create or replace function agentflow.room_1(p_queue text, p_organizations bigint[], p_window integer)
 returns table (organization_id bigint, room integer)
 language sql stable
@@ -20,9 +20,8 @@ as $$
         from agentflow.jobs j where j.state = 'running' group by 1
     )
     select o.id, greatest(0, least(
-        case when staff.share < 1 then least(
-            staff.threads + floor(staff.threads * 0.15 / greatest(coalesce(l.cost_s, 0.02), b.taken_s)) - coalesce(b.here, 0),
-            greatest(staff.threads, p_window / 2))
+        case when staff.share < 1 then
+            staff.threads + floor(staff.threads * 0.05 / greatest(coalesce(l.cost_s, 0.02), b.taken_s)) - coalesce(b.here, 0)
         else p_window end,
         coalesce(c.running - coalesce(b.anywhere, 0), p_window),
         p_window) - sent.n)::integer
