@@ -3,10 +3,11 @@
 A forecast is computed from what is known now: who goes before, how long such jobs took, what runs. It is wrong by some factor,
 and how wrong the last ones were says how far to trust the next: its range is the forecast times quantiles of the ratios of what
 happened to what was expected. That is split conformal prediction (Lei et al., JASA 2018, arXiv:1604.04173) with the log of the
-ratio as the score, and the narrowest range in place of equal tails; weighted towards new outcomes and such as were expected to take about as long (Barber et al., Annals of
-Statistics 2023, arXiv:2202.13415), since load changes; and made wider or narrower by whether the last ranges held (Gibbs and
-Candès, NeurIPS 2021, arXiv:2106.00263; on the width, as the quantile tracker of Angelopoulos, Candès and Tibshirani, NeurIPS
-2023, arXiv:2307.16895, since while load rises no earlier outcome was as late as the next one).
+ratio as the score, and the narrowest range in place of equal tails; weighted towards new outcomes and such as were expected to
+take about as long (Barber et al., Annals of Statistics 2023, arXiv:2202.13415), since load changes; and made wider or narrower by
+whether the last ranges held (Gibbs and Candès, NeurIPS 2021, arXiv:2106.00263; on the width, as the quantile tracker of
+Angelopoulos, Candès and Tibshirani, NeurIPS 2023, arXiv:2307.16895, since while load rises no earlier outcome was as late as the
+next one).
 """
 
 from __future__ import annotations
