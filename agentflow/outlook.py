@@ -143,8 +143,8 @@ class Outlooks:
             position=None if later else ahead + 1,
             beyond=ahead >= standing.MOST_AHEAD,
             before=None if later or waits.before is None else round(waits.before),
-            start=start,
-            end=_not_before(start, end),
+            start=_not_after(start, end),
+            end=end,
         )
         return outlook, _forecast(job, kind, start, end)
 
@@ -173,10 +173,11 @@ def _forecast(job: Job, kind: Kind, start: Estimate | None, end: Estimate | None
     return Forecast(job.id, job.organization_id, job.queue, job.type, kind, job.fence, start, end)
 
 
-def _not_before(start: Estimate | None, end: Estimate | None) -> Estimate | None:
-    """They are corrected each by what became of its own kind: nothing ends before it starts."""
+def _not_after(start: Estimate | None, end: Estimate | None) -> Estimate | None:
+    """They are corrected each by what became of its own kind: nothing starts after it has ended. The end is what is left as it
+    is: the start's range is by far the wider one, for its size, and the end's would no longer be the one that is learned from."""
     if start is None or end is None:
-        return end
-    low = end.low if end.low is None or start.low is None else max(end.low, start.low)
-    high = end.high if end.high is None or start.high is None else max(end.high, start.high)
-    return Estimate(end.expected, max(end.middle, start.middle), low, high)
+        return start
+    low = start.low if start.low is None or end.low is None else min(start.low, end.low)
+    high = start.high if start.high is None or end.high is None else min(start.high, end.high)
+    return Estimate(start.expected, min(start.middle, end.middle), low, high)

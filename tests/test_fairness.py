@@ -137,6 +137,26 @@ def test_no_organization_gets_all_threads_with_long_jobs(conn: Connection) -> No
 
 
 @pytest.mark.usefixtures("organizations")
+@pytest.mark.parametrize(("begun", "more"), [("-1 h", 0), ("+1 h", 10)])
+def test_short_jobs_have_the_next_ones_before_their_threads_until_one_takes_long(
+    conn: Connection, begun: str, more: int
+) -> None:
+    dispatch.charge(conn, {("default", ONE): (100, 4.0)})
+    conn.execute("update agentflow.lanes set cost_s = 0.08")
+    waiting(conn, ONE, 200)
+
+    first = ring(conn)
+    claim(conn, uuid4(), *first[:16])
+    conn.execute("update agentflow.lanes set cost_s = 0.04")
+    conn.execute(
+        "update agentflow.jobs set started_at = clock_timestamp() + %s::interval where state = 'running'", (begun,)
+    )
+
+    assert len(first) == 16 + 10  # four fifths of twenty threads, and what those do in 50 ms
+    assert len(ring(conn)) == more
+
+
+@pytest.mark.usefixtures("organizations")
 def test_low_is_not_starved_by_ones_own_default_jobs(conn: Connection) -> None:
     low = {job.id for job in waiting(conn, ONE, 50, priority=2)}
     waiting(conn, ONE, 500)

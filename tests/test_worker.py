@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from standardwebhooks.webhooks import Webhook
 
 from agentflow import signing
 from agentflow.broker import DeliveredMessage, message_for
-from agentflow.jobs import batches, records
+from agentflow.jobs import batches, records, rules
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Ring, Verdict
 from agentflow.system import System
@@ -318,6 +318,23 @@ class Nobody:
         return False
 
 
+def runtime_of(
+    system: System,
+    perform: Callable[[Running, JobContext], Verdict],
+    enqueue: Callable[[DeliveredMessage], None] = lambda _message: None,
+) -> Runtime:
+    """Four threads, one of them kept for critical jobs."""
+    return Runtime(
+        system,
+        kind="test",
+        threads=4,
+        perform=perform,
+        replace=lambda: None,
+        threads_ready=lambda: True,
+        enqueue=enqueue,
+    )
+
+
 def test_a_job_that_meets_a_thread_kept_for_critical_ones_waits_there_for_the_next_free_one(system: System) -> None:
     gate, brought_up = threading.Event(), list[Any]()
 
@@ -325,15 +342,7 @@ def test_a_job_that_meets_a_thread_kept_for_critical_ones_waits_there_for_the_ne
         gate.wait(60)
         return Verdict(*running.key, "succeeded")
 
-    runtime = Runtime(
-        system,
-        kind="test",
-        threads=4,  # one of them kept
-        perform=perform,
-        replace=lambda: None,
-        threads_ready=lambda: True,
-        enqueue=brought_up.append,
-    )
+    runtime = runtime_of(system, perform, brought_up.append)
     runtime.claimer.start()
     runtime.settler.start()
     jobs = [submit(system, "ping") for _ in range(5)]
@@ -360,6 +369,36 @@ def test_a_job_that_meets_a_thread_kept_for_critical_ones_waits_there_for_the_ne
     assert ended(system, jobs[3]).fence == 1
     runtime.claimer.stop()
     runtime.settler.stop()
+
+
+@pytest.mark.parametrize("counted", ["nothing", "shares", "caps"])
+def test_where_what_runs_counts_the_relay_looks_again_when_a_job_ends(
+    system: System, monkeypatch: pytest.MonkeyPatch, counted: str
+) -> None:
+    with system.database.connection() as conn:
+        if counted == "shares":
+            conn.execute("insert into agentflow.organizations (id, slug, name) values (2, 'two', 'Two')")
+        if counted == "caps":
+            rules.set_cap(conn, ORGANIZATION, "", 2)
+    woken = list[str]()
+
+    def perform(running: Running, _context: JobContext) -> Verdict:
+        woken.append("begun")
+        return Verdict(*running.key, "succeeded")
+
+    runtime = runtime_of(system, perform)
+    monkeypatch.setattr(runtime.relay, "wake", lambda: woken.append("looks"))
+    runtime.claimer.start()
+    runtime.settler.start()
+    job = submit(system, "ping")
+    message = message_for(Ring(job.id, job.queue, job.type), system.settings.job_queue_name)
+
+    runtime.handle(DeliveredMessage(message, Nobody()))
+    runtime.settler.stop(30.0)
+
+    assert read(system, job.id).state == "succeeded"
+    assert woken == ["looks", "begun"] + ["looks"] * (counted != "nothing")
+    runtime.claimer.stop()
 
 
 def test_a_doubled_a_stale_and_a_malformed_message_change_nothing(system: System, running_worker: Process) -> None:

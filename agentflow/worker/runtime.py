@@ -309,8 +309,10 @@ class Runtime:
     def _after_settle(self, settled: Settled, ended: Sequence[Ended]) -> None:
         publisher = self.system.publisher
         publisher.ring(settled.rings)
-        if any(0 < e.verdict.delay_s < self.system.settings.worker_polling_interval for e in ended):
-            self.relay.wake()  # it looks when the next one is due, which may be sooner than it knew
+        if self._ends_make_room() or any(
+            0 < e.verdict.delay_s < self.system.settings.worker_polling_interval for e in ended
+        ):
+            self.relay.wake()  # or it looks when the next one is due, which may be sooner than it knew
         verdicts = {e.verdict.job_id: e.verdict for e in ended}
         publisher.finished(
             [
@@ -318,6 +320,11 @@ class Runtime:
                 for id_, queue, type_, state in settled.finished
             ]
         )
+
+    def _ends_make_room(self) -> bool:
+        """Whether what runs counts in what may be rung for, as with shares and caps: else each claim makes room already."""
+        now = self.system.rules.now()
+        return not self.relay.polling and (now.shared or bool(now.caps))
 
     def _after_rescue(self, settled: Settled) -> None:
         metrics.rescued(len(settled.states))
