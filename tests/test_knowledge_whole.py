@@ -182,9 +182,10 @@ def test_what_a_film_shows_is_found_and_explained_by_its_picture(
     path = tmp_path / "film.mp4"
     write_film(path, film([50, 50, 50]))
     with path.open("rb") as file:
-        task = whole.web.http.post(
-            "/api/videos/analyze", files={"file": ("film.mp4", file)}, data={"index": "true", "graph": "true"}
-        ).json()
+        video = whole.web.http.post("/api/videos", files={"file": ("film.mp4", file)}).json()
+    task = whole.web.http.post(
+        "/api/videos/analyze", json={"video_id": video["video_id"], "index": True, "graph": True}
+    ).json()
 
     document = whole.ready(task["document_id"], within_s=300)
 
