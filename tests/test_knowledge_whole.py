@@ -12,11 +12,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.clips import film, write_film
 from tests.core_support import value
 from tests.graph_support import FACTS, Fact, Teller, dump
 from tests.knowledge_support import embedded_texts
-from tests.openrouter_server import Asked, ModelServer, model_server
+from tests.openrouter_server import ModelServer, model_server
 from tests.processes import eventually, worker
 from tests.web_support import Web, gunicorn, problem
 
@@ -104,19 +103,12 @@ class Whole:
 def whole(environment: dict[str, str], tmp_path: Path) -> Iterator[Whole]:
     with ExitStack() as stack:
         chat, embeddings = (stack.enter_context(model_server(openrouter=False)) for _ in range(2))
-        chat.reply = answers
+        chat.reply = Teller()
         environment |= {"LLM_BASE_URL": chat.url, "LLM_MODEL": "m", "LLM_TIMEOUT": "30"}
         environment |= {"EMBEDDINGS_BASE_URL": embeddings.url, "EMBEDDINGS_MODEL": "e5"}
         web = stack.enter_context(gunicorn(environment, tmp_path))
         stack.enter_context(worker(environment, tmp_path / "worker.log"))
         yield Whole(web, chat, embeddings)
-
-
-def answers(asked: Asked) -> Any:
-    """Of a film, the same fact in each picture; else the facts of the passages."""
-    if asked.images:
-        return ENGLISH[0].sentence
-    return Teller()(asked)
 
 
 def test_a_file_is_found_explained_changed_and_forgotten(whole: Whole, conn: psycopg.Connection) -> None:
@@ -173,25 +165,3 @@ def test_of_a_long_file_with_one_page_changed_only_that_page_is_embedded(
     assert value(conn, "select count(*) from agentflow.vectors") == second["chunks"]
     assert whole.hand_in("book", pdf(pages))["version"] == 2
     assert whole.embedded() == asked + fresh
-
-
-@pytest.mark.long
-def test_what_a_film_shows_is_found_and_explained_by_its_picture(
-    whole: Whole, conn: psycopg.Connection, tmp_path: Path
-) -> None:
-    path = tmp_path / "film.mp4"
-    write_film(path, film([50, 50, 50]))
-    with path.open("rb") as file:
-        task = whole.web.http.post(
-            "/api/videos/analyze", files={"file": ("film.mp4", file)}, data={"index": "true", "graph": "true"}
-        ).json()
-
-    document = whole.ready(task["document_id"], within_s=300)
-
-    assert document["kind"] == "video" and len(document["facts"]["keyframes"]) == 3
-    edges = whole.edges("Acme Corporation")
-    (edge,) = edges.values()
-    shown = [each["keyframe"] for each in whole.get(f"/api/graph/explain/{edge}")["evidence"]]
-    assert shown and all(each is not None for each in shown)
-    picture = whole.web.http.get(shown[0]["url"])
-    assert picture.status_code == 200 and picture.headers["Content-Type"].startswith("image/")
