@@ -8,7 +8,8 @@ from uuid import UUID
 from pydantic import AfterValidator, Field
 
 from agentflow.knowledge import search as knowledge
-from agentflow.knowledge.search import Filters, Unsearchable
+from agentflow.knowledge.search import Unsearchable
+from agentflow.knowledge.words import Filters
 from web import jobs, problems
 from web.api import Call, Query, Routes, View
 from web.problems import Refused, invalid
