@@ -3,11 +3,10 @@
 A forecast is computed from what is known now: who goes before, how long such jobs took, what runs. It is wrong by some factor,
 and how wrong the last ones were says how far to trust the next: its range is the forecast times quantiles of the ratios of what
 happened to what was expected. That is split conformal prediction (Lei et al., JASA 2018, arXiv:1604.04173) with the log of the
-ratio as the score, and the narrowest range in place of equal tails; weighted towards new outcomes and such as were expected to
-take about as long (Barber et al., Annals of Statistics 2023, arXiv:2202.13415), since load changes; and made wider or narrower by
-whether the last ranges held (Gibbs and Candès, NeurIPS 2021, arXiv:2106.00263; on the width, as the quantile tracker of
-Angelopoulos, Candès and Tibshirani, NeurIPS 2023, arXiv:2307.16895, since while load rises no earlier outcome was as late as the
-next one).
+ratio as the score; weighted towards new outcomes and such as were expected to take about as long (Barber et al., Annals of
+Statistics 2023, arXiv:2202.13415), since load changes; and made wider or narrower by whether the last ranges held (Gibbs and
+Candès, NeurIPS 2021, arXiv:2106.00263; on the width, as the quantile tracker of Angelopoulos, Candès and Tibshirani, NeurIPS
+2023, arXiv:2307.16895, since while load rises no earlier outcome was as late as the next one).
 """
 
 from __future__ import annotations
@@ -29,10 +28,8 @@ RESOLUTION_S: Final = 0.05
 _LOW_SHARE: Final = 0.1
 #: So many jobs per slot are placed one by one; what is beyond them flows.
 _PLACED: Final = 8
-#: Outcomes from which on there are ranges, and, in effect, below which more distant ones are taken in: a range that is chosen as
-#: the narrowest of a few is too narrow.
-_FIRST: Final = 40
-_ENOUGH: Final = 80
+#: Outcomes, in effect, below which more distant ones are taken in: of 19 the extremes are a 90 % range.
+_ENOUGH: Final = 40
 #: An outcome counts half when so many newer ones are there.
 _HALF_LIFE: Final = 250
 #: Outcomes count by how near their expectation was, in powers of e; widened until there are enough.
@@ -189,23 +186,28 @@ class Calibration:
         if weights is None:
             return Estimate(expected_s, expected_s)
         effective = sum(weights) ** 2 / sum(w * w for w in weights)
-        # The next outcome is one of n + 1, of which n are known; and two of n are lost to choosing the narrowest range by them.
-        share = min(1.0, COVERAGE * (1 + 3 / effective))
-        order = sorted((score, weight) for score, weight in zip(self._scores, weights, strict=True) if weight > 0)
-        scores = [score for score, _ in order]
+        # The next outcome is one of n + 1, of which n are known.
+        missing = (1 - COVERAGE) / 2
+        tail = max(0.0, missing - (1 - missing) / effective)
+        order = sorted(zip(self._scores, weights, strict=True))
         cumulated = list(accumulate(weight for _, weight in order))
-        middle = scores[min(bisect_right(cumulated, 0.5 * cumulated[-1]), len(scores) - 1)]
-        shortest, longest = _narrowest(scores, cumulated, share)
+
+        def at(level: float) -> float:
+            index = bisect_right(cumulated, level * cumulated[-1])
+            return order[min(index, len(order) - 1)][0]
 
         def seconds(score: float) -> float:
             return max(0.0, (expected_s + RESOLUTION_S) * math.exp(score) - RESOLUTION_S)
 
+        middle = at(0.5)
         beyond, factor = max(0.0, self.margin), math.exp(min(0.0, self.margin))
-        low, high = (middle + factor * (score - middle) for score in (shortest, longest))
-        return Estimate(expected_s, seconds(middle), seconds(low - beyond), seconds(high + beyond))
+        low, high = (
+            middle + factor * (at(level) - middle) + way * beyond for level, way in ((tail, -1), (1 - tail, 1))
+        )
+        return Estimate(expected_s, seconds(middle), seconds(low), seconds(high))
 
     def _weights(self, here: float, type_: str) -> list[float] | None:
-        if len(self._scores) < _FIRST:
+        if len(self._scores) < _ENOUGH:
             return None
         far = [((at - here) / _NEAR) ** 2 / 2 for at in self._at]
         base = [w * (1.0 if t == type_ else _OTHER_TYPE) for w, t in zip(self._fresh, self._types, strict=True)]
@@ -215,22 +217,6 @@ class Calibration:
             if max(far) < 0.01 or (squares > 0 and sum(weights) ** 2 / squares >= _ENOUGH):
                 return weights
             far = [d / 2 for d in far]
-
-
-def _narrowest(scores: Sequence[float], cumulated: Sequence[float], share: float) -> tuple[float, float]:
-    """The ends of the range that is the fewest seconds wide of those that hold this share of the weight, and leave out less than
-    COVERAGE allows below: since delays have a long tail, equal tails would make it wider than it has to be."""
-    found, last = (scores[0], scores[-1]), 0
-    least = math.exp(scores[-1]) - math.exp(scores[0])
-    for first, score in enumerate(scores):
-        before = cumulated[first - 1] if first else 0.0
-        while last < len(scores) and cumulated[last] - before < share * cumulated[-1] * (1 - 1e-9):
-            last += 1
-        if last == len(scores) or before > (1 - COVERAGE) * cumulated[-1]:
-            break
-        if (width := math.exp(scores[last]) - math.exp(score)) < least:
-            found, least = (score, scores[last]), width
-    return found
 
 
 def _margin(held: Sequence[bool | None]) -> float:
