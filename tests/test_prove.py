@@ -46,7 +46,7 @@ def options(out: Path, **more: Any) -> Options:
 
 @pytest.mark.timeout(900)
 def test_a_run_with_every_kind_of_fault_loses_nothing_and_says_so(tmp_path: Path) -> None:
-    made = run.prove(options(tmp_path))
+    made = run.prove(options(tmp_path, minutes=1.5))
 
     # How fast it recovers is for runs that have the machine to themselves.
     assert {name: n for name, n in made["wrong"].items() if n and name != "slow_recoveries"} == {}, made
