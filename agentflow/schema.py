@@ -50,7 +50,8 @@ def migrate(
 ) -> list[str]:
     """Apply what is missing; returns the names applied. `conn` is in autocommit mode and goes past a pooler where there is one.
 
-    Raises SchemaError when an applied file was changed afterwards, when the server is too old, and names a file that failed.
+    Raises SchemaError when an applied file was changed afterwards, when the server is too old, and names a file that failed;
+    psycopg.OperationalError when the connection was lost.
     """
     if conn.info.server_version < 150000:
         raise SchemaError(f"Postgres {conn.info.server_version // 10000} is too old; 15 or newer is needed")
@@ -84,6 +85,8 @@ def _apply(conn: psycopg.Connection, migration: Migration, say: Callable[[str], 
             _refuse_invalid_index(conn)
             _mark(conn, migration)
     except psycopg.Error as error:
+        if conn.closed:
+            raise  # the connection was cut, which is nothing the file has done
         raise SchemaError(f"{migration.name} failed and changed nothing: {error}") from error
     say(migration.name)
     return True

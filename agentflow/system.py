@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ from agentflow.storage.supabase import SupabaseStorage
 from agentflow.webhooks import endpoints
 
 logger = log.get(__name__)
+
+_LOOK_AGAIN_S: Final = 0.5
 
 WAIT_MOST_S: Final = 25.0
 
@@ -102,10 +105,18 @@ class System:
             self._embedded = embedded.join(self.home)
 
     def check_schema(self) -> None:
-        with self.database.connect() as conn:
-            if self.settings.embedded_database:
-                schema.migrate(conn)
-            schema.check(conn)
+        """A connection that is cut in the middle of it, by a server that starts anew, is made once more."""
+        for is_last in (False, False, True):
+            with self.database.connect() as conn:
+                try:
+                    if self.settings.embedded_database:
+                        schema.migrate(conn)
+                    schema.check(conn)
+                    return
+                except Unavailable:
+                    if is_last or not conn.closed:
+                        raise
+            time.sleep(_LOOK_AGAIN_S)
 
     @property
     def application_name(self) -> str:

@@ -20,10 +20,11 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from agentflow import embedded, schema
+from agentflow import embedded, schema, settings
 from agentflow.jobs import dispatch, intake, leases, records
 from agentflow.jobs.leases import Held
 from agentflow.schema import Migration, SchemaError
+from agentflow.system import System
 from tests.conftest import with_database
 from tests.core_support import (
     LEASE_S,
@@ -183,6 +184,32 @@ def test_a_failing_file_is_rolled_back_and_named(empty: Connection) -> None:
 
     assert objects(empty) & {"agentflow.good", "agentflow.bad", "agentflow.never"} == {"agentflow.good"}
     assert empty.execute("select name from agentflow.migrations").fetchall() == [("0001_good.sql",)]
+
+
+def test_a_file_is_not_blamed_for_a_connection_that_is_cut(empty: Connection) -> None:
+    cut = Migration("0001_cut.sql", "select pg_terminate_backend(pg_backend_pid())")
+
+    with pytest.raises(psycopg.OperationalError):
+        schema.migrate(empty, [cut])
+
+
+def test_a_start_in_which_the_connection_is_cut_is_tried_again(
+    environment: dict[str, str], conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    check = schema.check
+
+    def cut_at_first(connection: psycopg.Connection) -> None:
+        looks.append(connection)
+        if len(looks) == 1:
+            conn.execute("select pg_terminate_backend(%s, 5000)", (connection.info.backend_pid,))
+        check(connection)
+
+    monkeypatch.setattr(schema, "check", cut_at_first)
+
+    System.start(settings.load(environment), "test").close()
+
+    assert len(looks) == 2
 
 
 def test_a_file_that_was_edited_afterwards_is_refused(empty: Connection) -> None:
