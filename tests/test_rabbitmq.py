@@ -238,7 +238,7 @@ def test_a_broker_killed_in_a_burst_loses_nothing_and_holds_up_nothing_while_it_
         eventually(lambda: all(read(system, job.id).state == "running" for job in running))
         eventually(lambda: view() == {"connected": True, "lastError": None})
         with ThreadPoolExecutor(4) as callers:
-            burst = [callers.submit(pings, system, 150) for _ in range(4)]
+            burst = [callers.submit(pings, system, 150, sleep_ms=40) for _ in range(4)]
             eventually(lambda: open_jobs(conn) > 50, within_s=20, every_s=0.01)
             rabbitmq.kill()
             jobs = [job for one in burst for job in one.result()]
