@@ -96,7 +96,7 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "with old as materialized (select endpoint_id, entity from": "retention of the states of their entities",
     "from agentflow.webhook_endpoints e left join lateral": "the alarm for silent endpoints, and its metrics",
     "select id, organization_id, sealed from agentflow.": "rotate-key: every sealed value, whoever's it is",
-    "_sealed from agentflow.crm_accounts where id >": "the same",
+    "_sealed from agentflow.crm_accounts where id >": "rotate-key: every sealed value of accounts",
     'create index concurrently "vectors_near_': "an index over one organization's vectors, whose number is its condition",
     "from (select distinct on (organization_id, key) tokens from agentflow.chunks": "what another embedding model would cost",
     "from agentflow.vectors v where v.model_id = %s and v.vector is not null": "how far the embedding models are filled",

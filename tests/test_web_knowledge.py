@@ -123,7 +123,7 @@ def test_the_chain_is_one_progress(
     ]
     assert {tuple(step["id"] for step in each["jobs"]) for each in seen} == {(made["job_id"], graph)}
     assert conn.execute("select payload from agentflow.jobs where id = %s", (graph,)).fetchone() == (
-        {"document_id": made["document_id"]},
+        {"document_id": made["document_id"], "second_pass": False},
     )
 
 

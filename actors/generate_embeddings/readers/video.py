@@ -21,8 +21,11 @@ def read(path: Path, facts: dict[str, Any]) -> Iterator[Passage]:
     analysis = json.loads(path.read_text(encoding="utf-8"))
     shots = {shot["index"]: shot for shot in analysis.get("shots") or ()}
     facts["duration_s"] = (analysis.get("video") or {}).get("duration_s")
-    keyframes = [shot.get("keyframe") or {} for shot in shots.values()]
-    facts["keyframes"] = [{"time_s": k["time_s"], "key": k["key"]} for k in keyframes if k.get("key")]
+    facts["keyframes"] = [
+        {"time_s": shown.get("time_s", shot["start_s"]), "key": shown["key"]}
+        for shot in shots.values()
+        if (shown := shot.get("keyframe") or {}).get("key")
+    ]
     transcript = analysis.get("transcript") or {}
     passages = [
         *_summary(analysis),
