@@ -18,11 +18,7 @@ _ENCRYPTED: Final = 0x1
 
 def kind_of(path: Path) -> str:
     """docx, pptx or xlsx. Raises Permanent for other archives."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.lower() for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise damaged() from error
+    names = {part.filename.lower() for part in _parts(path)}
     for name, kind in _MAIN_PARTS.items():
         if name in names:
             return kind
@@ -32,11 +28,7 @@ def kind_of(path: Path) -> str:
 
 def check(path: Path, max_bytes: int) -> None:
     """Before anything is unpacked. Sizes may lie, but no more is ever unpacked than what they say."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise damaged() from error
+    parts = _parts(path)
     if any(part.flag_bits & _ENCRYPTED for part in parts):
         raise refused("encrypted", "The file has a password: save it without one.")
     total = sum(part.file_size for part in parts)
@@ -49,6 +41,15 @@ def check(path: Path, max_bytes: int) -> None:
             f"Unpacked, the file has {len(parts)} parts and {total} bytes, far more than a document of its size;"
             f" at most {max_bytes} bytes are unpacked (DOCUMENT_UNPACKED_BYTES).",
         )
+
+
+def _parts(path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    # What zipfile raises for a directory of parts that lies: offsets outside of the file, versions nobody has, names of no encoding.
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise damaged() from error
 
 
 def damaged() -> Exception:
