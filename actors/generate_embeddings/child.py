@@ -64,7 +64,9 @@ def read(
             "too_much_memory",
             f"Reading the file takes more than {memory_mb} MB of memory: split it, or raise DOCUMENT_MEMORY_MB.",
         ) from None
-    except Exception as error:  # readers raise whatever a damaged file leads them into: KeyError, struct.error, RecursionError
+    except (
+        Exception
+    ) as error:  # readers raise whatever a damaged file leads them into: KeyError, struct.error, RecursionError
         damaged = packages.damaged()
         raise refused("corrupt", f"{damaged} ({type(error).__name__})") from error
     if not passages:

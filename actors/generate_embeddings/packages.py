@@ -47,7 +47,7 @@ def _parts(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
-    # What zipfile raises for a directory of parts that lies: offsets outside of the file, versions nobody has, names of no encoding.
+    # What zipfile raises for a list of parts that lies: offsets outside of the file, versions nobody has, names of no encoding.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise damaged() from error
 
