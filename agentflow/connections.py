@@ -22,6 +22,7 @@ import httpcore2
 import httpx2
 
 from agentflow import USER_AGENT
+from agentflow.deadline import Deadline
 from agentflow.errors import Transient
 
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -94,7 +95,7 @@ class Connections:
 
         Raises `NoAnswer` with a code that ends in _timeout, _unreachable or _cut, and whatever `check` does.
         """
-        deadline = _Deadline(total_s, check)
+        deadline = Deadline(total_s, check)
         token = _deadline.set(deadline)
         try:
             deadline.cut(None)
@@ -119,25 +120,7 @@ class Connections:
         return NoAnswer(text, code=f"{self._code}_{how}", sent=sent)
 
 
-class _Deadline:
-    def __init__(self, total_s: float, check: Callable[[], None]) -> None:
-        self._ends = time.monotonic() + total_s
-        self._check = check
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() >= self._ends
-
-    def cut(self, timeout: float | None) -> float:
-        """`timeout` or what is left, whichever is shorter. Raises httpcore2's error when nothing is left."""
-        self._check()
-        left = self._ends - time.monotonic()
-        if left <= 0:
-            raise httpcore2.ReadTimeout("deadline")
-        return left if timeout is None else min(timeout, left)
-
-
-_deadline: ContextVar[_Deadline] = ContextVar("deadline")
+_deadline: ContextVar[Deadline] = ContextVar("deadline")
 
 
 class _Transport(httpx2.HTTPTransport):

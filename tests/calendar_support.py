@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import psycopg
-import pytest
 
 import actors  # noqa: F401 - makes ping and analyze_video known
-from agentflow import embedded
 from agentflow.schedules import records
 from agentflow.schedules.records import Schedule, Wanted
 from agentflow.schedules.when import When
 from agentflow.system import System
 from scheduler import schedule
 from scheduler.calendar import Calendar, Entry
-from tests import core_support
-from tests.core_support import Original
 from tests.processes import eventually
 
 Connection = psycopg.Connection
-
-
-@pytest.fixture(scope="module")
-def original(stack: embedded.Embedded) -> Iterator[tuple[str, Original]]:
-    with core_support.database(stack) as url:
-        yield url, Original(url)
-
-
-@pytest.fixture
-def database_url(original: tuple[str, Original]) -> Iterator[str]:
-    """One database for all tests of a module."""
-    url, before = original
-    yield url
-    before.restore()
 
 
 def cleaned_up(system: System) -> dict[str, int]:

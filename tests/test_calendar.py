@@ -31,14 +31,13 @@ from scheduler.calendar import Calendar, Done, Due, Entry, every, latest
 from tests.calendar_support import (
     Connection,
     calendar,
-    database_url,
     jobs_of,
     looked,
     made,
-    original,
     overdue,
     ticks_of,
 )
+from tests.one_database import database_url, original
 from tests.processes import ROOT, eventually
 from tests.web_support import run
 

@@ -22,7 +22,8 @@ from agentflow.knowledge.documents import Source
 from agentflow.storage import StorageError
 from agentflow.system import System
 from scheduler import storage
-from tests.calendar_support import cleaned_up, database_url, original
+from tests.calendar_support import cleaned_up
+from tests.one_database import database_url, original
 from tests.web_support import run
 
 __all__ = ["database_url", "original"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -12,7 +12,6 @@ import psycopg
 import pytest
 
 import actors  # noqa: F401 - declares the product's types
-from agentflow import embedded
 from agentflow.jobs import batches, dispatch, intake, records
 from agentflow.jobs.intake import (
     MAX_THEN_DEPTH,
@@ -26,25 +25,14 @@ from agentflow.jobs.intake import (
 from agentflow.jobs.registry import UnknownType
 from agentflow.system import System
 from tests import core_support
-from tests.core_support import ORGANIZATION, Background, Original, claim, column, prepared, read, together, value
+from tests.core_support import ORGANIZATION, Background, claim, column, prepared, read, together, value
+from tests.one_database import database_url, original
+
+__all__ = ["database_url", "original"]
 
 Connection = psycopg.Connection
 Connect = Callable[[], Connection]
 WINDOW = 16
-
-
-@pytest.fixture(scope="module")
-def original(stack: embedded.Embedded) -> Iterator[tuple[str, Original]]:
-    with core_support.database(stack) as url:
-        yield url, Original(url)
-
-
-@pytest.fixture
-def database_url(original: tuple[str, Original]) -> Iterator[str]:
-    """One database for all of these tests."""
-    url, before = original
-    yield url
-    before.restore()
 
 
 def ping(**request: Any) -> NewJob:

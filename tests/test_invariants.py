@@ -57,6 +57,9 @@ from tests.core_support import (
     verdict,
     whole_row,
 )
+from tests.one_database import database_url
+
+__all__ = ["database_url"]
 
 Connection = psycopg.Connection
 Connect = Callable[[], Connection]
@@ -71,14 +74,6 @@ def original(stack: embedded.Embedded) -> Iterator[tuple[str, Original]]:
         with psycopg.connect(url, autocommit=True) as conn:
             audit(conn)
         yield url, Original(url)
-
-
-@pytest.fixture
-def database_url(original: tuple[str, Original]) -> Iterator[str]:
-    """One database for all of these tests."""
-    url, before = original
-    yield url
-    before.restore()
 
 
 @pytest.fixture(autouse=True)

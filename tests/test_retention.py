@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
 
-from agentflow import embedded
 from agentflow.jobs import batches, intake, records, retention
 from agentflow.jobs.retention import BATCH, Keep
 from agentflow.system import System
@@ -17,7 +16,6 @@ from tests import core_support
 from tests.calendar_support import cleaned_up
 from tests.core_support import (
     ORGANIZATION,
-    Original,
     child,
     claim,
     claimed,
@@ -29,24 +27,13 @@ from tests.core_support import (
     value,
     verdict,
 )
+from tests.one_database import database_url, original
+
+__all__ = ["database_url", "original"]
 
 Connection = psycopg.Connection
 NOTHING = Keep(hours=0, count=0)
 URL = "http://caller.example/done"
-
-
-@pytest.fixture(scope="module")
-def original(stack: embedded.Embedded) -> Iterator[tuple[str, Original]]:
-    with core_support.database(stack) as url:
-        yield url, Original(url)
-
-
-@pytest.fixture
-def database_url(original: tuple[str, Original]) -> Iterator[str]:
-    """One database for all of these tests."""
-    url, before = original
-    yield url
-    before.restore()
 
 
 def ended(conn: Connection, outcome: Any = "succeeded", **request: Any) -> UUID:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -12,7 +12,6 @@ import pytest
 from flask.testing import FlaskClient
 
 import actors  # noqa: F401 - declares the product's types
-from agentflow import embedded
 from agentflow.jobs import batches, intake, records, retention
 from agentflow.jobs.intake import InvalidJob, NewJob, Prepared, Submitted
 from agentflow.jobs.registry import Payload, job
@@ -21,7 +20,6 @@ from tests import core_support
 from tests.core_support import (
     ORGANIZATION,
     Background,
-    Original,
     claim,
     column,
     finish,
@@ -31,9 +29,10 @@ from tests.core_support import (
     together,
     value,
 )
+from tests.one_database import database_url, original
 from tests.web_support import client, count, problem
 
-__all__ = ["client"]
+__all__ = ["client", "database_url", "original"]
 
 Connection = psycopg.Connection
 Connect = Callable[[], Connection]
@@ -48,20 +47,6 @@ class Contact(Payload):
 @job("unique_sync", payload=Contact, unique=lambda p: Unique(f"contact:{p.contact}"))
 def sync(context: Any, payload: Contact) -> None:
     """Single by what it is about, without the caller's help."""
-
-
-@pytest.fixture(scope="module")
-def original(stack: embedded.Embedded) -> Iterator[tuple[str, Original]]:
-    with core_support.database(stack) as url:
-        yield url, Original(url)
-
-
-@pytest.fixture
-def database_url(original: tuple[str, Original]) -> Iterator[str]:
-    """One database for all of these tests."""
-    url, before = original
-    yield url
-    before.restore()
 
 
 def prepare(unique: Unique | None, text: int = 0, organization_id: int = ORGANIZATION, **more: Any) -> Prepared:

@@ -14,7 +14,8 @@ from flask.testing import FlaskClient
 from agentflow.schedules import firing, records
 from agentflow.system import System
 from tests import test_cli
-from tests.calendar_support import database_url, jobs_of, original, overdue
+from tests.calendar_support import jobs_of, overdue
+from tests.one_database import database_url, original
 from tests.test_cli import Command
 from tests.web_support import client, problem
 

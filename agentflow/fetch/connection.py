@@ -8,12 +8,13 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpcore2
 
+from agentflow.deadline import Deadline
 from agentflow.errors import Permanent, Transient
 from agentflow.fetch.guard import Guard
 from agentflow.fetch.urls import Place
@@ -24,25 +25,6 @@ STOP_CHECK_S = 1.0
 
 # At DEBUG httpcore2 logs the headers of answers, and a Location holds a query string.
 logging.getLogger("httpcore2").setLevel(logging.INFO)
-
-
-class Deadline:
-    def __init__(self, timeout_s: float, should_stop: Callable[[], None]) -> None:
-        self.timeout_s = timeout_s
-        self.should_stop = should_stop
-        self._ends = time.monotonic() + timeout_s
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() >= self._ends
-
-    def cut(self, timeout: float | None) -> float:
-        """`timeout` or what is left, whichever is shorter. Raises httpcore2's error when nothing is left."""
-        self.should_stop()
-        left = self._ends - time.monotonic()
-        if left <= 0:
-            raise httpcore2.ReadTimeout("deadline")
-        return left if timeout is None else min(timeout, left)
 
 
 class GuardedBackend(httpcore2.NetworkBackend):
@@ -162,7 +144,7 @@ def errors(place: Place, deadline: Deadline) -> Iterator[None]:
         yield
     except httpcore2.TimeoutException as err:
         if deadline.is_over:
-            text = f"the download from {place.netloc} took longer than {deadline.timeout_s:g} s"
+            text = f"the download from {place.netloc} took longer than {deadline.total_s:g} s"
         elif isinstance(err, httpcore2.ConnectTimeout):
             text = f"{place.netloc} could not be connected to in time"
         else:

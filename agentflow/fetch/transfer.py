@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 
 import httpcore2
 
+from agentflow.deadline import Deadline
 from agentflow.errors import Permanent
 from agentflow.fetch import answers
 from agentflow.fetch.answers import Fetched, Posted
-from agentflow.fetch.connection import Deadline, GuardedBackend, errors, resolve
+from agentflow.fetch.connection import GuardedBackend, errors, resolve
 from agentflow.fetch.guard import Guard
 from agentflow.fetch.urls import Place, parse, redirected
 

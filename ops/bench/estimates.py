@@ -28,7 +28,8 @@ from typing import Any
 from uuid import UUID
 
 import lengths  # noqa: F401 - registers the types
-from fairness import ROOT, servers, wait_all, worker
+from fairness import LASTING, ROOT, wait_all, worker
+from private import private_system
 
 from agentflow.jobs import records
 from agentflow.jobs.estimates import Estimate
@@ -82,7 +83,7 @@ def main() -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     learning = options.jobs // 10
     asked: list[Asked] = []
-    with servers() as (system, environment), ExitStack() as second:
+    with private_system(**LASTING) as (system, environment), ExitStack() as second:
         for number in (2, 3):
             with system.database.connection() as conn:
                 conn.execute(

@@ -17,12 +17,9 @@ import math
 import os
 import platform
 import random
-import shutil
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,10 +27,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import psycopg
+from idle import free_port
+from private import private_system
 
 import actors  # noqa: F401 - registers the job types
-from agentflow import embedded, schema, settings
 from agentflow.jobs import statistics as job_statistics
 from agentflow.jobs.intake import NewJob
 from agentflow.system import System
@@ -41,6 +38,8 @@ from agentflow.system import System
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
 NOISY, QUIET = 1, range(2, 11)
+#: So that what ran is still there to be looked at.
+LASTING = {"RETAIN_SUCCEEDED_COUNT": "1000000"}
 LONG_S, LONG_ROUNDS, LONG_QUIET = 5.0, 4, 9
 
 # All due rows of a queue are rung for as they come, whoever they belong to, and no share of anybody's: the broker has the line.
@@ -94,7 +93,7 @@ def main() -> None:
 
 
 def one_run(relay: str, options: argparse.Namespace) -> dict[str, Any]:
-    with servers() as (system, environment):
+    with private_system(**LASTING) as (system, environment):
         with system.database.transaction() as conn:
             for number in QUIET:
                 conn.execute(
@@ -197,37 +196,6 @@ def pick_ups(system: System, ids: list[Any]) -> list[float]:
 def live_workers(system: System) -> int:
     with system.database.connection() as conn:
         return len(job_statistics.workers(conn))
-
-
-@contextmanager
-def servers() -> Iterator[tuple[System, dict[str, str]]]:
-    home = Path(tempfile.mkdtemp(prefix="agentflow-bench-"))
-    home.chmod(0o755)
-    try:
-        with embedded.join(home) as joined:
-            with psycopg.connect(joined.database_url, autocommit=True) as conn:
-                schema.migrate(conn)
-            environment = {
-                "AGENTFLOW_ENV": "test",
-                "AGENTFLOW_HOME": str(home),
-                "DATABASE_URL": joined.database_url,
-                "REDIS_URL": joined.redis_url,
-                "STORAGE_URL": (home / "storage").as_uri(),
-                "STORAGE_SHARED": "true",
-                "JOB_QUEUE_NAME": f"bench-{uuid4().hex[:8]}",
-                "RETAIN_SUCCEEDED_COUNT": "1000000",
-            }
-            system = System.start(settings.load(environment), "bench")
-            yield system, environment
-            system.close()
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @contextmanager

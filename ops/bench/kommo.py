@@ -15,27 +15,22 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import psycopg
+from idle import ROOT
+from private import private_system
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import actors  # noqa: E402, F401 - registers the job types
-from agentflow import embedded, schema, settings  # noqa: E402
-from agentflow.system import System  # noqa: E402
-from tests.kommo_life import Crew, Life, fill  # noqa: E402
-from tests.kommo_server import kommo  # noqa: E402
-from tests.kommo_support import account_of, connect, differences  # noqa: E402
+import actors  # noqa: F401 - registers the job types
+from agentflow.system import System
+from tests.kommo_life import Crew, Life, fill
+from tests.kommo_server import kommo
+from tests.kommo_support import account_of, connect, differences
 
 
 def main() -> None:
@@ -53,7 +48,10 @@ def main() -> None:
         "load_average_before": round(os.getloadavg()[0], 1),
         **{name: value for name, value in vars(options).items() if name not in ("out", "within_s")},
     }
-    with kommo(rate=7, retry_after=1, most_violations=20) as server, system_of(server.host) as (system, environment):
+    with (
+        kommo(rate=7, retry_after=1, most_violations=20) as server,
+        private_system(JOB_CONCURRENCY="8", FETCH_ALLOW=server.host) as (system, environment),
+    ):
         fill(server, options.leads, options.contacts)
         figures |= one_life(options, server, system, environment)
     print(json.dumps(figures, indent=2))
@@ -107,32 +105,6 @@ def one_life(options: argparse.Namespace, server: Any, system: System, environme
         "differences": len(found),
         "first_differences": found[:5],
     }
-
-
-@contextmanager
-def system_of(host: str) -> Iterator[tuple[System, dict[str, str]]]:
-    home = Path(tempfile.mkdtemp(prefix="agentflow-bench-"))
-    home.chmod(0o755)
-    try:
-        with embedded.join(home) as joined:
-            with psycopg.connect(joined.database_url, autocommit=True) as conn:
-                schema.migrate(conn)
-            environment = {
-                "AGENTFLOW_ENV": "test",
-                "AGENTFLOW_HOME": str(home),
-                "DATABASE_URL": joined.database_url,
-                "REDIS_URL": joined.redis_url,
-                "STORAGE_URL": (home / "storage").as_uri(),
-                "STORAGE_SHARED": "true",
-                "JOB_QUEUE_NAME": f"bench-{uuid4().hex[:8]}",
-                "JOB_CONCURRENCY": "8",
-                "FETCH_ALLOW": host,
-            }
-            system = System.start(settings.load(environment), "bench")
-            yield system, environment
-            system.close()
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from fairness import BIN, ROOT, free_port, servers
-from idle import machine
+from fairness import BIN, LASTING, ROOT
+from idle import free_port, machine
+from private import private_system
 
 sys.path.insert(0, str(ROOT))
 from agentflow.jobs import rules
@@ -93,7 +94,7 @@ def main() -> None:
     vendor = Vendor(options.rate)
     with serve() as server:
         server.on("/", vendor)
-        with servers() as (system, environment):
+        with private_system(**LASTING) as (system, environment):
             environment |= {"OPENROUTER_API_KEY": KEY, "OPENROUTER_BASE_URL": server.url("/api/v1")}
             with workers(system, environment, options.workers, options.threads) as processes:
                 figures["steady"], figures["lowered"] = asking(system, vendor, options)

@@ -20,31 +20,27 @@ import os
 import platform
 import queue
 import random
-import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import psycopg
+from idle import BIN, ROOT, free_port
+from private import private_system
 
-from agentflow import embedded, schema, settings
 from agentflow.system import System
 from agentflow.webhooks import endpoints
 from agentflow.webhooks.config import Config, JobAction
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-BIN = Path(sys.executable).parent
 SENDERS = 8
 DOUBLED = 0.2
 
@@ -116,7 +112,7 @@ def main() -> int:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "load_average_at_start": round(os.getloadavg()[0], 1),
     }
-    with system_of() as (system, environment):
+    with private_system(ENCRYPTION_KEY=uuid4().hex, JOB_LEASE="10", JOB_LEASE_RENEW="3") as (system, environment):
         place = endpoint(system, free_port(), Config(action=JobAction(kind="job", type="ping", payload={})))
         fleet = Fleet(environment, place.port)
         try:
@@ -350,39 +346,6 @@ def end(process: subprocess.Popen[bytes], with_signal: signal.Signals) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
-
-
-@contextmanager
-def system_of() -> Iterator[tuple[System, dict[str, str]]]:
-    home = Path(tempfile.mkdtemp(prefix="agentflow-bench-"))
-    home.chmod(0o755)
-    try:
-        with embedded.join(home) as joined:
-            with psycopg.connect(joined.database_url, autocommit=True) as conn:
-                schema.migrate(conn)
-            environment = {
-                "AGENTFLOW_ENV": "test",
-                "AGENTFLOW_HOME": str(home),
-                "DATABASE_URL": joined.database_url,
-                "REDIS_URL": joined.redis_url,
-                "STORAGE_URL": (home / "storage").as_uri(),
-                "STORAGE_SHARED": "true",
-                "JOB_QUEUE_NAME": f"bench-{uuid4().hex[:8]}",
-                "ENCRYPTION_KEY": uuid4().hex,
-                "JOB_LEASE": "10",
-                "JOB_LEASE_RENEW": "3",
-            }
-            system = System.start(settings.load(environment), "bench")
-            yield system, environment
-            system.close()
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,22 +31,11 @@ def doctor() -> None:
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the report, journals and logs."
 )
-def prove(
-    minutes: float | None,
-    seed: int | None,
-    faults: str | None,
-    jobs_per_minute: float | None,
-    url: str | None,
-    agreed: bool,
-    cluster: bool,
-    redis: bool,
-    soaks: bool,
-    out: Path | None,
-) -> int:
+def prove(**asked: Any) -> int:
     """Show that nothing is lost: load a private copy of the whole system, hurt it, and check its history.
 
     Exit status: 0 all well, 1 something is wrong, 2 the run was too weak to mean anything.
     """
     from agentflow.cli import proving
 
-    return proving.prove(minutes, seed, faults, jobs_per_minute, url, agreed, cluster, redis, soaks, out)
+    return proving.prove(**asked)
