@@ -21,7 +21,7 @@ from agentflow.database import BoundedConnection
 from agentflow.knowledge import vectors
 from agentflow.system import System
 from tests.http_server import Reply
-from tests.openrouter_server import Asked, Fault, ModelServer, vector
+from tests.openrouter_server import Asked, Fault, ModelServer, model_server, vector
 
 ORGANIZATION = 1
 
@@ -30,6 +30,20 @@ def with_server(environment: dict[str, str], vendor: ModelServer, model: str = "
     """A system whose embeddings come from a server of the test."""
     named = {"EMBEDDINGS_BASE_URL": vendor.url, "EMBEDDINGS_MODEL": model}
     return System.start(settings.load({**environment, **named, **more}), "test")
+
+
+@pytest.fixture
+def vendor() -> Iterator[ModelServer]:
+    with model_server(openrouter=False) as server:
+        yield server
+
+
+@pytest.fixture
+def remote(environment: dict[str, str], vendor: ModelServer) -> Iterator[System]:
+    """A system whose vectors come from the server."""
+    system = with_server(environment, vendor)
+    yield system
+    system.close()
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -27,26 +26,16 @@ from tests.knowledge_support import (
     embed,
     embedded_texts,
     killed_at,
-    with_server,
+    remote,
+    vendor,
 )
 from tests.openrouter_server import ModelServer, model_server
 from tests.web_support import problem
 from web import create_app
 
+__all__ = ["remote", "vendor"]
+
 OLD, NEW = "server/e5", "server/bge-m3"
-
-
-@pytest.fixture
-def vendor() -> Iterator[ModelServer]:
-    with model_server(openrouter=False) as server:
-        yield server
-
-
-@pytest.fixture
-def remote(environment: dict[str, str], vendor: ModelServer) -> Iterator[System]:
-    system = with_server(environment, vendor)
-    yield system
-    system.close()
 
 
 @pytest.fixture

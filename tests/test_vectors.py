@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 import psutil
@@ -32,28 +32,18 @@ from tests.knowledge_support import (
     key_of,
     killed_at,
     not_numbers,
+    remote,
     set_chunks,
     stored,
+    vendor,
     with_server,
 )
 from tests.openrouter_server import KEY, ModelServer, model_server
 from tests.processes import eventually
 
+__all__ = ["remote", "vendor"]
+
 PROBE = "What is this about?"
-
-
-@pytest.fixture
-def vendor() -> Iterator[ModelServer]:
-    with model_server(openrouter=False) as server:
-        yield server
-
-
-@pytest.fixture
-def remote(environment: dict[str, str], vendor: ModelServer) -> Iterator[System]:
-    """A system whose vectors come from the server."""
-    system = with_server(environment, vendor)
-    yield system
-    system.close()
 
 
 def pages(count: int, changed: int | None = None) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 from typing import Literal
 from uuid import UUID
@@ -52,8 +50,7 @@ def list_all(as_json: bool) -> None:
         found = accounts.every(conn, None)
         slugs = {o.id: o.slug for o in organizations.every(conn)}
     if as_json:
-        for each in found:
-            print(json.dumps(dataclasses.asdict(each), default=str))
+        output.json_lines(found)
         return
     rows = [
         (
@@ -78,8 +75,7 @@ def list_runs(account: str, as_json: bool) -> None:
         one = _account(conn, account)
         found = runs.of_account(conn, one.organization_id, one.id)
     if as_json:
-        for each in found:
-            print(json.dumps(dataclasses.asdict(each), default=str))
+        output.json_lines(found)
         return
     rows = [
         (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -36,8 +34,7 @@ def list_all(as_json: bool) -> None:
     with connected() as system, system.database.connection() as conn:
         found = organizations.every(conn)
     if as_json:
-        for each in found:
-            print(json.dumps(dataclasses.asdict(each), default=str))
+        output.json_lines(found)
         return
     rows = [(o.id, o.slug, o.name, output.ago(o.created_at)) for o in found]
     output.console().print(output.table(("number", "slug", "name", "created"), rows, right=("number",)))
@@ -60,8 +57,7 @@ def list_keys(org: str | None, as_json: bool) -> None:
         found = organizations.keys(conn, organization.id if organization else None)
         slugs = {o.id: o.slug for o in organizations.every(conn)}
     if as_json:
-        for each in found:
-            print(json.dumps(dataclasses.asdict(each), default=str))
+        output.json_lines(found)
         return
     rows = [
         (
@@ -103,8 +99,7 @@ def list_callbacks(subject: str, as_json: bool) -> None:
     with connected() as system, system.database.connection() as conn:
         found = callbacks.of(conn, None, UUID(subject))
     if as_json:
-        for each in found:
-            print(json.dumps(dataclasses.asdict(each), default=str))
+        output.json_lines(found)
         return
     if not found:
         print("no callbacks")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,6 +19,12 @@ def console(*, stderr: bool = False) -> Console:
     """In a pipe or a log lines are not folded at 80 characters."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 200)
+
+
+def json_lines(found: Iterable[Any]) -> None:
+    """Dataclasses, as one JSON object a line."""
+    for each in found:
+        print(json.dumps(dataclasses.asdict(each), default=str))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[str] = ()) -> Table:

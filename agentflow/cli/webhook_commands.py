@@ -101,8 +101,7 @@ def list_events(endpoint: str | None, outcome: str | None, verdict: str | None, 
     with connected() as system, system.database.connection() as conn:
         found = events.search(conn, None, wanted, limit=limit)
     if as_json:
-        for each in found:
-            print(json.dumps(dataclasses.asdict(each), default=str))
+        output.json_lines(found)
         return
     rows = [
         (e.id, output.ago(e.received_at), e.type, e.verdict, e.outcome or "pending", e.duplicates, e.reason or e.detail)

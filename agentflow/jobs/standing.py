@@ -20,6 +20,20 @@ _MOST_OF_A_LANE: Final = 1000
 _MOST_LANES: Final = 500
 _MOST_RUNNING: Final = 5000
 _WORKER_SILENT_S: Final = 60
+#: The lanes (class and organization) in which jobs of the queue wait, by skip scan.
+_LANES: Final = """
+with recursive lanes as (
+    (select j.priority, j.organization_id, 1 as n from agentflow.jobs j
+        where j.queue = %(queue)s and j.state = 'queued' order by j.priority, j.organization_id limit 1)
+    union all
+    select x.priority, x.organization_id, l.n + 1 from lanes l cross join lateral (
+        select j.priority, j.organization_id from agentflow.jobs j
+        where j.queue = %(queue)s and j.state = 'queued'
+            and (j.priority, j.organization_id) > (l.priority, l.organization_id)
+        order by j.priority, j.organization_id limit 1
+    ) x where l.n < %(lanes)s
+)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +91,8 @@ def picture(conn: Connection, queue: str) -> Picture:
         (queue, _MOST_RUNNING),
     ).fetchall()
     lanes = conn.execute(
-        """
-        with recursive lanes as (                     -- of the queue as it stands, by skip scan
-            (select j.priority, j.organization_id, 1 as n from agentflow.jobs j
-                where j.queue = %(queue)s and j.state = 'queued' order by j.priority, j.organization_id limit 1)
-            union all
-            select x.priority, x.organization_id, l.n + 1 from lanes l cross join lateral (
-                select j.priority, j.organization_id from agentflow.jobs j
-                where j.queue = %(queue)s and j.state = 'queued'
-                    and (j.priority, j.organization_id) > (l.priority, l.organization_id)
-                order by j.priority, j.organization_id limit 1
-            ) x where l.n < %(lanes)s
-        )
+        _LANES  # noqa: S608 - constants
+        + """
         select l.priority, l.organization_id, due.jobs, v.cost_s, greatest(coalesce(v.virtual_s, 0), coalesce(c.virtual_s, 0)),
             coalesce(o.weight, 1)
         from lanes l cross join lateral (
@@ -227,18 +231,8 @@ def key_line(conn: Connection, job: Job) -> KeyLine:
 def sample(conn: Connection, queue: str, *, waiting: int, running: int) -> list[UUID]:
     """Some jobs of a queue, by chance: due ones of lanes by chance, parked ones, and running ones."""
     rows = conn.execute(
-        """
-        with recursive lanes as (
-            (select j.priority, j.organization_id, 1 as n from agentflow.jobs j
-                where j.queue = %(queue)s and j.state = 'queued' order by j.priority, j.organization_id limit 1)
-            union all
-            select x.priority, x.organization_id, l.n + 1 from lanes l cross join lateral (
-                select j.priority, j.organization_id from agentflow.jobs j
-                where j.queue = %(queue)s and j.state = 'queued'
-                    and (j.priority, j.organization_id) > (l.priority, l.organization_id)
-                order by j.priority, j.organization_id limit 1
-            ) x where l.n < %(lanes)s
-        ), tries as (
+        _LANES  # noqa: S608 - constants
+        + """, tries as (
             select l.priority, l.organization_id from lanes l cross join generate_series(1, %(waiting)s)
             order by random() limit %(waiting)s
         )
