@@ -67,14 +67,12 @@ include-path = "/api/batches/{{batch_id}}/callbacks/{{callback_id}}/replay"
 parameters = {{ callback_id = "{batch_callback}" }}
 
 [[operations]]
-include-path = "/api/schedules/{{schedule_id}}"
-include-method = "DELETE"
+include-name = "DELETE /api/schedules/{{schedule_id}}"
 parameters = {{ schedule_id = "{unwanted}" }}
 
 # The first guess removes it.
 [[operations]]
-include-path = "/api/crm/accounts/{{account_id}}"
-include-method = "DELETE"
+include-name = "DELETE /api/crm/accounts/{{account_id}}"
 parameters = {{ account_id = "{removed}" }}
 
 [[operations]]
@@ -82,20 +80,17 @@ include-path = "/crm/oauth/callback"
 parameters = {{ state = "{state}", referer = "example.kommo.com", code = "c" }}
 
 [[operations]]
-include-path = "/api/knowledge/documents/{{document_id}}"
-include-method = "DELETE"
+include-name = "DELETE /api/knowledge/documents/{{document_id}}"
 parameters = {{ document_id = "{deleted_document}" }}
 
 # What a form holds is read as text: no file is wrong, nor a title that looks like a number.
 [[operations]]
-include-path = "/api/knowledge/documents"
-include-method = "POST"
+include-name = "POST /api/knowledge/documents"
 checks.negative_data_rejection.enabled = false
 
 # Texts in a form and the bare bytes of an upload mean nothing to the API: there is no wrong file.
 [[operations]]
-include-path = "/api/videos"
-include-method = "POST"
+include-name = "POST /api/videos"
 checks.negative_data_rejection.enabled = false
 
 # Any body may be a webhook's.
