@@ -219,11 +219,14 @@ def test_workers_that_are_killed_half_way_leave_the_same_graph(
     asked = len(vendor.asked)
     slow = threading.Event()
     tell = vendor.reply
+    one_of_them = threading.Lock()  # several questions are asked at once
 
     def reply(each: Asked) -> Any:
         nonlocal halves
-        if (each.schema, halves) in (("found", 0), ("verdict", 1)) and len(vendor.answered) - asked >= 3:
-            halves += 1
+        with one_of_them:
+            hold = (each.schema, halves) in (("found", 0), ("verdict", 1)) and len(vendor.answered) - asked >= 3
+            halves += hold
+        if hold:
             slow.set()
             released.wait(60)
         return tell(each)

@@ -19,8 +19,9 @@ from agentflow.limits import Window
 #: Organization 0 in a rule: each organization that has no rule of its own (a pause: all of them).
 EVERY: Final = 0
 _FRESH_S: Final = 2.0
-#: Those that wait for places of an old limit come back within so many seconds of a new one.
-_NEW_PLACES_S: Final = 10.0
+#: Those that wait for places of an old limit come back between so many seconds after a new one: not before every process
+#: knows it, or they would take their old places and wait on.
+_NEW_PLACES_S: Final = (_FRESH_S + 1.0, 10.0)
 
 Kind = Literal["queue", "type", "organization"]
 
@@ -280,7 +281,7 @@ def set_limit(
             (organization_id, provider, int(window.per_s), window.amount, own),
         )
     type_ = provider.removeprefix("type:") if provider.startswith("type:") else None
-    _let_go(conn, "limit", organization_id, type_, None, within_s=_NEW_PLACES_S)
+    _let_go(conn, "limit", organization_id, type_, None, between_s=_NEW_PLACES_S)
 
 
 def _check_own(conn: Connection, query: LiteralString, values: Sequence[Any]) -> None:
@@ -301,10 +302,17 @@ def running_before(conn: Connection, organization_id: int, type_: str, job_id: o
 
 
 def _let_go(
-    conn: Connection, reason: str, organization_id: int, type_: str | None, queue: str | None, within_s: float = 0.0
+    conn: Connection,
+    reason: str,
+    organization_id: int,
+    type_: str | None,
+    queue: str | None,
+    between_s: tuple[float, float] = (0.0, 0.0),
 ) -> int:
+    soonest, latest = between_s
     return conn.execute(
-        "with locked as materialized (select id, clock_timestamp() + make_interval(secs => random() * %(within)s) as moment"
+        "with locked as materialized (select id,"
+        " clock_timestamp() + make_interval(secs => %(soonest)s + random() * %(spread)s) as moment"
         " from agentflow.jobs where state = 'queued' and wait_reason = %(reason)s"
         " and concurrency_key is null and (%(organization)s = 0 or organization_id = %(organization)s)"
         " and (%(type)s::text is null or type = %(type)s) and (%(queue)s::text is null or queue = %(queue)s)"
@@ -312,5 +320,12 @@ def _let_go(
         " update agentflow.jobs j set wait_reason = null, run_at = least(j.run_at, locked.moment),"
         " wake_at = least(j.wake_at, locked.moment), sent_at = null"
         " from locked where j.id = locked.id and j.state || '' = 'queued'",
-        {"reason": reason, "organization": organization_id, "type": type_, "queue": queue, "within": within_s},
+        {
+            "reason": reason,
+            "organization": organization_id,
+            "type": type_,
+            "queue": queue,
+            "soonest": soonest,
+            "spread": latest - soonest,
+        },
     ).rowcount
