@@ -1,5 +1,5 @@
--- How many more messages of each organization may be outstanding in a queue: its cap of threads, and as many jobs as they do in
--- about 50 ms, less what runs and what was sent already. Those of 50 ms are on top of the cap: they lie before the threads that end
+-- How many more messages of each organization may be outstanding in a queue: its cap of threads (its share of those that are not
+-- kept for critical jobs, one in four of a process), and as many jobs as they do in about 50 ms, less what runs and what was sent already. Those of 50 ms are on top of the cap: they lie before the threads that end
 -- short jobs, which otherwise wait until a verdict is written and another is rung for. Jobs so long that the cap's threads do none in
 -- 50 ms get no more than the cap. A job costs what is measured until its verdict is written, or what those that run have taken so
 -- far: long ones after short ones are seen at once. Replaced in place, since what it promises is the same: workers of the release
@@ -10,7 +10,7 @@ language sql stable
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
 as $$
     with staff as (
-        select greatest(1, floor(s.share * coalesce(sum(w.threads), 0))) as threads, s.share
+        select greatest(1, floor(s.share * coalesce(sum(w.threads - w.threads / 4), 0))) as threads, s.share
         from (select agentflow.share_1() as share) s left join agentflow.workers w
             on w.seen_at > clock_timestamp() - interval '60 s' and w.stopped_at is null and p_queue = any (w.queues)
         group by s.share

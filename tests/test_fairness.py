@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -11,13 +13,15 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
+from agentflow.errors import Wait
 from agentflow.jobs import dispatch, intake, leases, records, rules
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
 from agentflow.limits import Window
 from agentflow.system import System
+from agentflow.worker.admission import Admission
 from tests import job_types  # noqa: F401 - registers the tests' job types
-from tests.core_support import LEASE_S, claim, column, finish, prepared, rows
+from tests.core_support import LEASE_S, claim, column, finish, prepared, rows, submit
 from tests.processes import eventually, worker
 
 Connection = psycopg.Connection
@@ -130,14 +134,14 @@ def test_no_organization_gets_all_threads_with_long_jobs(conn: Connection) -> No
     claim(conn, uuid4(), *first)
     second = ring(conn)
 
-    assert len(first) == 16  # four fifths of twenty
+    assert len(first) == 12  # four fifths of the fifteen that are not kept for critical jobs
     assert second == []
     mine = waiting(conn, TWO, 1)
     assert ring(conn) == [mine[0].id]
 
 
 @pytest.mark.usefixtures("organizations")
-@pytest.mark.parametrize(("begun", "more"), [("-1 h", 0), ("+1 h", 10)])
+@pytest.mark.parametrize(("begun", "more"), [("-1 h", 0), ("+1 h", 8)])
 def test_short_jobs_have_the_next_ones_before_their_threads_until_one_takes_long(
     conn: Connection, begun: str, more: int
 ) -> None:
@@ -146,13 +150,13 @@ def test_short_jobs_have_the_next_ones_before_their_threads_until_one_takes_long
     waiting(conn, ONE, 200)
 
     first = ring(conn)
-    claim(conn, uuid4(), *first[:16])
+    claim(conn, uuid4(), *first[:12])
     conn.execute("update agentflow.lanes set cost_s = 0.04")
     conn.execute(
         "update agentflow.jobs set started_at = clock_timestamp() + %s::interval where state = 'running'", (begun,)
     )
 
-    assert len(first) == 16 + 10  # four fifths of twenty threads, and what those do in 50 ms
+    assert len(first) == 12 + 7  # its threads, and what those do in 50 ms
     assert len(ring(conn)) == more
 
 
@@ -283,6 +287,50 @@ def test_the_cap_of_an_organization_is_for_all_of_its_types(conn: Connection) ->
 
     assert whose(conn, rung) == {ONE: 3, TWO: 5}
     assert ring(conn) == []
+
+
+# ---- in a worker's process ----
+
+
+def test_long_jobs_of_one_organization_leave_threads_of_the_process_to_others(conn: Connection, system: System) -> None:
+    """However many messages were rung for before anybody knew that they are long."""
+    conn.execute("insert into agentflow.organizations (id, slug, name) values (2, 'two', 'Two')")
+    admission = Admission(system.database, system.rules, system.calls, threads=16)
+    job = submit(conn)
+    with ExitStack() as running:
+        for _ in range(10):  # four fifths of the twelve that are not kept for critical jobs
+            running.enter_context(admission.admitted(job))
+        with admission.admitted(job):
+            """Nobody knows yet."""
+        admission.done(job, 5.0)
+
+        with pytest.raises(Wait) as refused, admission.admitted(job):
+            pass
+        assert refused.value.reason == "busy"
+        with (
+            admission.admitted(dataclasses.replace(job, organization_id=TWO)),
+            admission.admitted(dataclasses.replace(job, priority=0)),
+        ):
+            """Others, and what is critical."""
+
+        admission.done(job, 0.02)
+        with admission.admitted(job):
+            """Those that wait for short ones wait no longer for more of them."""
+    with admission.admitted(job):
+        """They have ended."""
+
+
+def test_one_that_runs_for_long_says_as_much_before_it_ends(
+    conn: Connection, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conn.execute("insert into agentflow.organizations (id, slug, name) values (2, 'two', 'Two')")
+    admission = Admission(system.database, system.rules, system.calls, threads=2)
+    job = submit(conn)
+    with admission.admitted(job), admission.admitted(job):
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 1.0)
+        with pytest.raises(Wait), admission.admitted(job):
+            pass
 
 
 # ---- through a worker ----

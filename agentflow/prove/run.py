@@ -141,6 +141,10 @@ def _start_members(options: Options, crew: Crew, environment: dict[str, str]) ->
     python = [sys.executable, "-m"]
     logs = options.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    for left in logs.glob(
+        "*.log"
+    ):  # what an earlier run into this folder said is nothing that this one can be blamed for
+        left.unlink()
     port = free_port()
     web = [*python, "gunicorn", "-c", "python:web.gunicorn_config", "--bind", f"127.0.0.1:{port}", f"{options.web}:app"]
     crew.add(Member("web", web, environment, logs / "web.log", port))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
+import statistics
 import threading
-from collections import Counter
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -15,8 +18,10 @@ from agentflow.errors import Wait
 from agentflow.jobs import callbacks, rules
 from agentflow.jobs.model import Job
 
-#: Of a process's threads, where several organizations share them: no organization has all.
+#: Of a process's threads that are not kept for critical jobs, where several organizations share them: no organization has all.
 SHARE: Final = 0.8
+#: Whoever waits for a thread waits no longer than this where jobs are shorter: they are not counted.
+_SHORT_S: Final = 0.5
 _PAUSED_S: Final = 3600.0
 
 
@@ -27,25 +32,44 @@ class Admission:
         self._database = database
         self._known = known
         self._calls = calls
-        self._threads = threads
+        self._share = max(1, math.ceil((threads - threads // 4) * SHARE))
         self._lock = threading.Lock()
-        self._running: Counter[int] = Counter()
+        self._began: defaultdict[int, list[float]] = defaultdict(list)  # those that run now, but for critical ones
+        self._long: set[int] = set()  # whose last job was no short one
         self._done: dict[tuple[str, int], tuple[int, float]] = {}
 
     @contextmanager
     def admitted(self, job: Job) -> Iterator[None]:
         """Raises Wait when the job has to wait; no attempt is spent by that."""
         now = self._known.now()
-        with self._lock:
-            if now.shared and self._running[job.organization_id] >= max(1, int(self._threads * SHARE)):
-                raise Wait(random.uniform(0.2, 1.0), "busy", message="the organization has its share of the threads")
-            self._running[job.organization_id] += 1
-        try:
+        with self._counted(now, job):
             self._ask(now, job)
+            yield
+
+    @contextmanager
+    def _counted(self, now: rules.Rules, job: Job) -> Iterator[None]:
+        if job.priority == 0:
+            yield
+            return
+        began, organization_id = time.monotonic(), job.organization_id
+        with self._lock:
+            if now.shared and self._has_its_share(organization_id, began):
+                raise Wait(random.uniform(0.2, 1.0), "busy", message="the organization has its share of the threads")
+            self._began[organization_id].append(began)
+        try:
             yield
         finally:
             with self._lock:
-                self._running[job.organization_id] -= 1
+                self._began[organization_id].remove(began)
+                if not self._began[organization_id]:
+                    del self._began[organization_id]
+
+    def _has_its_share(self, organization_id: int, now: float) -> bool:
+        """Where its jobs are long. The relay rings for no more, but learns only from those that end how long they are."""
+        began = self._began.get(organization_id, ())
+        if len(began) < self._share:
+            return False
+        return organization_id in self._long or now - statistics.fmean(began) > _SHORT_S
 
     def _ask(self, now: rules.Rules, job: Job) -> None:
         if now.pause_of(job.organization_id, job.queue, job.type) and (
@@ -67,6 +91,7 @@ class Admission:
             key = (job.queue, job.organization_id)
             jobs, before = self._done.get(key, (0, 0.0))
             self._done[key] = (jobs + 1, before + seconds)
+            (self._long.add if seconds > _SHORT_S else self._long.discard)(job.organization_id)
 
     def work_done(self) -> dict[tuple[str, int], tuple[int, float]]:
         """Since it was asked last; nothing where one organization has all to itself."""
