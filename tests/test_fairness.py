@@ -309,7 +309,7 @@ def test_long_jobs_of_one_organization_leave_threads_of_the_process_to_others(co
         assert refused.value.reason == "busy"
         with (
             admission.admitted(dataclasses.replace(job, organization_id=TWO)),
-            admission.admitted(dataclasses.replace(job, priority=0)),
+            admission.admitted(dataclasses.replace(job, priority="critical")),
         ):
             """Others, and what is critical."""
 

@@ -48,7 +48,7 @@ class Admission:
 
     @contextmanager
     def _counted(self, now: rules.Rules, job: Job) -> Iterator[None]:
-        if job.priority == 0:
+        if job.priority == "critical":
             yield
             return
         began, organization_id = time.monotonic(), job.organization_id
