@@ -292,18 +292,21 @@ def test_the_cap_of_an_organization_is_for_all_of_its_types(conn: Connection) ->
 # ---- in a worker's process ----
 
 
-def test_long_jobs_of_one_organization_leave_threads_of_the_process_to_others(conn: Connection, system: System) -> None:
+def test_long_jobs_of_one_organization_leave_threads_of_the_process_to_others(
+    conn: Connection, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many messages were rung for before anybody knew that they are long."""
     conn.execute("insert into agentflow.organizations (id, slug, name) values (2, 'two', 'Two')")
     admission = Admission(system.database, system.rules, system.calls, threads=16)
     job = submit(conn)
+    now = time.monotonic()
+    with ExitStack() as all_at_once:
+        for _ in range(12):  # nobody knows yet
+            all_at_once.enter_context(admission.admitted(job))
+        monkeypatch.setattr(time, "monotonic", lambda: now + 5.0)
     with ExitStack() as running:
         for _ in range(10):  # four fifths of the twelve that are not kept for critical jobs
             running.enter_context(admission.admitted(job))
-        with admission.admitted(job):
-            """Nobody knows yet."""
-        admission.done(job, 5.0)
-
         with pytest.raises(Wait) as refused, admission.admitted(job):
             pass
         assert refused.value.reason == "busy"

@@ -63,6 +63,9 @@ class Admission:
                 self._began[organization_id].remove(began)
                 if not self._began[organization_id]:
                     del self._began[organization_id]
+                # Now: when its verdict is written, the next ones have taken all threads that became free with this one.
+                if time.monotonic() - began > _SHORT_S:
+                    self._long.add(organization_id)
 
     def _has_its_share(self, organization_id: int, now: float) -> bool:
         """Where its jobs are long. The relay rings for no more, but learns only from those that end how long they are."""
@@ -91,7 +94,8 @@ class Admission:
             key = (job.queue, job.organization_id)
             jobs, before = self._done.get(key, (0, 0.0))
             self._done[key] = (jobs + 1, before + seconds)
-            (self._long.add if seconds > _SHORT_S else self._long.discard)(job.organization_id)
+            if seconds < _SHORT_S:
+                self._long.discard(job.organization_id)
 
     def work_done(self) -> dict[tuple[str, int], tuple[int, float]]:
         """Since it was asked last; nothing where one organization has all to itself."""
