@@ -307,20 +307,22 @@ def test_long_jobs_of_one_organization_leave_threads_of_the_process_to_others(
     with ExitStack() as running:
         for _ in range(10):  # four fifths of the twelve that are not kept for critical jobs
             running.enter_context(admission.admitted(job))
-        with pytest.raises(Wait) as refused, admission.admitted(job):
-            pass
-        assert refused.value.reason == "busy"
+        for _ in range(3):
+            with pytest.raises(Wait) as refused, admission.admitted(job):
+                pass
+            assert refused.value.reason == "busy"
+            admission.done(job, 0.001)
         with (
             admission.admitted(dataclasses.replace(job, organization_id=TWO)),
             admission.admitted(dataclasses.replace(job, priority="critical")),
         ):
             """Others, and what is critical."""
 
-        admission.done(job, 0.02)
-        with admission.admitted(job):
-            """Those that wait for short ones wait no longer for more of them."""
     with admission.admitted(job):
-        """They have ended."""
+        """They have ended, and were short: those that wait for such wait no longer for more of them."""
+    with ExitStack() as running:
+        for _ in range(12):
+            running.enter_context(admission.admitted(job))
 
 
 def test_one_that_runs_for_long_says_as_much_before_it_ends(

@@ -56,8 +56,10 @@ class Admission:
             if now.shared and self._has_its_share(organization_id, began):
                 raise Wait(random.uniform(0.2, 1.0), "busy", message="the organization has its share of the threads")
             self._began[organization_id].append(began)
+        has_ended = False
         try:
             yield
+            has_ended = True
         finally:
             with self._lock:
                 self._began[organization_id].remove(began)
@@ -66,6 +68,8 @@ class Admission:
                 # Now: when its verdict is written, the next ones have taken all threads that became free with this one.
                 if time.monotonic() - began > _SHORT_S:
                     self._long.add(organization_id)
+                elif has_ended:  # one that has to wait says nothing
+                    self._long.discard(organization_id)
 
     def _has_its_share(self, organization_id: int, now: float) -> bool:
         """Where its jobs are long. The relay rings for no more, but learns only from those that end how long they are."""
@@ -94,8 +98,6 @@ class Admission:
             key = (job.queue, job.organization_id)
             jobs, before = self._done.get(key, (0, 0.0))
             self._done[key] = (jobs + 1, before + seconds)
-            if seconds < _SHORT_S:
-                self._long.discard(job.organization_id)
 
     def work_done(self) -> dict[tuple[str, int], tuple[int, float]]:
         """Since it was asked last; nothing where one organization has all to itself."""
