@@ -40,7 +40,7 @@ class Waits:
     def for_share(self) -> None:
         """Where several organizations share the threads, none gets all."""
         if self._picture.share < 1:
-            allowed = max(1, math.floor(self._picture.share * self._picture.threads[0]))
+            allowed = max(1, math.floor(self._picture.share * self._picture.threads[1]))
             self._for_slots(allowed, lambda r: r.here and r.organization_id == self._job.organization_id)
 
     def for_rules(self, now: rules.Rules) -> None:
@@ -81,7 +81,7 @@ class Waits:
             lanes = self._lanes(work_s)
             if lanes is not None:
                 mine, others = lanes
-                ahead, work_s = turns_before(mine, place.ahead, others)
+                ahead, work_s = turns_before(mine, place.ahead, others, max(threads, 1.0))
             sent = sum(picture.sent.values())
             sent_s = self._work_s(sent, picture.sent)
             ahead, work_s = ahead + sent, None if work_s is None or sent_s is None else work_s + sent_s
@@ -101,7 +101,15 @@ class Waits:
         if cost_s is None:
             return None
         others = [
-            Lane(w.organization_id, w.priority, w.jobs, max(_LEAST_COST_S, w.cost_s or cost_s), w.virtual_s, w.weight)
+            Lane(
+                w.organization_id,
+                w.priority,
+                w.jobs,
+                max(_LEAST_COST_S, w.cost_s or cost_s),
+                w.virtual_s,
+                w.weight,
+                w.come_per_s,
+            )
             for w in self._picture.lanes
             if (w.priority, w.organization_id) != here
         ]
