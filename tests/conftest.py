@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,14 @@ pytest.register_assert_rewrite("tests.plant")  # it asserts, and is no test modu
 _numbers = itertools.count(1)
 TEMPLATE = "agentflow_template"
 ADMIN_KEY = "test-operator-key-0123456789"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with few tests first: theirs are the long ones, and begun last they would keep one process busy while the others
+    have nothing left."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: tests[item.path])
 
 
 RECORDER = statements.Recorder()
