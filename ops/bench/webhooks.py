@@ -3,7 +3,8 @@
     .venv/bin/python ops/bench/webhooks.py [--count 100000] [--rate 200] [--seconds 30] [--part all|latency|restarts]
 
 Starts private servers, gunicorn and a worker. Part one: `--rate` a second for `--seconds`, signed as GitHub does, sent on time
-whatever the answers take; the time of each answer is counted from the moment at which it was due. Part two: `--count` deliveries,
+whatever the answers take; the time of each answer is counted from the moment at which it was due. Once with web and its database
+on the machine, whose worker comes afterwards, and once with the worker at it on the same cores. Part two: `--count` deliveries,
 a fifth of them sent twice, as fast as 8 senders go, each again until it is answered 2xx, while gunicorn (SIGTERM) and the worker
 (SIGTERM and SIGKILL in turn) are restarted; then it waits for quiet and counts: each stored once, handled once, and what was
 answered 2xx is there. Writes ops/bench/results/webhooks.json; exit status 1 where something was lost or doubled.
@@ -116,10 +117,14 @@ def main() -> int:
         place = endpoint(system, free_port(), Config(action=JobAction(kind="job", type="ping", payload={})))
         fleet = Fleet(environment, place.port)
         try:
-            fleet.start()
+            fleet.start(worker=options.part == "restarts")
             if options.part != "restarts":
                 kept = endpoint(system, place.port, Config())
-                figures["latency"] = latency(kept, options.rate, options.seconds)
+                figures["latency"] = latency(kept, options.rate, options.seconds, 20_000_000)
+                fleet.start()
+                wait_handled(system, fleet, within_s=600)
+                figures["latency_beside_the_worker"] = latency(kept, options.rate, options.seconds, 30_000_000)
+                wait_handled(system, fleet, within_s=600)
             if options.part != "latency":
                 figures["restarts"] = restarts(system, fleet, place, options.count, options.every)
         finally:
@@ -129,16 +134,17 @@ def main() -> int:
     return 0 if figures.get("restarts", {}).get("well", True) else 1
 
 
-def latency(place: Place, rate: float, seconds: float) -> dict[str, Any]:
-    for number in range(20):  # connections, caches
-        Sender(place).send(place.delivery(10_000_000 + number))
+def latency(place: Place, rate: float, seconds: float, first: int) -> dict[str, Any]:
+    """With deliveries of these numbers on."""
+    in_threads(lambda: warm_up(place, first), 2 * SENDERS, lambda: None)
+    first += 1_000_000
     total = int(rate * seconds)
     due: queue.Queue[tuple[float, Delivery] | None] = queue.Queue()
     took: list[float] = []
     statuses: list[int] = []
     began = time.monotonic() + 0.5
     for number in range(total):
-        due.put((began + number / rate, place.delivery(20_000_000 + number)))
+        due.put((began + number / rate, place.delivery(first + number)))
 
     def run() -> None:
         sender = Sender(place)
@@ -159,6 +165,13 @@ def latency(place: Place, rate: float, seconds: float) -> dict[str, Any]:
         "p99_ms": round(ms[int(len(ms) * 0.99) - 1], 1),
         "max_ms": round(ms[-1], 1),
     }
+
+
+def warm_up(place: Place, first: int) -> None:
+    """Connections to the database, caches: at a sender's first requests web has been up for long."""
+    sender = Sender(place)
+    for number in range(10):
+        sender.send(place.delivery(first + 1000 * threading.get_ident() % 900_000 + number))
 
 
 @dataclass
@@ -279,10 +292,10 @@ class Fleet:
         self.web_restarts = 0
         self.worker_restarts = 0
 
-    def start(self) -> None:
+    def start(self, *, worker: bool = True) -> None:
         if self._web is None or self._web.poll() is not None:
             self._web = self._started(["gunicorn", "-c", "web/gunicorn_config.py", "web.wsgi:app"], str(self._port))
-        if self._worker is None or self._worker.poll() is not None:
+        if worker and (self._worker is None or self._worker.poll() is not None):
             self._worker = self._started(["dramatiq", "actors", "--processes", "1"], str(free_port()))
         self._wait_web()
 
