@@ -19,7 +19,7 @@ import psycopg
 import pytest
 import redis
 
-from agentflow.embedded import Embedded, EmbeddedError, database_url, default_home, join, redis_url
+from agentflow.embedded import Embedded, EmbeddedError, database_url, default_home, join, keeper, redis_url
 from agentflow.embedded.layout import Layout
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -807,3 +807,28 @@ def python_for(uid: int | None) -> str:
         if result.stdout.strip() == str(tuple(sys.version_info[:2])):
             return python
     pytest.skip(f"there is no Python here that user id {uid} may run")
+
+
+# ---- memory ----
+
+
+def test_postgres_takes_a_sixteenth_of_the_memory_of_the_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    newer, older = tmp_path / "memory.max", tmp_path / "limit_in_bytes"
+    monkeypatch.setattr(keeper, "MEMORY_LIMITS", (str(newer), str(older)))
+    machine_mb = keeper.memory_mb()
+    assert machine_mb > 64
+    newer.write_text("max\n")
+    assert keeper.memory_mb() == machine_mb
+    newer.write_text(f"{64 * 2**20}\n")
+    assert keeper.memory_mb() == 64
+
+    assert [keeper.buffers_mb(memory) for memory in (64, 512, 2048, 24_000)] == [32, 32, 128, 512]
+
+
+def test_postgres_is_started_with_that(home: Home) -> None:
+    user = home.user()
+    user.answer()
+
+    assert user.run("query('show shared_buffers')") == [f"{keeper.buffers_mb(keeper.memory_mb())}MB"]

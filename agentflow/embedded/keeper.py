@@ -28,13 +28,15 @@ LOG_KEPT_BYTES = 1024 * 1024
 # Not our own environment: PGPORT, PGDATESTYLE or LD_LIBRARY_PATH would change the servers, and secrets would leak.
 SERVER_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
 
+#: Of control groups, versions 2 and 1, as they are seen in a container.
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
 # Small: 31 MB for everything instead of 60. One machine, one home: no replication, no parallel queries, no TCP.
 POSTGRES_SETTINGS = {
     "listen_addresses": "",
     "port": "5432",
     "unix_socket_permissions": "0700",
     "max_connections": "100",
-    "shared_buffers": "32MB",
     "io_method": "sync",
     "wal_level": "minimal",
     "max_wal_senders": "0",
@@ -59,6 +61,24 @@ VALKEY_SETTINGS = {
 
 # A terminal's Ctrl-C or hang-up and a service manager's SIGTERM to the whole group must not leave the servers alone.
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+
+
+def memory_mb() -> int:
+    """Of the machine, or of the container."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in MEMORY_LIMITS:
+        try:
+            with open(limit, encoding="ascii") as file:
+                found.append(int(file.read()))
+        except (OSError, ValueError):  # no container, another version, or "max"
+            continue
+    return min(found) // 2**20
+
+
+def buffers_mb(memory: int) -> int:
+    """What Postgres keeps of its files: a sixteenth of the memory, and no more than knowledge bases of 100,000 passages need. It
+    takes up what was read, not at once."""
+    return max(32, min(512, memory // 16))
 
 
 def main(home: str, run: str, postgres: str, valkey: str, uid: str, gid: str) -> None:
@@ -90,7 +110,8 @@ def main(home: str, run: str, postgres: str, valkey: str, uid: str, gid: str) ->
 
 def postgres_server(home: str, run: str, binary: str, account: tuple[int, int] | None) -> Server:
     data = f"{home}/pg18"
-    settings = [word for name, value in POSTGRES_SETTINGS.items() for word in ("-c", f"{name}={value}")]
+    given = {**POSTGRES_SETTINGS, "shared_buffers": f"{buffers_mb(memory_mb())}MB"}
+    settings = [word for name, value in given.items() for word in ("-c", f"{name}={value}")]
     return Server(
         home,
         "postgres",
