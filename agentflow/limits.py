@@ -36,6 +36,8 @@ MOST_CALLS: Final = 1_000_000
 _KEEP_PLACE_S: Final = 600
 #: Who has a place and comes this much early, or finds those before him late, keeps it; else he goes to the end of the line.
 _PATIENCE_MS: Final = 250
+#: By how much calls may be differently long on their way, or a twentieth of a window that is shorter than a second.
+_ON_ITS_WAY_MS: Final = 50.0
 #: The share that a refusal takes off: the first, and the most of those that follow. A half is found in five.
 _FIRST_STEP: Final = 0.05
 _LARGEST_STEP: Final = 0.2
@@ -57,6 +59,11 @@ class Window:
         if not 1 <= self.amount <= MOST_CALLS or self.per_s <= 0:
             raise ValueError(f"a window allows 1 to {MOST_CALLS} calls in more than 0 seconds, not {self}")
 
+    @property
+    def length_ms(self) -> int:
+        """As it is kept here: a vendor counts calls when they arrive, and one may be on its way for longer than the next."""
+        return int(self.per_s * 1000 + min(_ON_ITS_WAY_MS, self.per_s * 50))
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -69,7 +76,7 @@ class Bucket:
     @property
     def pace_ms(self) -> float:
         """The distance of two calls at the most. Those who wait are as far apart as the window that is full asks for."""
-        return min((w.per_s * 1000 / w.amount for w in self.windows), default=0.0)
+        return min((w.length_ms / w.amount for w in self.windows), default=0.0)
 
 
 class Limits:
@@ -131,7 +138,7 @@ class Limits:
         for bucket in buckets:
             told += [bucket.pace_ms, len(bucket.windows)]
             for window in bucket.windows:
-                told += [window.amount, int(window.per_s * 1000)]
+                told += [window.amount, window.length_ms]
         return told
 
     def _away(self, error: Exception) -> None:
@@ -301,9 +308,9 @@ class _Alone:
                 full = 0.0
                 for window in bucket.windows:
                     amount = max(1, int(window.amount * share))
-                    if len(state.calls) >= amount and (free_at := state.calls[-amount] + window.per_s * 1000) > now:
+                    if len(state.calls) >= amount and (free_at := state.calls[-amount] + window.length_ms) > now:
                         at = max(at, free_at)
-                        full = max(full, window.per_s * 1000 / amount)
+                        full = max(full, window.length_ms / amount)
                 in_line = bool(bucket.windows) and state.windows == bucket.windows
                 pace = max(pace, full or (state.pace if in_line else bucket.pace_ms / share))
             lines = [(state, b.windows) for b, state in zip(buckets, states, strict=True) if b.windows]

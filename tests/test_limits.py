@@ -30,6 +30,11 @@ def a_bucket(*windows: tuple[int, float]) -> Bucket:
     return Bucket(str(uuid4()), tuple(Window(*window) for window in windows))
 
 
+def test_a_window_is_longer_by_what_calls_may_be_later_than_others() -> None:
+    """Seven that leave within a second and 50 ms arrive within no less than a second."""
+    assert [Window(7, per_s).length_ms for per_s in (0.1, 1, 60)] == [105, 1050, 60_050]
+
+
 def test_a_full_window_lets_nothing_through_until_its_oldest_call_has_left_it(limits: Limits) -> None:
     bucket = a_bucket((5, 600))
 
