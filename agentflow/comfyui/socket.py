@@ -31,6 +31,8 @@ _MOST_BYTES: Final = 16 << 20
 _AT_ONCE: Final = 500
 _AGAIN_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 
+_ENDS: Final = ("status", "execution_success", "execution_error", "execution_interrupted")
+
 Event = dict[str, Any]
 
 
@@ -109,6 +111,12 @@ class Socket:
             self._client.socket_opened(-1)
             with suppress(OSError, WebSocketException):
                 connection.close()
+
+
+def tells_to_look(event: Event) -> bool:
+    """Whether something may have ended: of ours once it is in the history, of anybody's when the queue has changed."""
+    kind = event.get("type")
+    return kind in _ENDS or (kind == "executing" and event["data"].get("node") is None)
 
 
 def _parsed(message: str) -> Event | None:

@@ -28,11 +28,11 @@ from typing import Any, Final, Literal, TypeVar
 
 from agentflow import log, metrics
 from agentflow.comfyui import inputs, outputs, pool, preflight, prompts, stopping, times
-from agentflow.comfyui.client import Client, FileGone, Refused, Unexpected, said_of
+from agentflow.comfyui.client import Check, Client, FileGone, Refused, Unexpected, said_of
 from agentflow.comfyui.history import Ended, understand
 from agentflow.comfyui.prompts import Render
 from agentflow.comfyui.requests import Prepared
-from agentflow.comfyui.socket import Socket
+from agentflow.comfyui.socket import Socket, tells_to_look
 from agentflow.comfyui.stopping import Sighting
 from agentflow.connections import NoAnswer
 from agentflow.database import Unavailable
@@ -196,7 +196,7 @@ class Supervisor:
                 graph,
                 client_id=socket.client_id or render.prompt_id.hex,
                 job_id=self._job.id,
-                check=_unstoppable,
+                check=self._context.check,
             )
         except Refused as error:
             self._end(render, "failed", str(error))
@@ -262,15 +262,25 @@ class Supervisor:
                     raise self._stuck(render, client)
                 case "running":
                     course.begin()
-            self._report(course, is_running=watch.is_running or course.heard)
+            self._report(course, is_running=watch.is_running)
             if time.monotonic() >= ends:
                 return self._overdue(render, client)
-            for event in socket.events(self._settings.comfyui_poll_interval):
+            self._listen(render, socket, course)
+
+    def _listen(self, render: Render, socket: Socket, course: times.Course) -> None:
+        """Until it is time for the next look: after the interval, or when something is said to have ended."""
+        look_at = time.monotonic() + self._settings.comfyui_poll_interval
+        while (left_s := look_at - time.monotonic()) > 0:
+            for event in socket.events(left_s):
                 if event["data"].get("prompt_id") == str(render.prompt_id):
                     course.hear(event)
+                if tells_to_look(event):
+                    look_at = 0.0
+            if course.heard:
+                self._report(course)
 
-    def _report(self, course: times.Course, *, is_running: bool) -> None:
-        if not is_running:
+    def _report(self, course: times.Course, *, is_running: bool = True) -> None:
+        if not (is_running or course.heard):
             self._context.progress(_UPLOADED, "queued")
         else:
             share = course.fraction() or 0.0
@@ -425,7 +435,7 @@ class Supervisor:
         render, client = self._sent_now
         note = "Its server has not let go of it yet."
         with suppress(NoAnswer, Unexpected, *Unavailable):  # then it is found among those that nobody waits for
-            sighting = stopping.stop(client, render.prompt_id, _CANCEL_S, _unstoppable)
+            sighting = stopping.stop(client, render.prompt_id, _CANCEL_S, _within(_CANCEL_S))
             if sighting is not None:
                 self._end(render, "cancelled")
                 is_done = sighting.entry is not None and _kind(sighting.entry, self._prepared) == "done"
@@ -510,5 +520,12 @@ def _is_away(error: BaseException) -> bool:
     return isinstance(error, NoAnswer) or (isinstance(error, Unexpected) and error.status not in (400, 413))
 
 
-def _unstoppable() -> None:
-    """For a request whose answer has to be known, and for what ends a cancelled job."""
+def _within(seconds: float) -> Check:
+    """For the end of a job that is to end itself: no question outlasts it."""
+    end = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > end:
+            raise NoAnswer("The render server is too slow", code="comfyui_timeout", sent=True)
+
+    return check

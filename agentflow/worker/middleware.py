@@ -92,7 +92,7 @@ class Retries(Layer):
             said = " ".join(filter(None, ["Cancelled while it was running.", note]))
             return Verdict(*running.key, "cancelled", error=_say("cancelled", said))
         if running.stop_reason == "time_limit":
-            limit = f"{running.job.time_limit_s:g}"
+            limit = f"{running.limit_s:g}"
             error = _say("time_limit", f"The job ran longer than its time limit of {limit} s and was stopped.")
             return Verdict(*running.key, "retry", delay_s=retry_delay_s(running), reason="retry", error=error)
         return Verdict(*running.key, "handback")  # shut down, or the lease is lost (then nothing is written at all)
@@ -154,7 +154,7 @@ class TimeLimits(Layer):
     """
 
     def around(self, running: Running, call: Call) -> Any:
-        running.deadline = time.monotonic() + running.job.time_limit_s
+        running.deadline = time.monotonic() + running.limit_s
         try:
             return running.call(call)
         finally:

@@ -46,6 +46,7 @@ class Running:
         self.repeatable: Final = repeatable
         self.lease_ends = lease_ends  # by time.monotonic(), counted from before the renewing statement was sent
         self.started: Final = time.monotonic()
+        self.limit_s: float = job.time_limit_s
         self.deadline: float | None = None
         self.stop_reason: StopReason | None = None
         self.stopped_at: float | None = None
@@ -248,8 +249,10 @@ class JobContext:
 
     def limit(self, seconds: float) -> None:
         """Have this attempt end by its time limit after so long, where that is sooner than its type's limit."""
-        if (deadline := self._running.deadline) is not None:
-            self._running.deadline = min(deadline, self._running.started + seconds)
+        running = self._running
+        if running.deadline is not None and seconds < running.limit_s:
+            running.deadline -= running.limit_s - seconds
+            running.limit_s = seconds
 
     def sleep(self, seconds: float) -> None:
         """Sleep at most so long; raises Stopped when the job has to end."""
