@@ -118,7 +118,7 @@ _comfyui_connections = Gauge(
 )
 _renders = Counter(
     "agentflow_renders",
-    "Prompts by how they ended: done, no_output, partly_failed, node_error, out_of_memory, interrupted, timed_out, stuck",
+    "Prompts by how they ended: done, no_output, partly_failed, node_error, out_of_memory, interrupted, timed_out, lost, stuck",
     ("outcome",),
     registry=REGISTRY,
 )

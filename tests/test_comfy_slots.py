@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
@@ -223,7 +222,8 @@ def test_killing_the_worker_while_the_prompt_runs_does_not_run_it_twice(
 def test_renders_follow_each_other_at_once_and_hold_no_thread_while_they_wait(
     two: list[Comfy], environment: dict[str, str], conn: psycopg.Connection, tmp_path: Path
 ) -> None:
-    with studio(environment, conn, two[:1]) as one:
+    # Longer than the test waits: who is not woken does not come.
+    with studio(environment, conn, two[:1], WORKER_GPU_LOCK_TIMEOUT="600") as one:
         environment |= {"JOB_CONCURRENCY": "2"}
         with worker(environment, tmp_path / "worker.log"):
             jobs = [one.submit(picture(0.3, color=n)) for n in range(6)]
@@ -234,6 +234,3 @@ def test_renders_follow_each_other_at_once_and_hold_no_thread_while_they_wait(
 
         assert {read(conn, job).state for job in jobs} == {"succeeded"}
         assert [len(runs(two[0], job)) for job in jobs] == [1] * 6
-        # Not by their safety time, which is half a minute, but by who went before.
-        began = sorted(run.began_at for run in two[0].runs)
-        assert began[-1] - began[0] < 20 and time.monotonic() > began[-1]

@@ -8,7 +8,7 @@ ended. A new one is sent only when the one before
 - ended, and was found so in the server's history, interrupted by us among others;
 - never arrived: its answer was lost, and in several looks over some seconds it was neither in the queue nor in the history;
 - was lost: the server had it, and in two looks half a second apart knows nothing of it, which only a restart does (or somebody who
-  deleted it);
+  deleted it), and nobody heard that it ended well;
 - cannot be asked for: its server has not answered anybody for COMFYUI_TIMEOUT seconds, in which it would have been interrupted.
   If that server comes back with it, it is stopped there before anything else.
 
@@ -255,8 +255,11 @@ class Supervisor:
                 return ended
             match watch.see(sighting):
                 case "lost":
+                    if (heard := course.entry()) is not None:
+                        return self._ended(render, client, heard)
                     logger.warning("a render was lost: its server was started anew", prompt_id=str(render.prompt_id))
                     self._end(render, "lost")
+                    metrics.render_ended("lost")
                     raise _BeginAnew
                 case "stuck":
                     raise self._stuck(render, client)

@@ -80,6 +80,9 @@ class Course:
         self._step: dict[str, float] = {}
         self._node: str | None = None
         self._since = self._began = time.monotonic()
+        self._outputs: dict[str, Any] = {}
+        self._messages: list[list[Any]] = []
+        self._succeeded = False
         self.took: dict[str, float] = {}
         self.heard = False
 
@@ -94,8 +97,15 @@ class Course:
             case "execution_start":
                 self.heard = True
                 self._since = self._began = time.monotonic()
+                self._messages.append(["execution_start", data])
             case "execution_cached":
                 self._done |= {str(node) for node in data.get("nodes") or ()}
+                self._messages.append(["execution_cached", data])
+            case "executed":
+                self._outputs[str(data.get("node"))] = data.get("output")
+            case "execution_success":
+                self._succeeded = True
+                self._messages.append(["execution_success", data])
             case "executing":
                 self._now_at(data.get("node"))
             case "progress":
@@ -106,6 +116,13 @@ class Course:
                         self._steps(node, each)
                         if each.get("state") == "finished":
                             self._done.add(str(node))
+
+    def entry(self) -> dict[str, Any] | None:
+        """What the history would have of it, where its good end was heard: of use when somebody has cleared the history. Whether
+        its files are there is for their download to say."""
+        if not self._succeeded:
+            return None
+        return {"outputs": self._outputs, "status": {"status_str": "success", "messages": self._messages}}
 
     def fraction(self) -> float | None:
         """0 to 1. None: nothing is known."""
