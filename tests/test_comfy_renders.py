@@ -10,7 +10,8 @@ import psycopg
 import pytest
 from PIL import Image
 
-from agentflow.comfyui import supervisor
+from agentflow.comfyui import attempt as attempting
+from agentflow.comfyui import sending, sightings, supervisor
 from agentflow.jobs.model import Verdict
 from tests.comfy_support import Studio, code, node, picture, runs, runs_now, stored, studio
 from tests.comfyui_server import VERSIONS, Comfy, comfyui
@@ -42,11 +43,11 @@ def impatient(comfy: Comfy, environment: dict[str, str], conn: psycopg.Connectio
 @pytest.fixture
 def quick_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds on a real server, for patience, takes less here."""
-    monkeypatch.setattr(supervisor, "_PATIENCE_S", 0.3)
-    monkeypatch.setattr(supervisor, "_LITTLE_PATIENCE_S", 0.1)
-    monkeypatch.setattr(supervisor, "_STUCK_S", 0.3)
-    monkeypatch.setattr(supervisor, "_LOOK_AFTER_S", (0.0, 0.1, 0.2))
-    monkeypatch.setattr(supervisor, "_QUEUE_EVERY_S", 0.1)
+    monkeypatch.setattr(attempting, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(attempting, "LITTLE_PATIENCE_S", 0.1)
+    monkeypatch.setattr(sightings, "STUCK_S", 0.3)
+    monkeypatch.setattr(sightings, "QUEUE_EVERY_S", 0.1)
+    monkeypatch.setattr(sending, "LOOK_AFTER_S", (0.0, 0.1, 0.2))
 
 
 def result(verdict: Verdict) -> dict:
@@ -224,6 +225,27 @@ def test_a_graph_that_would_run_in_part_does_not_run_to_an_end(one: Studio, comf
 
     assert (verdict.outcome, code(verdict)) == ("failed", "render_refused")
     assert "success" not in runs(comfy, job) and comfy.queue.remaining() == 0
+
+
+def test_a_part_that_was_left_out_is_noticed_although_the_answer_was_lost(one: Studio, comfy: Comfy) -> None:
+    comfy.fault("answer_500", path="/prompt", times=1, when=lambda request: request.method == "POST")
+    graph = picture()
+    graph["4"] = node("ImageBlur", image=["1", 0])
+    graph["5"] = node("SaveImage", images=["4", 0], filename_prefix="y")
+    job = one.submit(graph)
+
+    verdict = one.attempt(job)
+
+    assert (verdict.outcome, code(verdict)) == ("failed", "render_partly_failed")
+    assert "left out nodes 5" in str(verdict.error)
+
+
+def test_a_cleared_history_loses_no_render_whose_end_was_heard(one: Studio, comfy: Comfy) -> None:
+    comfy.fault("lose_history", times=1)
+    job = one.submit(picture())
+
+    assert one.attempt(job).outcome == "succeeded"
+    assert runs(comfy, job) == ["success"]
 
 
 def test_unknown_nodes_are_refused_before_anything_is_sent(one: Studio, comfy: Comfy) -> None:

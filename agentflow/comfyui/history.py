@@ -6,7 +6,7 @@ message of `status.messages` tells them apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -39,8 +39,11 @@ class Ended:
         return cls("done", files=tuple(found["files"]), texts=texts, seconds=found["seconds"], ran=found["ran"])
 
 
-def understand(entry: Mapping[str, Any], graph: Mapping[str, Any], wanted: frozenset[str] | None) -> Ended:
-    """`wanted`: the nodes whose outputs count; None: all."""
+def understand(
+    entry: Mapping[str, Any], graph: Mapping[str, Any], wanted: frozenset[str] | None, saving: Collection[str] = ()
+) -> Ended:
+    """`wanted`: the nodes whose outputs count; None: all. `saving`: those that have outputs, as far as that is known: a server
+    that was asked for all of them may have left out some, and said so in an answer that was lost."""
     status = entry.get("status")
     status = status if isinstance(status, dict) else {}
     messages = _messages(status)
@@ -54,9 +57,17 @@ def understand(entry: Mapping[str, Any], graph: Mapping[str, Any], wanted: froze
         if kind == "node_error" and files:
             kind, said = "partly_failed", f"{said}; nodes {', '.join(sorted({f['node'] for f in files}))} had ended before"
         return Ended(kind, said, seconds=seconds)
+    if left_out := set(saving) - _targets(entry, saving):
+        return Ended("partly_failed", f"the server left out nodes {', '.join(sorted(left_out))}", seconds=seconds)
     if not files and not texts:
         return Ended("no_output", "", seconds=seconds)
     return Ended("done", "", files, texts, seconds, ran=_ran(messages, graph))
+
+
+def _targets(entry: Mapping[str, Any], otherwise: Collection[str]) -> set[str]:
+    """The output nodes that it ran for."""
+    item = entry.get("prompt")
+    return set(item[4]) if isinstance(item, list) and len(item) > 4 and isinstance(item[4], list) else set(otherwise)
 
 
 def _messages(status: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

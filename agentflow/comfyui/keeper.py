@@ -12,7 +12,7 @@ from typing import Final
 from uuid import UUID
 
 from agentflow import log
-from agentflow.comfyui import pool, prompts, stopping
+from agentflow.comfyui import pool, prompts, sightings, times
 from agentflow.comfyui.client import Client
 from agentflow.comfyui.clients import Clients
 from agentflow.comfyui.prompts import Render
@@ -24,6 +24,7 @@ logger = log.get(__name__)
 
 _PAUSE_S: Final = 1.0
 _LIST_EVERY_S: Final = 60.0
+_FORGET_EVERY_S: Final = 3600.0
 #: For one prompt that nobody waits for; what is still there then is met at the next look.
 _STOP_S: Final = 3.0
 
@@ -39,16 +40,20 @@ class Keeper(Loop):
         self._look_again_s = look_again_s
         self._ring = ring
         self._pool_of = {server.name: server.pool for server in clients.servers}
-        self._listed_at = float("-inf")
+        self._listed_at = self._forgot_at = float("-inf")
 
     def step(self, conn: BoundedConnection) -> float:
         if time.monotonic() - self._listed_at > _LIST_EVERY_S:
             pool.list_servers(conn, self._clients.servers)
             self._count(conn, *self._pool_of.values())
             self._listed_at = time.monotonic()
+        if time.monotonic() - self._forgot_at > _FORGET_EVERY_S:
+            times.forget(conn)
+            pool.forget(conn)
+            self._forgot_at = time.monotonic()
         for name, wants_nodes in pool.due(conn, list(self._pool_of)):
             client = self._clients.of(name)
-            if client is not None and not self.stopping:
+            if client is not None and not self.sightings:
                 self._look(conn, client, wants_nodes)
         return _PAUSE_S
 
@@ -71,7 +76,7 @@ class Keeper(Loop):
 
     def _bury(self, conn: Connection, client: Client, render: Render) -> None:
         """A prompt whose job has ended, or was begun anew elsewhere: it is stopped, and its slot is free when it has."""
-        if render.state == "taken" or stopping.stop(client, render.prompt_id, _STOP_S, self._check) is not None:
+        if render.state == "taken" or sightings.stop(client, render.prompt_id, _STOP_S, self._check) is not None:
             state: prompts.State = "lost" if render.state == "given_up" else "cancelled"
             if prompts.move(conn, render, state, come_from=[render.state]):
                 logger.info("a prompt that nobody waits for was removed", prompt_id=str(render.prompt_id))
@@ -82,5 +87,5 @@ class Keeper(Loop):
             self._ring(conn, pool.count(conn, each, self._look_again_s))
 
     def _check(self) -> None:
-        if self.stopping:
-            raise Transient("the process is stopping")
+        if self.sightings:
+            raise Transient("the process is sightings")

@@ -68,6 +68,11 @@ def list_servers(conn: Connection, servers: Sequence[Server]) -> None:
         )
 
 
+def forget(conn: Connection) -> None:
+    """Those that no worker has had in its settings for long."""
+    conn.execute("delete from agentflow.comfyui_servers where listed_at < clock_timestamp() - interval '30 days'")
+
+
 def due(conn: Connection, names: Collection[str]) -> list[tuple[str, bool]]:
     """Take those that are to be looked at now, for this process to look: name, and whether its nodes are to be asked for."""
     rows = conn.execute(

@@ -62,6 +62,11 @@ def learn(conn: Connection, shape: str, server: str, took: Times) -> None:
     )
 
 
+def forget(conn: Connection) -> None:
+    """Of graphs that nobody renders any more."""
+    conn.execute("delete from agentflow.render_times where updated_at < clock_timestamp() - interval '90 days'")
+
+
 def _mixed(before: float | None, now: float) -> float:
     return now if before is None else (1 - _NEWEST) * before + _NEWEST * now
 

@@ -1,10 +1,10 @@
-"""Looking for a prompt, and ending exactly this one, verified."""
+"""Where a prompt is at its server, what that says when it is looked at again and again, and ending exactly this one, verified."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 from uuid import UUID
 
 from agentflow.comfyui.client import Check, Client, Queue
@@ -14,6 +14,10 @@ from agentflow.comfyui.client import Check, Client, Queue
 APART_S: Final = 0.5
 _LOOK_S: Final = 0.1
 _ASK_AGAIN_S: Final = 1.0
+#: Between looks at the queue, which comes with all its graphs.
+QUEUE_EVERY_S: Final = 1.0
+#: In which a queue moves, were its server not stuck: between two prompts it may unload models, which takes seconds.
+STUCK_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +73,35 @@ def stop(client: Client, prompt_id: UUID, within_s: float, check: Check) -> Sigh
             return None
         time.sleep(_LOOK_S)
         check()
+
+
+class QueueWatch:
+    """What the looks at a queue say of a prompt, one after the other."""
+
+    def __init__(self) -> None:
+        self.is_running = False
+        self._next_at = 0.0
+        self._nowhere_at: float | None = None
+        self._stuck_at: float | None = None
+
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._next_at
+
+    def see(self, sighting: Sighting) -> Literal["lost", "stuck", "running", "waiting", "unknown"]:
+        if sighting.queue is None:
+            return "unknown"
+        now = time.monotonic()
+        self._next_at = now + QUEUE_EVERY_S
+        if sighting.is_nowhere:
+            if self._nowhere_at is not None and now - self._nowhere_at >= APART_S:
+                return "lost"
+            self._nowhere_at = self._nowhere_at or now
+            self._next_at = now + APART_S
+            return "unknown"
+        self._nowhere_at = None
+        self.is_running = sighting.position == 0
+        if self.is_running or sighting.queue.running:
+            self._stuck_at = None
+            return "running" if self.is_running else "waiting"
+        self._stuck_at = self._stuck_at or now
+        return "stuck" if now - self._stuck_at >= STUCK_S else "waiting"
