@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from agentflow.comfyui import attempt as attempting
-from agentflow.comfyui import sending, sightings, supervisor
+from agentflow.comfyui import preflight, sending, sightings, supervisor
 from agentflow.jobs.model import Verdict
 from tests.comfy_support import Studio, code, node, picture, runs, runs_now, stored, studio
 from tests.comfyui_server import VERSIONS, Comfy, comfyui
@@ -48,6 +48,12 @@ def quick_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sightings, "STUCK_S", 0.3)
     monkeypatch.setattr(sightings, "QUEUE_EVERY_S", 0.1)
     monkeypatch.setattr(sending, "LOOK_AFTER_S", (0.0, 0.1, 0.2))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the pre-flight would find is sent."""
+    monkeypatch.setattr(preflight, "complaints", lambda *_, **__: [])
 
 
 def result(verdict: Verdict) -> dict:
@@ -204,6 +210,7 @@ def test_somebody_elses_interruption_is_tried_again(one: Studio, comfy: Comfy) -
     assert one.states(job) == ["interrupted"] and one.state(job) == "queued"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_the_server_refuses_fails_with_its_words(one: Studio, comfy: Comfy) -> None:
     graph = picture()
     graph["1"]["inputs"]["width"] = 0
@@ -215,6 +222,7 @@ def test_what_the_server_refuses_fails_with_its_words(one: Studio, comfy: Comfy)
     assert not comfy.runs
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_graph_that_would_run_in_part_does_not_run_to_an_end(one: Studio, comfy: Comfy) -> None:
     graph = picture(20)
     graph["4"] = node("ImageBlur", image=["1", 0])
@@ -227,6 +235,7 @@ def test_a_graph_that_would_run_in_part_does_not_run_to_an_end(one: Studio, comf
     assert "success" not in runs(comfy, job) and comfy.queue.remaining() == 0
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_part_that_was_left_out_is_noticed_although_the_answer_was_lost(one: Studio, comfy: Comfy) -> None:
     comfy.fault("answer_500", path="/prompt", times=1, when=lambda request: request.method == "POST")
     graph = picture()

@@ -9,6 +9,9 @@ from uuid import UUID
 import psycopg
 import pytest
 
+from agentflow import metrics
+from agentflow.cli.checkup import comfyui as checkup
+from agentflow.cli.checkup.report import Wrong
 from agentflow.comfyui import pool, prompts
 from agentflow.comfyui.servers import Server, parse
 from agentflow.jobs import keys
@@ -234,3 +237,34 @@ def test_renders_follow_each_other_at_once_and_hold_no_thread_while_they_wait(
 
         assert {read(conn, job).state for job in jobs} == {"succeeded"}
         assert [len(runs(two[0], job)) for job in jobs] == [1] * 6
+
+
+# ---- what operators see ----
+
+
+def test_doctor_shows_version_memory_and_load_of_each_server(
+    two: list[Comfy], environment: dict[str, str], conn: psycopg.Connection
+) -> None:
+    named = two[0].url.replace("http://", "http://me:s3cret@")
+    with studio(environment, conn, [named, f"{two[1].url}?slots=2"]) as pair:
+        found = checkup.servers(pair.system)
+
+        assert isinstance(found, str)
+        first, second = found.splitlines()
+        assert f"{two[0].url} (default): ComfyUI 0.33.0" in first and "24.0 of 25.3 GB free" in first
+        assert "0 prompts in its queue; 0 of 1 slot taken" in first and "0 of 2 slots taken" in second
+        two[1].server.hang_up()
+        with pytest.raises(Wrong, match="cannot be reached") as wrong:
+            checkup.servers(pair.system)
+        assert "s3cret" not in found + str(wrong.value)
+
+
+def test_connections_to_a_server_are_a_metric(
+    two: list[Comfy], environment: dict[str, str], conn: psycopg.Connection
+) -> None:
+    with studio(environment, conn, two[:1]) as one:
+        assert one.attempt(one.submit(picture())).outcome == "succeeded"
+
+        shown = metrics.REGISTRY.get_sample_value("agentflow_comfyui_connections", {"server": two[0].url})
+
+        assert shown is not None and 1 <= shown <= 5
