@@ -174,6 +174,7 @@ class Settings(BaseModel):
     document_unpacked_bytes: Count = Field(
         200 << 20, description="Most bytes that a DOCX, PPTX or XLSX may have once it is unpacked"
     )
+    render_image_max_bytes: Count = Field(32 << 20, description="Largest image that is given to a render, in bytes")
     document_max_characters: Count = Field(5_000_000, description="Most text of one document, in characters")
     document_memory_mb: Annotated[int, Field(ge=64)] = Field(
         300, description="Most memory of the process that reads a document, in MB (Linux)"
