@@ -16,8 +16,6 @@ from agentflow.errors import Permanent
 from agentflow.storage import NotStored
 from agentflow.worker.running import JobContext
 
-#: What a server takes unless it is told otherwise (--max-upload-size), with room for the form around it.
-MOST_BYTES: Final = 99 << 20
 _FETCH_S: Final = 120.0
 
 
@@ -58,7 +56,7 @@ def _fetch(context: JobContext, image: Image, path: Path) -> None:
             image.url,
             file.write,
             guard=fetch.Guard(allow=context.system.settings.fetch_allow),
-            max_bytes=MOST_BYTES,
+            max_bytes=context.system.settings.render_image_max_bytes,
             timeout_s=_FETCH_S,
             user_agent=USER_AGENT,
             should_stop=context.check,
