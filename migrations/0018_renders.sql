@@ -125,15 +125,16 @@ begin
         where id = any (p_ids) and state || '' = 'queued' and concurrency_key = any (keys) and run_at <= clock_timestamp()
         order by id for update
     ), busy as materialized (
-        select k.key, coalesce(k.look_again_s * (0.8 + random() / 5), 60 * (1 + random())) as seconds
-        from agentflow.concurrency_keys k where k.key = any (keys)
+        select k.key, k.look_again_s from agentflow.concurrency_keys k where k.key = any (keys)
         and k.slots <= (select count(*) from agentflow.jobs r where r.concurrency_key = k.key and r.state = 'running')
     )
     update agentflow.jobs j set sent_at = null, sends = 0,
-        wait_reason = case when busy.key is not null then 'busy' end,
-        wake_at = clock_timestamp() + coalesce(make_interval(secs => busy.seconds), interval '0')
-    from locked, (select p.id, b.key, b.seconds from agentflow.jobs p left join busy b on b.key = p.concurrency_key where p.id = any (p_ids)) busy
-    where j.id = locked.id and busy.id = locked.id and j.state || '' = 'queued';
+        wait_reason = case when j.concurrency_key in (select key from busy) then 'busy' end,
+        wake_at = clock_timestamp() + case when j.concurrency_key in (select key from busy) then coalesce(
+            make_interval(secs => (select b.look_again_s from busy b where b.key = j.concurrency_key) * (0.8 + random() / 5)),
+            interval '60 s' * (1 + random())
+        ) else interval '0' end
+    from locked where j.id = locked.id and j.state || '' = 'queued';
 end $$;
 
 -- A running job needs its key no more, and goes on without it: the next in line is rung. Null when the lease was lost.

@@ -146,7 +146,7 @@ def test_a_file_of_another_organization_is_not_uploaded(one: Studio, comfy: Comf
 
     verdict = one.attempt(one.submit(graph, images={"1.image": {"artefact": "o/2/secret.png"}}))
 
-    assert (verdict.outcome, code(verdict)) == ("failed", "render_image_gone")
+    assert (verdict.outcome, code(verdict)) == ("failed", "render_invalid")
     assert not comfy.runs and comfy.requests["POST /upload/image"] == 0
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from agentflow import USER_AGENT, fetch
 from agentflow.comfyui import pictures
 from agentflow.comfyui.client import Client
-from agentflow.comfyui.requests import Image, Place
+from agentflow.comfyui.requests import Image, Place, is_own
 from agentflow.errors import Permanent
 from agentflow.storage import NotStored
 from agentflow.worker.running import JobContext
@@ -43,7 +43,7 @@ def bring(
 
 def _fetch(context: JobContext, image: Image, path: Path) -> None:
     if image.artefact is not None:
-        if not image.artefact.startswith(f"o/{context.job.organization_id}/"):
+        if not is_own(context.job.organization_id, image.artefact):
             raise Permanent("An image is not a file of this organization", code="render_image_gone")
         try:
             context.system.storage.fetch_to(image.artefact, path)
