@@ -50,7 +50,7 @@ def send(attempt: Attempt, render: Render, client: Client, socket: Socket) -> Re
         attempt.end(render, "failed", str(error))
         raise
     except (NoAnswer, Unexpected) as error:
-        if (isinstance(error, NoAnswer) and not error.sent) or (isinstance(error, Unexpected) and error.status < 500):
+        if _never_heard(error):
             attempt.end(render, "unsent", str(error))
             raise attempt.away(client, error) from error
         logger.warning("whether a render was accepted is not known: it is looked for", error=str(error))
@@ -102,3 +102,8 @@ def _with_prefix(graph: dict[str, Any], prefix: str) -> dict[str, Any]:
         else each
         for node, each in graph.items()
     }
+
+
+def _never_heard(error: NoAnswer | Unexpected) -> bool:
+    """Whether it is certain that the prompt is not in the queue: no connection, or something before the server said no."""
+    return not error.sent if isinstance(error, NoAnswer) else 400 <= error.status < 500

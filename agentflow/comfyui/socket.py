@@ -24,7 +24,7 @@ logger = log.get(__name__)
 
 logging.getLogger("websockets").setLevel(logging.WARNING)  # it would log each request's head, credentials and all
 
-_OPEN_S: Final = 5.0
+_OPEN_S: Final = 3.0
 _CLOSE_S: Final = 1.0
 #: Previews are binary messages; a larger one ends the connection, and polling goes on.
 _MOST_BYTES: Final = 16 << 20
