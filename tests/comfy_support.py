@@ -86,8 +86,9 @@ class Studio:
         with self.system.database.connect() as conn:
             self.keeper.step(conn)
 
-    def submit(self, graph: Graph, **request: Any) -> Job:
-        return self.system.submit(ORGANIZATION, NewJob("comfy_render", {"graph": graph, **request})).job
+    def submit(self, graph: Graph, *, max_attempts: int | None = None, **request: Any) -> Job:
+        new = NewJob("comfy_render", {"graph": graph, **request}, max_attempts=max_attempts)
+        return self.system.submit(ORGANIZATION, new).job
 
     def claim(self, job: Job) -> Running | None:
         """The job, claimed by a new worker; None where its line is full. Whatever it waited for is over."""
@@ -107,9 +108,11 @@ class Studio:
         assert running is not None, "its line is full"
         return self.perform(running)
 
-    def perform(self, running: Running) -> Verdict:
+    def perform(self, running: Running, *, write: bool = True) -> Verdict:
         """Run it, and write its end."""
         verdict = middleware.perform(self._layers, running, JobContext(running, self.system))
+        if not write:
+            return verdict
         with self.system.database.connection() as conn:
             assert running.job.worker is not None
             settlement.settle(conn, [verdict], running.job.worker, lease_s=LEASE_S)
