@@ -133,22 +133,22 @@ def storm(
             comfy.durations["ImageInvert"] = 0.02
             for kind, how in FAULTS.items():
                 comfy.fault(kind, **how)
-        colors = {two.submit(picture(color=n, side=16), max_attempts=50): n for n in range(renders)}
+        jobs = [two.submit(picture(color=n, side=16), max_attempts=50) for n in range(renders)]
 
-        weather = Storm(two, database_url, list(colors), seed)
+        weather = Storm(two, database_url, jobs, seed)
         weather.run(within_s=30 + 3 * renders)
 
         assert not weather.open, f"{len(weather.open)} of {renders} have no end"
-        _check(two, [a, b], colors)
+        _check(two, [a, b], jobs)
 
 
-def _check(two: Studio, servers: list[Comfy], colors: dict[Job, int]) -> None:
+def _check(two: Studio, servers: list[Comfy], jobs: list[Job]) -> None:
     runs: dict[str, list[Run]] = {}
     for comfy in servers:
         assert all(times == 1 for times in comfy.times_run().values()), "a prompt id was sent twice"
         for run in comfy.runs:
             runs.setdefault(str(job_of(run.extra_data)), []).append(run)
-    for job, color in colors.items():
+    for color, job in enumerate(jobs):
         done = read(two.conn, job)
         assert done.state == "succeeded", done.error
         mine = runs[str(job.id)]
