@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import UUID
 
@@ -13,6 +14,7 @@ from agentflow import metrics
 from agentflow.cli.checkup import comfyui as checkup
 from agentflow.cli.checkup.report import Wrong
 from agentflow.comfyui import pool, prompts
+from agentflow.comfyui.client import HTTP_CONNECTIONS, Client
 from agentflow.comfyui.servers import Server, parse
 from agentflow.jobs import keys
 from agentflow.jobs.intake import NewJob
@@ -209,7 +211,7 @@ def test_killing_the_worker_while_the_prompt_runs_does_not_run_it_twice(
     two: list[Comfy], environment: dict[str, str], conn: psycopg.Connection, tmp_path: Path
 ) -> None:
     with studio(environment, conn, two[:1]) as one:
-        environment |= {"JOB_LEASE": "3", "JOB_LEASE_RENEW": "1"}
+        environment |= {"JOB_LEASE": "6", "JOB_LEASE_RENEW": "1"}
         job = one.submit(picture(4))
         with worker(environment, tmp_path / "worker.log"):
             eventually(lambda: "" in runs(two[0], job))
@@ -257,6 +259,22 @@ def test_doctor_shows_version_memory_and_load_of_each_server(
         with pytest.raises(Wrong, match="cannot be reached") as wrong:
             checkup.servers(pair.system)
         assert "s3cret" not in found + str(wrong.value)
+
+
+def test_a_process_has_few_connections_to_a_server_however_many_ask(two: list[Comfy]) -> None:
+    two[0].fault("stall", seconds=0.05)
+    client = Client(Server(two[0].url))
+    open_at_once: list[int] = []
+
+    def ask(_: int) -> int:
+        open_at_once.append(client.open)
+        return client.remaining(lambda: None)
+
+    with ThreadPoolExecutor(12) as threads:
+        assert list(threads.map(ask, range(24))) == [0] * 24
+
+    assert 1 < max(open_at_once) <= HTTP_CONNECTIONS
+    client.close()
 
 
 def test_connections_to_a_server_are_a_metric(
