@@ -53,7 +53,7 @@ class Keeper(Loop):
             self._forgot_at = time.monotonic()
         for name, wants_nodes in pool.due(conn, list(self._pool_of)):
             client = self._clients.of(name)
-            if client is not None and not self.sightings:
+            if client is not None and not self.stopping:
                 self._look(conn, client, wants_nodes)
         return _PAUSE_S
 
@@ -87,5 +87,5 @@ class Keeper(Loop):
             self._ring(conn, pool.count(conn, each, self._look_again_s))
 
     def _check(self) -> None:
-        if self.sightings:
-            raise Transient("the process is sightings")
+        if self.stopping:
+            raise Transient("the process is stopping")

@@ -113,13 +113,17 @@ def seen(conn: Connection, name: str, stats: dict[str, Any], queue: int, nodes: 
 
 
 def sick(conn: Connection, name: str, problem: Problem) -> bool:
-    """It gets nothing for a while. Returns whether that is news."""
+    """It gets nothing for a while. Returns whether that is news.
+
+    Who says the same while that lasts adds nothing: several renders meet with it at once.
+    """
     row = conn.execute(
         "with before as materialized (select name, well from agentflow.comfyui_servers where name = %(name)s for update)"
         " update agentflow.comfyui_servers s set well = false, problem = %(problem)s, failures = least(s.failures + 1, 20),"
         " sick_until = clock_timestamp() + make_interval(secs => case %(problem)s"
         " when 'stuck' then least(600, 30 * 2 ^ least(s.failures, 10)) else least(60, 2 * 2 ^ least(s.failures, 10)) end)"
-        " from before where s.name = before.name returning before.well",
+        " from before where s.name = before.name and not (not before.well and s.sick_until > clock_timestamp()"
+        " and s.problem = %(problem)s) returning before.well",
         {"name": name, "problem": problem},
     ).fetchone()
     return bool(row and row[0])
@@ -185,7 +189,7 @@ def servers(conn: Connection) -> list[Known]:
 
 
 def nodes_of(conn: Connection, name: str, classes: Collection[str]) -> dict[str, Any] | None:
-    """What a server said of these classes of nodes, of the last minute while it is well. None: it was not asked yet."""
+    """What a server said of these classes of nodes, a minute ago at most while it is well. None: it was not asked yet."""
     row = conn.execute(
         "select coalesce((select jsonb_object_agg(c, s.nodes -> c) from unnest(%s::text[]) c where s.nodes ? c), '{}')"
         " from agentflow.comfyui_servers s where s.name = %s and s.nodes is not null",
