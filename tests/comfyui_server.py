@@ -62,7 +62,7 @@ class Comfy:
         self.vram_free = 24_000_000_000
         self.runs: list[Run] = []
         self.requests: Counter[str] = Counter()  # "GET /history/{id}"
-        self.restarts = 0
+        self.restarted_at: list[float] = []  # monotonic
         self.number = 0
         self.closed = False
         self._faults = Faults(seed)
@@ -105,7 +105,10 @@ class Comfy:
 
     def strikes(self, kind: str, subject: Request | Run | None = None) -> Fault | None:
         path = subject.path.removeprefix("/api") if isinstance(subject, Request) else ""
-        return self._faults.strike(kind, subject, path)
+        fault = self._faults.strike(kind, subject, path)
+        if fault is not None and isinstance(subject, Run):
+            subject.struck.append(kind)
+        return fault
 
     def restart(self, down_s: float | None = None) -> None:
         """As by systemd after a kill: queue, history, cache and numbers are gone, files stay, sockets end with 1006."""
@@ -121,7 +124,7 @@ class Comfy:
             self.sockets.by_id.clear()
             self.queue = Queue(self)
             self.worker = Worker(self, self.queue)
-            self.restarts += 1
+            self.restarted_at.append(time.monotonic())
             self.server.listen()
 
     def close(self) -> None:

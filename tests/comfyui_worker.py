@@ -44,7 +44,14 @@ class Run:
     extra_data: dict[str, Any]
     outputs: dict[str, Any] = field(default_factory=dict)
     executed: list[str] = field(default_factory=list)  # nodes that really ran, the cached ones not among them
+    struck: list[str] = field(default_factory=list)  # the kinds of faults that it met
     ended: str = ""  # success, error, interrupted, lost (in a restart); empty while it runs
+    began_at: float = field(default_factory=time.monotonic)
+    ended_at: float = 0.0
+
+    def end(self, how: str) -> None:
+        if not self.ended:
+            self.ended, self.ended_at = how, time.monotonic()
 
 
 class Queue:
@@ -158,7 +165,7 @@ class Worker:
                     self._run(item)
         except Gone:
             if self.run is not None:
-                self.run.ended = self.run.ended or "lost"
+                self.run.end("lost")
 
     def _run(self, item: Item) -> None:
         number, prompt_id, graph, extra_data, targets = item
@@ -175,7 +182,7 @@ class Worker:
                 for image in items:
                     (self.comfy.files.of(image["type"]) / image["subfolder"] / image["filename"]).unlink(missing_ok=True)
         self.queue.done(run, entry, remember=self.comfy.strikes("lose_history", run) is None)
-        run.ended = execution.ended
+        run.end(execution.ended)
         execution.send("executing", {"node": None, "prompt_id": prompt_id})
 
     def wait(self, seconds: float) -> None:
