@@ -6,11 +6,12 @@
         ... Settings(comfyui_url=comfy.url) ...
         assert comfy.times_run() == {prompt_id: 1}
 
-Faults of requests (`path`: only those below it): `lose_request`, `answer_500` and `lose_answer` (both after it was done), `fail_request` (500, nothing
-done), `stall` (`seconds`, then as always), `late_answer` (done at once, answered after `seconds`), `cut` (half of the body), `trickle` (the
-body takes `seconds`). Of sockets: `refuse_socket`, `deaf_socket`, `drop_socket` (at any event). Of runs: `no_events`, `out_of_memory`, `node_error`,
-`fail_later` (after one output), `no_output`, `lose_history`, `delete_outputs`, `slow`, `hang` (both `seconds`; a hang hears no interrupt),
-`ignore_interrupt`, `restart`, `stuck` (accepts and never runs; with `seconds`, for so long).
+Faults of requests (`path`: only those below it): `lose_request`, `answer_500` and `lose_answer` (both after it was done),
+`fail_request` (500, nothing done), `stall` (`seconds`, then as always), `late_answer` (done at once, answered after `seconds`),
+`cut` (half of the body), `trickle` (the body takes `seconds`). Of sockets: `refuse_socket`, `deaf_socket`, `drop_socket` (at any
+event). Of runs: `no_events`, `out_of_memory`, `node_error`, `fail_later` (after one output), `no_output`, `lose_history`,
+`delete_outputs`, `slow` and, at any node, `hang` (both `seconds`; a hang hears no interrupt), `ignore_interrupt`, `restart`,
+`stuck` (accepts and never runs; with `seconds`, for so long).
 
 By hand: `python -m tests.comfyui_server --port 8188 --folder /tmp/comfy`.
 """
@@ -31,7 +32,7 @@ from typing import Any
 from tests.comfyui_nodes import OF_TESTS, Files
 from tests.comfyui_routes import Routes, normal
 from tests.comfyui_sockets import Sockets
-from tests.comfyui_worker import Queue, Run, Worker
+from tests.comfyui_worker import Gone, Queue, Run, Worker
 from tests.faults import Fault, Faults
 from tests.http_server import Reply, Request, Server, serve
 from tests.processes import lasting_port
@@ -184,6 +185,7 @@ class Comfy:
             self.sockets.send(type_, data, client_id)
         except TypeError:  # a client id that is no key of a dict: the whole server ends
             threading.Thread(target=self.restart, daemon=True).start()
+            raise Gone from None
 
     def send_binary(self, payload: bytes, client_id: str) -> None:
         self.sockets.send_binary(payload, client_id)

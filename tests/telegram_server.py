@@ -141,6 +141,7 @@ class BotApi:
     # ---- the wire ----
 
     def answer(self, request: Request) -> Reply:
+        self.server.requests.clear()  # uploads, all of them
         match request.path.strip("/").split("/", 2):
             case "file", token, path if token == f"bot{self.token}":
                 stored = next((each for each in self.files.values() if each.path == path), None)

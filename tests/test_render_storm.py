@@ -64,7 +64,7 @@ FAULTS = (
     ("lose_history", "", 0.02, 0),
     ("delete_outputs", "", 0.02, 0),
     ("slow", "", 0.05, 0.5),
-    ("hang", "", 0.02, 1),
+    ("hang", "", 0.01, 1),
     ("ignore_interrupt", "", 0.2, 0),
     ("restart", "", 0.004, 0),
 )
