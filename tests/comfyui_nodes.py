@@ -114,6 +114,14 @@ def png(image: Image.Image, texts: dict[str, Any] | None = None) -> bytes:
     return buffer.getvalue()
 
 
+def smaller(content: bytes, kind: str, quality: int) -> bytes:
+    """The same picture as WebP or JPEG."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(content)) as image:
+        image.convert("RGB").save(buffer, kind, quality=quality)
+    return buffer.getvalue()
+
+
 # ---- the nodes ----
 
 

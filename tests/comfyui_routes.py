@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.formparser import parse_form_data
 
+from tests import comfyui_nodes as nodes
 from tests.comfyui_graph import Validation
 from tests.comfyui_worker import SECRETS
 from tests.http_server import Reply, Request
@@ -254,9 +255,11 @@ class Routes:
             return Reply(403)
         if not path.is_file():
             return Reply(404)
-        headers = {"Content-Type": TYPES.get(path.suffix, "application/octet-stream")}
-        headers["Content-Disposition"] = f'filename="{filename}"'
-        return Reply(200, path.read_bytes(), headers)
+        type_, content = TYPES.get(path.suffix, "application/octet-stream"), path.read_bytes()
+        if preview := query.get("preview"):
+            kind, _, quality = preview.partition(";")
+            type_, content = f"image/{kind}", nodes.smaller(content, kind, int(quality or 90))
+        return Reply(200, content, {"Content-Type": type_, "Content-Disposition": f'filename="{filename}"'})
 
     def _upload(self, request: Request) -> Reply:
         body = {"wsgi.input": io.BytesIO(request.body), "CONTENT_LENGTH": str(len(request.body))}
@@ -283,10 +286,10 @@ class Routes:
     # ---- about the server ----
 
     def _nodes(self) -> dict[str, Any]:
-        nodes: dict[str, Any] = json.loads(json.dumps(self.comfy.nodes))
+        known: dict[str, Any] = json.loads(json.dumps(self.comfy.nodes))
         for name in ("LoadImage", "LoadImageMask"):
-            nodes[name]["input"]["required"]["image"][0] = self.comfy.files.inputs()
-        return nodes
+            known[name]["input"]["required"]["image"][0] = self.comfy.files.inputs()
+        return known
 
     def _stats(self) -> dict[str, Any]:
         memory = {"ram_total": 25_276_510_208, "ram_free": 24_053_587_968}

@@ -179,6 +179,7 @@ def test_pictures_are_real_and_carry_their_graph(client: Client) -> None:
         assert loads(picture.text["prompt"])["3"]["inputs"]["filename_prefix"] == "jobs/7/out"  # type: ignore[attr-defined]
     assert image == {"filename": "out_00001_.png", "subfolder": "jobs/7", "type": "output"}
     assert answer.headers["content-disposition"] == 'filename="out_00001_.png"'
+    assert client.http.get("/view", params={**image, "preview": "webp;50"}).headers["content-type"] == "image/webp"
     assert client.http.get("/view", params={**image, "filename": "no.png"}).status_code == 404
     assert client.http.get("/view", params={**image, "filename": "../no.png"}).status_code == 400
     assert client.http.get("/view", params={**image, "subfolder": "../.."}).status_code == 403
