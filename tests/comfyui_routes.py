@@ -112,7 +112,8 @@ class Routes:
         elif prompt_id is None:
             prompt_id = str(uuid.uuid4())
         elif not _canonical(prompt_id):
-            details = "prompt_id must be a UUID string in canonical lowercase hyphenated form; omit it to let the server generate one"
+            details = "prompt_id must be a UUID string in canonical lowercase hyphenated form; omit it to let the server "
+            details += "generate one"
             error = {"type": "invalid_prompt_id", "message": "prompt_id must be a valid UUID", "details": details}
             return _json({"error": {**error, "extra_info": {}}, "node_errors": {}}, 400)
 
@@ -294,7 +295,8 @@ class Routes:
     def _stats(self) -> dict[str, Any]:
         memory = {"ram_total": 25_276_510_208, "ram_free": 24_053_587_968}
         versions = {"comfyui_version": self.comfy.version, "python_version": "3.11.7", "pytorch_version": "2.13.0"}
-        system = {"os": "posix" if self.comfy.old else "linux", **memory, **versions, "embedded_python": False, "argv": ["main.py"]}
+        system = {"os": "posix" if self.comfy.old else "linux", **memory, **versions}
+        system |= {"embedded_python": False, "argv": ["main.py"]}
         vram = {"vram_total": 25_276_510_208, "vram_free": self.comfy.vram_free}
         torch = {"torch_vram_total": 33_554_432, "torch_vram_free": 12_345_678}
         name = "cuda:0 NVIDIA GeForce RTX 4090 : cudaMallocAsync"

@@ -1,4 +1,4 @@
-"""ComfyUI on this machine, as 0.3.64 and 0.33.0 behave on a real one: it runs small graphs, keeps its traps, and has faults on order.
+"""ComfyUI on this machine, as 0.3.64 and 0.33.0 behave on a real one: small graphs run, its traps are there, faults on order.
 
     with comfyui(tmp_path) as comfy:                              # or version="0.3.64"
         comfy.fault("answer_500", path="/prompt", times=1)        # it ran; the answer says 500

@@ -1,4 +1,4 @@
-"""Telegram's Bot API on this machine: messages with their edit history, files, updates by webhook or long poll, and faults on order.
+"""Telegram's Bot API on this machine: messages with their edit history, files, updates by webhook or long poll, and faults.
 
     with telegram() as bot:
         ann = bot.user(111, language_code="ru")
@@ -6,8 +6,8 @@
         bot.fault("lose_answer", path="sendPhoto", times=1)
         assert [message.text for message in bot.chat(111)] == [...]
 
-Faults (`path`: the method's name): `lose_request`, `fail_request` (500, nothing done), `lose_answer`, `answer_500` (both after it took effect),
-`too_many` (429 with `seconds` as retry_after), `stall` (answered after `seconds`, done at once).
+Faults (`path`: the method's name): `lose_request`, `fail_request` (500, nothing done), `lose_answer`, `answer_500` (both after
+it took effect), `too_many` (429 with `seconds` as retry_after), `stall` (answered after `seconds`, done at once).
 Texts and limits after https://core.telegram.org/bots/api.
 """
 

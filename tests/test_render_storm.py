@@ -1,4 +1,4 @@
-"""A storm over renders: two ComfyUIs, an old and a new one, that fail in every way they know, while workers are killed and jobs cancelled.
+"""A storm over renders: an old and a new ComfyUI fail in every way they know, workers are killed, jobs are cancelled.
 
 Afterwards every job has ended; what is done has its own pictures in storage; and the servers, which counted, say that nothing was
 rendered twice by us.

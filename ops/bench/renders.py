@@ -1,11 +1,11 @@
-"""Renders through one worker: how soon a render begins after the one before has ended, and whether thousands of them leave anything behind.
+"""Renders through one worker: how soon one begins after the one before has ended, and whether thousands leave anything behind.
 
     .venv/bin/python ops/bench/renders.py [--rounds 200] [--renders 20000] [--out …]
 
-Starts private servers, a ComfyUI of the tests and one worker process. Pick-up: `--rounds` renders of 0.2 s wait in line for one GPU;
-counted at the ComfyUI, from the end of a run to the beginning of the next. Soak: `--renders` small ones; each 5 s what the worker and
-its children hold (PSS, descriptors, threads), and what of it the ComfyUI sees (connections). Flat is: the last fifth's median is no
-more than 2 % of memory and 2 descriptors above that of the second fifth. Writes ops/bench/results/renders.json.
+Starts private servers, a ComfyUI of the tests and one worker process. Pick-up: `--rounds` renders of 0.2 s wait in line for one
+GPU; counted at the ComfyUI, from the end of a run to the beginning of the next. Soak: `--renders` small ones; each 5 s what the
+worker and its children hold (PSS, descriptors, threads), and what of it the ComfyUI sees (connections). Flat is: the last fifth's
+median is no more than 2 % of memory and 2 descriptors above that of the second fifth. Writes ops/bench/results/renders.json.
 """
 
 from __future__ import annotations
