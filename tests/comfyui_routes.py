@@ -97,7 +97,7 @@ class Routes:
     # ---- the queue ----
 
     def _submit(self, body: Any) -> Reply:
-        comfy = self.comfy
+        comfy, queue = self.comfy, self.comfy.queue  # a restart from here on loses the prompt
         if "number" in body:
             number = float(body["number"])
         else:
@@ -128,7 +128,7 @@ class Routes:
             return _json({"error": verdict.error, "node_errors": verdict.node_errors}, 400)
         if not comfy.old:
             extra_data["create_time"] = round(time.time() * 1000)
-        comfy.queue.put((number, prompt_id, body["prompt"], extra_data, verdict.outputs))
+        queue.put((number, prompt_id, body["prompt"], extra_data, verdict.outputs))
         return _json({"prompt_id": prompt_id, "number": number, "node_errors": verdict.node_errors})
 
     def _queue(self) -> dict[str, Any]:

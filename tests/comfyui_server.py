@@ -143,8 +143,8 @@ class Comfy:
             return Reply(raw=[], reset=True)
         if self.strikes("fail_request", request):
             return self._routes.failed()
-        if fault := self.strikes("stall", request):
-            self.server.stopping.wait(fault.seconds)
+        if (fault := self.strikes("stall", request)) and self.server.stopping.wait(fault.seconds):
+            return Reply(raw=[])  # restarted meanwhile: what the old one had read is gone
         if request.path.removeprefix("/api") == "/ws":
             return self.sockets.reply(request)
         reply = self._routes.answer(request)

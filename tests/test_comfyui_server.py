@@ -46,7 +46,7 @@ class Client:
     @contextmanager
     def socket(self, client_id: str) -> Iterator[ClientConnection]:
         url = self.comfy.url.replace("http", "ws") + f"/ws?clientId={client_id}"
-        with connect(url, close_timeout=1, compression=None) as socket:
+        with connect(url, close_timeout=1, compression=None, proxy=None) as socket:
             assert told(socket)["data"]["sid"] == client_id
             yield socket
 
@@ -464,7 +464,7 @@ def test_faults_of_sockets_runs_and_files(comfy: Comfy, client: Client) -> None:
     url = comfy.url.replace("http", "ws")
 
     def hears_nothing() -> None:
-        with connect(f"{url}/ws?clientId=deaf", compression=None) as socket, pytest.raises(TimeoutError):
+        with connect(f"{url}/ws?clientId=deaf", compression=None, proxy=None) as socket, pytest.raises(TimeoutError):
             socket.recv(timeout=0.1)
 
     def is_dropped() -> None:
