@@ -188,7 +188,8 @@ class Routes:
                     return _json({"error": "job_ids must be a list"}, 400)
                 if invalid := [id_ for id_ in ids if not _canonical(id_)]:
                     return _json({"error": "job_ids contains invalid id(s)", "invalid_ids": invalid}, 400)
-                return _json({"cancelled": any([self._cancel(id_) for id_ in ids])})
+                cancelled = [self._cancel(id_) for id_ in ids]
+                return _json({"cancelled": any(cancelled)})
             case "POST", id_, "cancel":
                 return _json({"cancelled": self._cancel(id_)})
         return Reply(404)

@@ -198,9 +198,10 @@ class BotApi:
     def _sent(self, asked: dict[str, Any], shown: dict[str, Any], content: bytes | None) -> dict[str, Any]:
         with self.lock:
             chat_id = self._chat(asked)
-            if (reply := asked.get("reply_parameters")) and not reply.get("allow_sending_without_reply"):
-                if reply["message_id"] not in self.updates.seen.get(chat_id, set()) | set(self.messages[chat_id]):
-                    raise Refused(400, "Bad Request: message to be replied not found")
+            reply = asked.get("reply_parameters") or {"allow_sending_without_reply": True}
+            there = self.updates.seen.get(chat_id, set()) | set(self.messages[chat_id])
+            if not reply.get("allow_sending_without_reply") and reply["message_id"] not in there:
+                raise Refused(400, "Bad Request: message to be replied not found")
             id_ = next(self.ids)
             about = {"message_id": id_, "date": int(time.time()), "from": BOT, "chat": {"id": chat_id, "type": "private"}}
             message = Message({**about, **shown, **_markup(asked)}, content)
