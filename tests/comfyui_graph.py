@@ -89,7 +89,8 @@ class Validation:
         errors: Errors = []
         valid = True
         for category in ("required", "optional"):
-            for name, config in self.nodes[class_type]["input"].get(category, {}).items():
+            for name, known in self.nodes[class_type]["input"].get(category, {}).items():
+                config = [known[0], known[1] if len(known) > 1 else {}]
                 if name not in inputs:
                     if category == "required":
                         errors.append(_error("required_input_missing", "Required input is missing", name, input_name=name))
@@ -130,8 +131,8 @@ class Validation:
         return _error("return_type_mismatch", message, details, **about, received_type=received, linked_node=link)
 
     def _given(self, class_type: str, inputs: dict[str, Any], name: str, config: list[Any]) -> dict[str, Any] | None:
-        kind, limits = config[0], (config[1] if len(config) > 1 else {})
-        about = {"input_name": name, "input_config": [kind, limits]}
+        kind, limits = config
+        about: dict[str, Any] = {"input_name": name, "input_config": config}
         value = inputs[name]
         try:
             if isinstance(value, dict) and "__value__" in value:

@@ -1,7 +1,7 @@
 """The nodes that the test ComfyUI can run: pictures are real, models are not there.
 
-A node of the recorded /object_info without a function here hands on the picture that it got; so a graph with models (loaders, KSampler,
-VAEDecode) runs too, and ends in the picture that went in.
+A node of the recorded /object_info without a function here hands on the picture that it got; so a graph with models (loaders,
+KSampler, VAEDecode) runs too, and ends in the picture that went in.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ class Files:
             raise Exception(f"**** ERROR: Saving image outside the output folder is not allowed.\n{places}")
         folder.mkdir(parents=True, exist_ok=True)
         numbers = [0]
-        for path in folder.glob(f"{name}_*"):
-            digits = path.name[len(name) + 1 :].split("_")[0].split(".")[0]
-            numbers.append(int(digits) if digits.isdigit() else 0)
+        for path in folder.iterdir():
+            digits = path.name.removeprefix(f"{name}_").split("_")[0]
+            numbers.append(int(digits) if path.name.startswith(f"{name}_") and digits.isdigit() else 0)
         filename = f"{name}_{max(numbers) + 1:05}_{suffix}"
         return folder / filename, filename, subfolder
 
@@ -111,6 +111,14 @@ def png(image: Image.Image, texts: dict[str, Any] | None = None) -> bytes:
         info.add_text(name, json.dumps(value))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info, compress_level=1)
+    return buffer.getvalue()
+
+
+def smaller(content: bytes, kind: str, quality: int) -> bytes:
+    """The same picture as WebP or JPEG."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(content)) as image:
+        image.convert("RGB").save(buffer, kind, quality=quality)
     return buffer.getvalue()
 
 

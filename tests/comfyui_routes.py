@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.formparser import parse_form_data
 
+from tests import comfyui_nodes as nodes
 from tests.comfyui_graph import Validation
 from tests.comfyui_worker import SECRETS
 from tests.http_server import Reply, Request
@@ -96,7 +97,7 @@ class Routes:
     # ---- the queue ----
 
     def _submit(self, body: Any) -> Reply:
-        comfy = self.comfy
+        comfy, queue = self.comfy, self.comfy.queue  # a restart from here on loses the prompt
         if "number" in body:
             number = float(body["number"])
         else:
@@ -111,7 +112,8 @@ class Routes:
         elif prompt_id is None:
             prompt_id = str(uuid.uuid4())
         elif not _canonical(prompt_id):
-            details = "prompt_id must be a UUID string in canonical lowercase hyphenated form; omit it to let the server generate one"
+            details = "prompt_id must be a UUID string in canonical lowercase hyphenated form; omit it to let the server "
+            details += "generate one"
             error = {"type": "invalid_prompt_id", "message": "prompt_id must be a valid UUID", "details": details}
             return _json({"error": {**error, "extra_info": {}}, "node_errors": {}}, 400)
 
@@ -126,7 +128,7 @@ class Routes:
             return _json({"error": verdict.error, "node_errors": verdict.node_errors}, 400)
         if not comfy.old:
             extra_data["create_time"] = round(time.time() * 1000)
-        comfy.queue.put((number, prompt_id, body["prompt"], extra_data, verdict.outputs))
+        queue.put((number, prompt_id, body["prompt"], extra_data, verdict.outputs))
         return _json({"prompt_id": prompt_id, "number": number, "node_errors": verdict.node_errors})
 
     def _queue(self) -> dict[str, Any]:
@@ -186,7 +188,8 @@ class Routes:
                     return _json({"error": "job_ids must be a list"}, 400)
                 if invalid := [id_ for id_ in ids if not _canonical(id_)]:
                     return _json({"error": "job_ids contains invalid id(s)", "invalid_ids": invalid}, 400)
-                return _json({"cancelled": any([self._cancel(id_) for id_ in ids])})
+                cancelled = [self._cancel(id_) for id_ in ids]
+                return _json({"cancelled": any(cancelled)})
             case "POST", id_, "cancel":
                 return _json({"cancelled": self._cancel(id_)})
         return Reply(404)
@@ -254,9 +257,11 @@ class Routes:
             return Reply(403)
         if not path.is_file():
             return Reply(404)
-        headers = {"Content-Type": TYPES.get(path.suffix, "application/octet-stream")}
-        headers["Content-Disposition"] = f'filename="{filename}"'
-        return Reply(200, path.read_bytes(), headers)
+        type_, content = TYPES.get(path.suffix, "application/octet-stream"), path.read_bytes()
+        if preview := query.get("preview"):
+            kind, _, quality = preview.partition(";")
+            type_, content = f"image/{kind}", nodes.smaller(content, kind, int(quality or 90))
+        return Reply(200, content, {"Content-Type": type_, "Content-Disposition": f'filename="{filename}"'})
 
     def _upload(self, request: Request) -> Reply:
         body = {"wsgi.input": io.BytesIO(request.body), "CONTENT_LENGTH": str(len(request.body))}
@@ -283,15 +288,16 @@ class Routes:
     # ---- about the server ----
 
     def _nodes(self) -> dict[str, Any]:
-        nodes: dict[str, Any] = json.loads(json.dumps(self.comfy.nodes))
+        known: dict[str, Any] = json.loads(json.dumps(self.comfy.nodes))
         for name in ("LoadImage", "LoadImageMask"):
-            nodes[name]["input"]["required"]["image"][0] = self.comfy.files.inputs()
-        return nodes
+            known[name]["input"]["required"]["image"][0] = self.comfy.files.inputs()
+        return known
 
     def _stats(self) -> dict[str, Any]:
         memory = {"ram_total": 25_276_510_208, "ram_free": 24_053_587_968}
         versions = {"comfyui_version": self.comfy.version, "python_version": "3.11.7", "pytorch_version": "2.13.0"}
-        system = {"os": "posix" if self.comfy.old else "linux", **memory, **versions, "embedded_python": False, "argv": ["main.py"]}
+        system = {"os": "posix" if self.comfy.old else "linux", **memory, **versions}
+        system |= {"embedded_python": False, "argv": ["main.py"]}
         vram = {"vram_total": 25_276_510_208, "vram_free": self.comfy.vram_free}
         torch = {"torch_vram_total": 33_554_432, "torch_vram_free": 12_345_678}
         name = "cuda:0 NVIDIA GeForce RTX 4090 : cudaMallocAsync"

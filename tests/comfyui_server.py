@@ -1,4 +1,4 @@
-"""ComfyUI on this machine, as 0.3.64 and 0.33.0 behave on a real one: it runs small graphs, keeps its traps, and has faults on order.
+"""ComfyUI on this machine, as 0.3.64 and 0.33.0 behave on a real one: small graphs run, its traps are there, faults on order.
 
     with comfyui(tmp_path) as comfy:                              # or version="0.3.64"
         comfy.fault("answer_500", path="/prompt", times=1)        # it ran; the answer says 500
@@ -6,11 +6,12 @@
         ... Settings(comfyui_url=comfy.url) ...
         assert comfy.times_run() == {prompt_id: 1}
 
-Faults of requests (`path`: only those below it): `lose_request`, `answer_500` and `lose_answer` (both after it was done), `fail_request` (500, nothing
-done), `stall` (`seconds`, then as always), `late_answer` (done at once, answered after `seconds`), `cut` (half of the body), `trickle` (the
-body takes `seconds`). Of sockets: `refuse_socket`, `deaf_socket`, `drop_socket` (at any event). Of runs: `no_events`, `out_of_memory`, `node_error`,
-`fail_later` (after one output), `no_output`, `lose_history`, `delete_outputs`, `slow`, `hang` (both `seconds`; a hang hears no interrupt),
-`ignore_interrupt`, `restart`, `stuck` (accepts and never runs; with `seconds`, for so long).
+Faults of requests (`path`: only those below it): `lose_request`, `answer_500` and `lose_answer` (both after it was done),
+`fail_request` (500, nothing done), `stall` (`seconds`, then as always), `late_answer` (done at once, answered after `seconds`),
+`cut` (half of the body), `trickle` (the body takes `seconds`). Of sockets: `refuse_socket`, `deaf_socket`, `drop_socket` (at any
+event). Of runs: `no_events`, `out_of_memory`, `node_error`, `fail_later` (after one output), `no_output`, `lose_history`,
+`delete_outputs`, `slow` and, at any node, `hang` (both `seconds`; a hang hears no interrupt), `ignore_interrupt`, `restart`,
+`stuck` (accepts and never runs; with `seconds`, for so long).
 
 By hand: `python -m tests.comfyui_server --port 8188 --folder /tmp/comfy`.
 """
@@ -31,7 +32,7 @@ from typing import Any
 from tests.comfyui_nodes import OF_TESTS, Files
 from tests.comfyui_routes import Routes, normal
 from tests.comfyui_sockets import Sockets
-from tests.comfyui_worker import Queue, Run, Worker
+from tests.comfyui_worker import Gone, Queue, Run, Worker
 from tests.faults import Fault, Faults
 from tests.http_server import Reply, Request, Server, serve
 from tests.processes import lasting_port
@@ -62,7 +63,7 @@ class Comfy:
         self.vram_free = 24_000_000_000
         self.runs: list[Run] = []
         self.requests: Counter[str] = Counter()  # "GET /history/{id}"
-        self.restarts = 0
+        self.restarted_at: list[float] = []  # monotonic
         self.number = 0
         self.closed = False
         self._faults = Faults(seed)
@@ -105,7 +106,10 @@ class Comfy:
 
     def strikes(self, kind: str, subject: Request | Run | None = None) -> Fault | None:
         path = subject.path.removeprefix("/api") if isinstance(subject, Request) else ""
-        return self._faults.strike(kind, subject, path)
+        fault = self._faults.strike(kind, subject, path)
+        if fault is not None and isinstance(subject, Run):
+            subject.struck.append(kind)
+        return fault
 
     def restart(self, down_s: float | None = None) -> None:
         """As by systemd after a kill: queue, history, cache and numbers are gone, files stay, sockets end with 1006."""
@@ -121,7 +125,7 @@ class Comfy:
             self.sockets.by_id.clear()
             self.queue = Queue(self)
             self.worker = Worker(self, self.queue)
-            self.restarts += 1
+            self.restarted_at.append(time.monotonic())
             self.server.listen()
 
     def close(self) -> None:
@@ -139,8 +143,8 @@ class Comfy:
             return Reply(raw=[], reset=True)
         if self.strikes("fail_request", request):
             return self._routes.failed()
-        if fault := self.strikes("stall", request):
-            self.server.stopping.wait(fault.seconds)
+        if (fault := self.strikes("stall", request)) and self.server.stopping.wait(fault.seconds):
+            return Reply(raw=[])  # restarted meanwhile: what the old one had read is gone
         if request.path.removeprefix("/api") == "/ws":
             return self.sockets.reply(request)
         reply = self._routes.answer(request)
@@ -181,6 +185,7 @@ class Comfy:
             self.sockets.send(type_, data, client_id)
         except TypeError:  # a client id that is no key of a dict: the whole server ends
             threading.Thread(target=self.restart, daemon=True).start()
+            raise Gone from None
 
     def send_binary(self, payload: bytes, client_id: str) -> None:
         self.sockets.send_binary(payload, client_id)

@@ -85,12 +85,14 @@ class Sockets:
 
     def _serve(self, opened: Socket, id_: str) -> None:
         opened.flush()
+        greeting = self._greeting(id_)
         with self._lock:
+            for message in greeting:
+                opened.send(message)
             self.by_id[id_] = opened  # an older one of this id stays open, and hears nothing any more
             self.open.add(opened)
             self.most = max(self.most, len(self.open))
         try:
-            self._greet(opened, id_)
             first = True
             while data := opened.connection.recv(65536):
                 for text in opened.texts(data):
@@ -104,11 +106,12 @@ class Sockets:
                 self.by_id.pop(id_, None)  # whichever socket stands there by now
                 self.open.discard(opened)
 
-    def _greet(self, opened: Socket, id_: str) -> None:
-        opened.send(_message("status", {**self.comfy.status(), "sid": id_}))
+    def _greeting(self, id_: str) -> list[bytes]:
         worker = self.comfy.worker
+        greeting = [_message("status", {**self.comfy.status(), "sid": id_})]
         if worker.client_id == id_ and worker.last_node is not None:
-            opened.send(_message("executing", {"node": worker.last_node}))
+            greeting.append(_message("executing", {"node": worker.last_node}))
+        return greeting
 
     def send(self, type_: str, data: dict[str, Any], id_: Any) -> None:
         """To one client, or with None to all. A client id that cannot be looked up raises TypeError."""

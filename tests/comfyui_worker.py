@@ -1,7 +1,7 @@
 """The worker of the test ComfyUI: its queue, its cache and the one thread that runs graphs, after execution.py and main.py.
 
-The queue is the same heap of tuples as the real one, so its traps are the real ones: the same id and number twice compares two graphs, raises,
-and in the end kills the thread.
+The queue is the same heap of tuples as the real one, so its traps are the real ones: the same id and number twice compares
+two graphs, raises, and in the end kills the thread.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import heapq
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,14 @@ class Run:
     extra_data: dict[str, Any]
     outputs: dict[str, Any] = field(default_factory=dict)
     executed: list[str] = field(default_factory=list)  # nodes that really ran, the cached ones not among them
+    struck: list[str] = field(default_factory=list)  # the kinds of faults that it met
     ended: str = ""  # success, error, interrupted, lost (in a restart); empty while it runs
+    began_at: float = field(default_factory=time.monotonic)
+    ended_at: float = 0.0
+
+    def end(self, how: str) -> None:
+        if not self.ended:
+            self.ended, self.ended_at = how, time.monotonic()
 
 
 class Queue:
@@ -158,7 +165,7 @@ class Worker:
                     self._run(item)
         except Gone:
             if self.run is not None:
-                self.run.ended = self.run.ended or "lost"
+                self.run.end("lost")
 
     def _run(self, item: Item) -> None:
         number, prompt_id, graph, extra_data, targets = item
@@ -169,14 +176,20 @@ class Worker:
         execution = Execution(self, run, graph, targets)
         entry = execution.execute()
         self.last_node = None
-        self.wait(self.comfy.history_gap_s)  # "execution_success" is told by now, the result is not there yet
+        self.linger(lambda: self.comfy.history_gap_s)  # "execution_success" is told by now, the result is not there yet
         if self.comfy.strikes("delete_outputs", run):
             for items in (shown.get("images", []) for shown in entry["outputs"].values()):
                 for image in items:
                     (self.comfy.files.of(image["type"]) / image["subfolder"] / image["filename"]).unlink(missing_ok=True)
         self.queue.done(run, entry, remember=self.comfy.strikes("lose_history", run) is None)
-        run.ended = execution.ended
+        run.end(execution.ended)
         execution.send("executing", {"node": None, "prompt_id": prompt_id})
+
+    def linger(self, seconds: Callable[[], float]) -> None:
+        """Asks anew again and again, so that a test may end it."""
+        began = time.monotonic()
+        while (left := began + seconds() - time.monotonic()) > 0:
+            self.wait(min(left, TICK_S))
 
     def wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -267,8 +280,8 @@ class Execution:
         if first and self.comfy.strikes("restart", self.run):
             threading.Thread(target=self.comfy.restart, daemon=True).start()
             self.worker.wait(60)
-        if first and (fault := self.comfy.strikes("hang", self.run)):
-            self.worker.wait(fault.seconds)  # bound in C: an interrupt waits too
+        if (fault := self.comfy.strikes("hang", self.run)) is not None:
+            self.worker.linger(lambda: fault.seconds)  # bound in C: an interrupt waits too
         if first and (fault := self.comfy.strikes("slow", self.run)):
             self.work(fault.seconds)
         if last and self.comfy.strikes("ignore_interrupt", self.run):

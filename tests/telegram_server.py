@@ -1,4 +1,4 @@
-"""Telegram's Bot API on this machine: messages with their edit history, files, updates by webhook or long poll, and faults on order.
+"""Telegram's Bot API on this machine: messages with their edit history, files, updates by webhook or long poll, and faults.
 
     with telegram() as bot:
         ann = bot.user(111, language_code="ru")
@@ -6,8 +6,8 @@
         bot.fault("lose_answer", path="sendPhoto", times=1)
         assert [message.text for message in bot.chat(111)] == [...]
 
-Faults (`path`: the method's name): `lose_request`, `fail_request` (500, nothing done), `lose_answer`, `answer_500` (both after it took effect),
-`too_many` (429 with `seconds` as retry_after), `stall` (answered after `seconds`, done at once).
+Faults (`path`: the method's name): `lose_request`, `fail_request` (500, nothing done), `lose_answer`, `answer_500` (both after
+it took effect), `too_many` (429 with `seconds` as retry_after), `stall` (answered after `seconds`, done at once).
 Texts and limits after https://core.telegram.org/bots/api.
 """
 
@@ -141,6 +141,7 @@ class BotApi:
     # ---- the wire ----
 
     def answer(self, request: Request) -> Reply:
+        self.server.requests.clear()  # uploads, all of them
         match request.path.strip("/").split("/", 2):
             case "file", token, path if token == f"bot{self.token}":
                 stored = next((each for each in self.files.values() if each.path == path), None)
@@ -197,9 +198,10 @@ class BotApi:
     def _sent(self, asked: dict[str, Any], shown: dict[str, Any], content: bytes | None) -> dict[str, Any]:
         with self.lock:
             chat_id = self._chat(asked)
-            if (reply := asked.get("reply_parameters")) and not reply.get("allow_sending_without_reply"):
-                if reply["message_id"] not in self.updates.seen.get(chat_id, set()) | set(self.messages[chat_id]):
-                    raise Refused(400, "Bad Request: message to be replied not found")
+            reply = asked.get("reply_parameters") or {"allow_sending_without_reply": True}
+            there = self.updates.seen.get(chat_id, set()) | set(self.messages[chat_id])
+            if not reply.get("allow_sending_without_reply") and reply["message_id"] not in there:
+                raise Refused(400, "Bad Request: message to be replied not found")
             id_ = next(self.ids)
             about = {"message_id": id_, "date": int(time.time()), "from": BOT, "chat": {"id": chat_id, "type": "private"}}
             message = Message({**about, **shown, **_markup(asked)}, content)

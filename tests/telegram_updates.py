@@ -108,7 +108,7 @@ class Updates:
         self.delivered: list[tuple[int, int]] = []  # update id and the status that the webhook answered
         self._last_error: dict[str, Any] = {}
         self._next = 10_000
-        self._pollers = 0
+        self.pollers = 0
         self._closed = False
         self._changed = threading.Condition()
         self._sender: threading.Thread | None = None
@@ -185,8 +185,8 @@ class Updates:
             if self.webhook.get("url"):
                 active = "can't use getUpdates method while webhook is active; use deleteWebhook to delete the webhook first"
                 raise Refused(409, f"Conflict: {active}")
-            self._pollers += 1
-            mine = self._pollers
+            self.pollers += 1
+            mine = self.pollers
             self._changed.notify_all()
             if offset > 0:
                 self.pending = [update for update in self.pending if update["update_id"] >= offset]
@@ -194,7 +194,7 @@ class Updates:
                 self.pending = self.pending[offset:]
             while not self.pending and not self._closed and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
-                if self._pollers != mine:
+                if self.pollers != mine:
                     only = "terminated by other getUpdates request; make sure that only one bot instance is running"
                     raise Refused(409, f"Conflict: {only}")
             return self.pending[:limit]
