@@ -14,6 +14,7 @@ from uuid6 import uuid7
 from agentflow.comfyui import graphs, pictures, pool, preflight, requests
 from agentflow.comfyui.preflight import Complaint
 from agentflow.comfyui.requests import MAX_IMAGES, TYPE, Image, InvalidRender, RenderRequest
+from agentflow.database import Unavailable
 from agentflow.jobs import records
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Priority, State
@@ -206,7 +207,7 @@ def _create_form(call: Call, key: str | None) -> Answer:
         fields=(_FIELD,),
         field_bytes=MAX_JSON_BYTES,
     )
-    kept = False
+    keys = [each.key for each in form.files.values()]
     try:
         if _FIELD not in form.fields:
             raise invalid(_FIELD, "is missing: the JSON of the request")
@@ -216,10 +217,14 @@ def _create_form(call: Call, key: str | None) -> Answer:
                 raise invalid(f"images.{name}", "is sent as a file, too: send it once")
         stored = _request_of(body, {name: each.key for name, each in form.files.items()})
         sent = _request_of(body, {name: f"sha256:{each.sha256}" for name, each in form.files.items()})
-        answer, kept = _submit(call, _Asked(render_id, body, stored, sent), key)
-    finally:
-        if not kept:
-            uploads.drop(storage, [each.key for each in form.files.values()])
+        answer, created = _submit(call, _Asked(render_id, body, stored, sent), key)
+    except Unavailable:
+        raise  # the commit may have been done all the same; if not, nobody names the files, and they are found by that
+    except BaseException:
+        uploads.drop(storage, keys)
+        raise
+    if not created:
+        uploads.drop(storage, keys)
     return answer
 
 
