@@ -10,9 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 import actors  # noqa: F401 - makes the types known
 from agentflow.comfyui.requests import TYPE, RenderRequest, folder
 from agentflow.jobs import registry
+from agentflow.jobs.model import Outcome
+from agentflow.system import System
+from tests import web_support
 
 DATA = Path(__file__).parent / "data" / "comfyui"
 VERSIONS = ("0.3.64", "0.33.0")
@@ -41,6 +46,12 @@ def nodes(version: str, *, models: bool = False) -> dict[str, Any]:
     for (node, name), file in MODELS.items() if models else ():
         found[node]["input"]["required"][name][0].append(file)
     return found
+
+
+def end(system: System, conn: psycopg.Connection, render_id: str, outcome: Outcome = "succeeded", **more: Any) -> None:
+    """Write a render's end as a worker does, whichever GPUs there are."""
+    conn.execute("update agentflow.jobs set concurrency_key = null where id = %s", (render_id,))
+    web_support.run(system, conn, render_id, outcome, **more)
 
 
 def png(width: int = 2, height: int = 2, colour: bytes = b"\xff\x00\x00") -> bytes:

@@ -16,8 +16,9 @@ from agentflow.comfyui import pool
 from agentflow.jobs import files, retention
 from agentflow.system import System
 from tests.one_database import database_url, original
-from tests.render_support import MODELS, colour, nodes, png
-from tests.web_support import client, count, problem, run
+from tests.render_support import MODELS, colour, end, nodes, png
+from tests.web_support import client, count, problem
+from web import renders
 
 __all__ = ["client", "database_url", "original"]
 
@@ -52,6 +53,11 @@ def accepted(answer: Any) -> dict[str, Any]:
     return dict(answer.json)
 
 
+def same(answer: Any, render: dict[str, Any]) -> bool:
+    told = accepted(answer)
+    return all(told[name] == render[name] for name in ("id", "version", "parameters"))
+
+
 def fields(answer: Any, status: int = 422) -> dict[str, str]:
     return {each["field"]: each["problem"] for each in problem(answer, status)["errors"]}
 
@@ -77,9 +83,8 @@ def test_a_render_goes_from_a_request_to_signed_outputs(
     assert (made["outputs"], made["provenance"], made["error"]) == ([], None, None)
     job = client.get(f"/api/jobs/{made['id']}").json
     assert (job["type"], job["queue"], job["priority"]) == ("comfy_render", "gpu", "critical")
-    assert payload_of(client, made) | {"images": {}} == {
-        **{"workflow": "smoke", "version": 1, "parameters": {"width": 32}, "images": {}, "pool": "default", "graph": None}
-    }
+    asked = {"workflow": "smoke", "version": 1, "parameters": {"width": 32}}
+    assert job["payload"] == {**asked, "images": {}, "pool": "default", "graph": None}
 
     key, small = f"o/1/renders/{made['id']}/5-0.png", f"o/1/renders/{made['id']}/5-0.webp"
     system.storage.put_bytes(key, png())
@@ -88,7 +93,7 @@ def test_a_render_goes_from_a_request_to_signed_outputs(
     foreign = {"node": "6", "kind": "file", "key": "o/2/x", "media_type": "application/zip", "new": "field"}
     said = {"workflow": "smoke", "version": 1, "parameters": {"width": 32}, "seeds": {}, "server_version": "0.33.0"}
     result = {"outputs": [output, foreign], "provenance": {"digest": "d", **said}, "cached": False, "seconds": 1.5}
-    run(system, conn, made["id"], result=result)
+    end(system, conn, made["id"], result=result)
 
     ended = client.get(url).json
     assert (ended["state"], ended["cached"], ended["seconds"]) == ("succeeded", False, 1.5)
@@ -103,7 +108,7 @@ def test_what_failed_says_why_and_a_render_is_cancelled_as_a_job(
     client: FlaskClient, system: System, conn: psycopg.Connection
 ) -> None:
     failed, cancelled = (accepted(send(client, {"workflow": "smoke"})) for _ in range(2))
-    run(system, conn, failed["id"], "failed", error={"code": "render_out_of_memory", "message": "Too large."})
+    end(system, conn, failed["id"], "failed", error={"code": "render_out_of_memory", "message": "Too large."})
     client.post(f"/api/jobs/{cancelled['id']}/cancel")
 
     assert client.get(f"/api/renders/{failed['id']}").json["error"] == {
@@ -120,7 +125,7 @@ def test_the_list_is_paged_and_filtered(client: FlaskClient, system: System, con
     client.post("/api/jobs", json={"type": "ping"})
     ids = [accepted(send(client, {"workflow": "smoke", "correlation_id": f"c{n}"}))["id"] for n in range(4)]
     ids.append(accepted(send(client, {"graph": colour(), "pool": "other"}))["id"])
-    run(system, conn, ids[0], result={"outputs": []})
+    end(system, conn, ids[0], result={"outputs": []})
 
     first = client.get("/api/renders?limit=3").json
     rest = client.get(f"/api/renders?limit=3&cursor={first['next_cursor']}").json
@@ -140,7 +145,7 @@ def test_a_repeated_request_is_the_same_render_though_seeds_are_drawn_and_images
     before = stored(system)
 
     again = send(client, SNOW, key="k", image=png())
-    assert accepted(again) == first and again.headers["Idempotency-Replayed"] == "true"
+    assert same(again, first) and again.headers["Idempotency-Replayed"] == "true"
     assert stored(system) == before and count(conn) == 1
     problem(send(client, SNOW, key="k", image=png(3)), 409)
     problem(send(client, SNOW | {"parameters": {"prompt": "rain"}}, key="k", image=png()), 409)
@@ -148,7 +153,7 @@ def test_a_repeated_request_is_the_same_render_though_seeds_are_drawn_and_images
     # A newer version in between does not make it another request.
     one = accepted(send(client, {"workflow": "blue"}, key="b"))
     client.post("/api/workflows", json={**BLUE, "description": "Another."})
-    assert accepted(send(client, {"workflow": "blue"}, key="b")) == one and one["version"] == 1
+    assert same(send(client, {"workflow": "blue"}, key="b"), one) and one["version"] == 1
     # Without a key each request is a render, with a seed of its own.
     others = [accepted(send(client, SNOW, image=png()))["parameters"]["seed"] for _ in range(2)]
     assert len({*others, first["parameters"]["seed"]}) == 3
@@ -170,8 +175,7 @@ def test_images_of_a_form_are_kept_with_the_render_and_go_with_it(
     assert [key.rpartition(".")[2] for key in keys] == ["png", "jpg", "webp"]
     assert [b"".join(system.storage.read(key)) for key in keys] == [png(), jpeg, webp]
 
-    assert list(files.orphans(system.database, system.storage)) == []
-    run(system, conn, made["id"], "failed", error={"message": "no"})
+    end(system, conn, made["id"], "failed", error={"message": "no"})
     retention.delete_jobs(conn, succeeded=False, keep=retention.Keep(0, 0))
     files.remove_batch(system.database, system.storage)
     assert stored(system) == []
@@ -202,7 +206,7 @@ def test_an_image_that_cannot_be_used_is_refused_and_nothing_of_it_is_kept(
 
 
 def test_a_form_that_is_too_large_not_json_or_without_a_request_leaves_nothing(
-    client: FlaskClient, system: System,
+    client: FlaskClient, system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def form(**parts: Any) -> Any:
         return client.post("/api/renders", data={"image": (io.BytesIO(png()), "x.png"), **parts})
@@ -212,10 +216,29 @@ def test_a_form_that_is_too_large_not_json_or_without_a_request_leaves_nothing(
     assert "other" in fields(form(request="{}", other="x"))
     problem(client.post("/api/renders", data=b"x", content_type="image/png"), 415)
     problem(client.post("/api/renders"), 400)
-    object.__setattr__(system.settings, "render_image_max_bytes", len(png()) - 1)
+    monkeypatch.setitem(system.settings.__dict__, "render_image_max_bytes", len(png()) - 1)
     said = problem(form(request=json.dumps(SNOW)), 413)
     assert "'image' is larger than" in said["detail"]
     assert stored(system) == []
+
+
+def test_images_stay_where_nobody_knows_whether_the_commit_was_done(
+    client: FlaskClient, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = renders._submit
+
+    def cut_off(*arguments: Any) -> Any:
+        original(*arguments)
+        raise psycopg.OperationalError("the connection was lost")
+
+    monkeypatch.setattr(renders, "_submit", cut_off)
+    problem(send(client, SNOW, key="k", image=png()), 503)
+    monkeypatch.undo()
+
+    again = send(client, SNOW, key="k", image=png())
+
+    assert again.headers["Idempotency-Replayed"] == "true"
+    assert stored(system) == [payload_of(client, accepted(again))["images"]["image"]["artefact"]]
 
 
 def test_a_file_in_storage_is_checked_before_it_is_rendered_from(client: FlaskClient, system: System) -> None:

@@ -3,113 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from datetime import datetime
-from typing import Annotated, Any, Final
+from typing import Any, Final
 from uuid import UUID
 
 from flask import request
-from pydantic import ConfigDict, Field
 from uuid6 import uuid7
 
 from agentflow.comfyui import graphs, pictures, pool, preflight, requests
 from agentflow.comfyui.preflight import Complaint
 from agentflow.comfyui.requests import MAX_IMAGES, TYPE, Image, InvalidRender, RenderRequest
+from agentflow.database import Unavailable
 from agentflow.jobs import records
 from agentflow.jobs.intake import NewJob
-from agentflow.jobs.model import Job, Priority, State
+from agentflow.jobs.model import Job
 from agentflow.jobs.records import Filter
 from agentflow.storage import NotStored
 from agentflow.system import System
 from web import jobs, outlook, uploads
-from web.api import MAX_JSON_BYTES, Answer, Call, Query, Routes, View, parse_json, read_json, validated
-from web.jobs import JobError, Word
+from web.api import MAX_JSON_BYTES, Answer, Call, Routes, View, parse_json, read_json, validated
+from web.jobs import JobError
 from web.problems import Fault, Refused, invalid
+from web.render_views import ListQuery, OutputView, ProvenanceView, RenderBody, RenderList, RenderSummary, RenderView
 
 routes = Routes("renders")
 
 _FIELD: Final = "request"
 _SHORT: Final = ("workflow", "version", "pool")
-
-
-class RenderBody(RenderRequest):
-    """What to render: a workflow with values for its parameters, or a whole graph."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "oneOf": [{"required": ["workflow"]}, {"required": ["graph"]}],
-            "examples": [{"workflow": "smoke", "parameters": {"width": 128, "colour": 255}}],
-        }
-    )
-
-    priority: Priority | None = None
-    correlation_id: Word | None = Field(None, description="Yours, to find the render by")
-    callback_url: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
-        None, description="Gets a POST when the render has ended; http(s), a public address"
-    )
-
-
-class ListQuery(Query):
-    state: State | None = None
-    correlation_id: Word | None = None
-    limit: Annotated[int, Field(ge=1, le=100)] = 50
-    cursor: Annotated[str, Field(max_length=100)] | None = Field(None, description="`next_cursor` of the page before")
-
-
-class OutputView(View):
-    """A file that came out, or a text."""
-
-    node: str = Field(description="The id of the node that made it")
-    kind: str = Field(description="image, video, audio, text or file")
-    key: str | None = Field(description="To be used as `artefact` of a further render")
-    url: str | None = Field(description="Good for minutes; ask again for a new one")
-    thumbnail_key: str | None
-    thumbnail_url: str | None
-    width: int | None = Field(description="Pixels")
-    height: int | None = Field(description="Pixels")
-    bytes: int | None
-    media_type: str | None
-
-
-class ProvenanceView(View):
-    """Where a render came from: enough to make it again."""
-
-    workflow: str | None = Field(description="Null of a graph that was sent whole")
-    version: int | None
-    digest: str | None = Field(description="SHA-256 of the workflow's content")
-    parameters: dict[str, Any] = Field(description="All values, also those that were not sent")
-    seeds: dict[str, int] = Field(description="By parameter; of a graph by `<node id>.<input>`")
-    server_version: str | None = Field(description="Of the ComfyUI that rendered it")
-
-
-class RenderSummary(View):
-    id: UUID = Field(description="Also the job's: `POST /api/jobs/{id}/cancel` cancels it")
-    organization_id: int
-    state: State
-    workflow: str | None = Field(description="Null of a graph that was sent whole")
-    version: int | None
-    pool: str
-    progress: float | None = Field(description="0 to 1")
-    stage: str | None = Field(description="queued, uploading, rendering or downloading, and more about it")
-    error: JobError | None
-    correlation_id: str | None
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-
-
-class RenderView(RenderSummary):
-    parameters: dict[str, Any] = Field(description="As they were sent, with the seeds that were drawn")
-    waiting: outlook.WaitingView | None = Field(description="Why it waits and where it stands, while it is queued")
-    estimate: outlook.EstimateView | None = Field(description="When it will start and end, until it has ended")
-    outputs: list[OutputView] = Field(description="Empty until it has succeeded")
-    provenance: ProvenanceView | None = Field(description="Null until it has succeeded")
-    cached: bool | None = Field(description="The server had all of it already and computed nothing anew")
-    seconds: float | None = Field(description="How long the server took")
-
-
-class RenderList(View):
-    renders: list[RenderSummary] = Field(description="The newest first")
-    next_cursor: str | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -206,7 +125,7 @@ def _create_form(call: Call, key: str | None) -> Answer:
         fields=(_FIELD,),
         field_bytes=MAX_JSON_BYTES,
     )
-    kept = False
+    keys = [each.key for each in form.files.values()]
     try:
         if _FIELD not in form.fields:
             raise invalid(_FIELD, "is missing: the JSON of the request")
@@ -216,10 +135,14 @@ def _create_form(call: Call, key: str | None) -> Answer:
                 raise invalid(f"images.{name}", "is sent as a file, too: send it once")
         stored = _request_of(body, {name: each.key for name, each in form.files.items()})
         sent = _request_of(body, {name: f"sha256:{each.sha256}" for name, each in form.files.items()})
-        answer, kept = _submit(call, _Asked(render_id, body, stored, sent), key)
-    finally:
-        if not kept:
-            uploads.drop(storage, [each.key for each in form.files.values()])
+        answer, created = _submit(call, _Asked(render_id, body, stored, sent), key)
+    except Unavailable:
+        raise  # the commit may have been done all the same; if not, nobody names the files, and they are found by that
+    except BaseException:
+        uploads.drop(storage, keys)
+        raise
+    if not created:
+        uploads.drop(storage, keys)
     return answer
 
 

@@ -76,7 +76,8 @@ def check(named: str, org: str, of_pool: str, nodes: Path | None) -> None:
 
 
 def add(file: Path, org: str, name: str | None) -> None:
-    definition = _read(file, named := {})
+    named: dict[str, Any] = {}
+    definition = _read(file, named)
     if not isinstance(definition, Definition):
         raise Failure(f'{file} is a bare graph: a workflow is {{"name", "graph": …, "parameters": …}}', USAGE)
     name = name or named.get("name") or file.stem

@@ -143,6 +143,8 @@ def _of_node(
 ) -> Iterator[Complaint]:
     node = graph[id_]
     for name, wanted in _inputs(object_info[node["class_type"]]).items():
+        if places is not None and (id_, name) in places:
+            continue
         if name not in node["inputs"]:
             if wanted.required:
                 yield Complaint(id_, name, "required_input_missing", "is missing")
@@ -151,8 +153,7 @@ def _of_node(
         if graphs.is_linked(value):
             problem = _of_link(value, wanted, graph, object_info)
         elif wanted.uploaded:
-            skipped = places is None or (id_, name) in places
-            problem = None if skipped else _of_uploaded(graphs.literal(value), wanted)
+            problem = _of_uploaded(graphs.literal(value), wanted) if places is not None else None
         else:
             problem = _of_value(graphs.literal(value), node["class_type"], name, wanted)
         if problem is not None:

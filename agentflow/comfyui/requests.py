@@ -52,7 +52,7 @@ class RenderRequest(Payload):
     """What to render: a workflow by its name, with values for its parameters, or a whole graph."""
 
     workflow: WorkflowName | None = Field(None, description="One of `GET /api/workflows`")
-    version: Annotated[int, Field(ge=1)] | None = Field(None, description="Of the workflow; left out: the newest")
+    version: Annotated[int, Field(ge=1, lt=1 << 31)] | None = Field(None, description="Of the workflow; left out: the newest")
     parameters: dict[str, Any] = Field({}, description="Values by the workflow's names for them")
     graph: dict[str, Any] | None = Field(
         None, description="In place of a workflow: a graph in API format (ComfyUI: Workflow → Export (API))"

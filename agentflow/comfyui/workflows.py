@@ -119,7 +119,9 @@ class Parameter(_Strict):
         whole = self.type != "number"
         wanted = "must be a whole number" if whole else "must be a number"
         wanted += _range(lowest, highest)
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            return f"{wanted}; {said} was given"
+        if isinstance(value, float) and not math.isfinite(value):
             return f"{wanted}; {said} was given"
         if (lowest is not None and value < lowest) or (highest is not None and value > highest):
             return f"{wanted}; {said} was given"
