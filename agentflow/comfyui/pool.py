@@ -139,7 +139,7 @@ def proved(conn: Connection, name: str) -> None:
 
 def count(conn: Connection, pool: str, look_again_s: float) -> list[UUID]:
     """Give the pool's line as many slots as its servers that are well have. Returns whom to ring."""
-    row = conn.execute("select agentflow.count_gpus_1(%s, %s)", (pool, look_again_s)).fetchone()
+    row = conn.execute("select agentflow.count_gpus_1(%s, %s::real)", (pool, look_again_s)).fetchone()
     return list(row[0] or ()) if row else []
 
 
