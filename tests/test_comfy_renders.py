@@ -333,7 +333,6 @@ def test_a_prompt_that_never_arrived_is_sent_by_the_next_attempt(fault: str, one
     assert one.finished(job).state == "succeeded" and runs(comfy, job) == ["success"]
 
 
-@pytest.mark.usefixtures("quick_to_judge")
 def test_a_render_that_is_lost_in_a_restart_is_begun_anew(one: Studio, comfy: Comfy) -> None:
     job = one.submit(picture(1))
     attempt = one.begin(job)

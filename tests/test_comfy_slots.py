@@ -65,7 +65,7 @@ def test_two_servers_take_one_render_each_and_the_third_waits_in_line(
     two: list[Comfy], environment: dict[str, str], conn: psycopg.Connection
 ) -> None:
     with studio(environment, conn, two, WORKER_GPU_LOCK_TIMEOUT="20") as pair:
-        jobs = [pair.submit(picture(0.8, color=n)) for n in range(3)]
+        jobs = [pair.submit(picture(3, color=n)) for n in range(3)]
         attempts = [pair.begin(job) for job in jobs[:2]]
         for job in jobs[:2]:
             eventually(lambda job=job: "sent" in pair.states(job), every_s=0.01)
@@ -85,7 +85,7 @@ def test_a_server_with_two_slots_is_given_two_renders(
     tmp_path: Path, environment: dict[str, str], conn: psycopg.Connection
 ) -> None:
     with comfyui(tmp_path / "a") as comfy, studio(environment, conn, [f"{comfy.url}?slots=2"]) as one:
-        jobs = [one.submit(picture(0.5, color=n)) for n in range(3)]
+        jobs = [one.submit(picture(3, color=n)) for n in range(3)]
         attempts = [one.begin(job) for job in jobs[:2]]
         eventually(lambda: [one.states(job) for job in jobs[:2]] == [["sent"]] * 2, every_s=0.01)
 

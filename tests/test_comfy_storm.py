@@ -25,8 +25,8 @@ from tests.one_database import database_url, original
 __all__ = ["database_url", "original"]
 
 WORKERS = 4
-#: What a server may do to a run after which another one is right: nothing of it is there to be had.
-NOTHING_LEFT = {"lose_history", "delete_outputs", "no_output"}
+#: After these another run is right: nothing of the first was there to be had.
+NOTHING_LEFT = {"lost", "gone"}
 FAULTS = {
     "answer_500": {"path": "/prompt", "chance": 0.03},
     "lose_answer": {"path": "/prompt", "chance": 0.03},
@@ -152,8 +152,11 @@ def _check(two: Studio, servers: list[Comfy], jobs: list[Job]) -> None:
         done = read(two.conn, job)
         assert done.state == "succeeded", done.error
         mine = runs[str(job.id)]
-        good = [run for run in mine if run.ended == "success" and not NOTHING_LEFT & set(run.struck)]
-        assert len(good) <= 1, f"{job.id} was run again after a run that was good: {[(r.prompt_id, r.struck) for r in mine]}"
+        states = {str(prompt_id): state for prompt_id, state in two.prompts(job)}
+        good = [run for run in mine if run.ended == "success" and states[run.prompt_id] not in NOTHING_LEFT]
+        assert len(good) == 1, f"{job.id} was run again after a run that was good: {states}"
+        lost = {prompt_id for prompt_id, state in states.items() if state == "lost"}
+        assert not lost & {prompt_id for comfy in servers for prompt_id in comfy.queue.history}, "it was not lost at all"
         (made,) = done.result["outputs"]
         assert done.result["prompt_id"] in {run.prompt_id for run in mine if run.ended == "success"}
         with Image.open(stored(two.system, made["key"])) as image:
