@@ -77,8 +77,7 @@ class Keeper(Loop):
     def _bury(self, conn: Connection, client: Client, render: Render) -> None:
         """A prompt whose job has ended, or was begun anew elsewhere: it is stopped, and its slot is free when it has."""
         if render.state == "taken" or sightings.stop(client, render.prompt_id, _STOP_S, self._check) is not None:
-            state: prompts.State = "lost" if render.state == "given_up" else "cancelled"
-            if prompts.move(conn, render, state, come_from=[render.state]):
+            if prompts.move(conn, render, "cancelled", come_from=[render.state]):
                 logger.info("a prompt that nobody waits for was removed", prompt_id=str(render.prompt_id))
                 self._count(conn, client.server.pool)
 

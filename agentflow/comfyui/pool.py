@@ -11,7 +11,6 @@ believed for a while after 30 s, doubled up to 10 min, until a render has ended 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -88,8 +87,8 @@ def due(conn: Connection, names: Collection[str]) -> list[tuple[str, bool]]:
     return [(row[0], row[1]) for row in rows]
 
 
-def seen(conn: Connection, name: str, stats: dict[str, Any], queue: int, nodes: dict[str, Any] | None) -> bool:
-    """It answered. Returns whether that is news: it was not well before."""
+def seen(conn: Connection, name: str, stats: dict[str, Any], queue: int, nodes: str | None) -> bool:
+    """It answered; `nodes` as JSON, where they were asked for. Returns whether that is news: it was not well before."""
     row = conn.execute(
         "with before as materialized (select name, well from agentflow.comfyui_servers where name = %(name)s for update)"
         " update agentflow.comfyui_servers s set seen_at = clock_timestamp(), version = %(version)s, devices = %(devices)s,"
@@ -106,7 +105,7 @@ def seen(conn: Connection, name: str, stats: dict[str, Any], queue: int, nodes: 
             "version": str(stats["system"].get("comfyui_version") or ""),
             "devices": Jsonb(stats.get("devices") if isinstance(stats.get("devices"), list) else []),
             "queue": queue,
-            "nodes": storable_json(json.dumps(nodes))[0] if nodes is not None else None,
+            "nodes": storable_json(nodes)[0] if nodes is not None else None,
         },
     ).fetchone()
     return bool(row and row[0])
