@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from agentflow.comfyui import attempt as attempting
-from agentflow.comfyui import preflight, sending, sightings, supervisor
+from agentflow.comfyui import pool, preflight, sending, sightings, supervisor
+from agentflow.comfyui.times import Course, Times
 from agentflow.jobs.model import Verdict
 from tests.comfy_support import Studio, code, node, picture, runs, runs_now, stored, studio
 from tests.comfyui_server import VERSIONS, Comfy, comfyui
@@ -165,6 +166,36 @@ def test_progress_follows_the_nodes_and_their_steps(one: Studio, comfy: Comfy) -
     assert shares == sorted(shares)
     learned = value(one.conn, "select seconds from agentflow.render_times")
     assert learned >= 1.5
+
+
+def test_nodes_weigh_what_they_took_the_last_times() -> None:
+    course = Course(picture(1), Times(10.0, {"1": 1.0, "2": 8.0, "3": 1.0}))
+    shares = []
+    for type_, data in [
+        ("execution_start", {}),
+        ("executing", {"node": "1"}),
+        ("executing", {"node": "2"}),
+        ("progress", {"node": "2", "value": 5, "max": 10}),
+        ("executing", {"node": "3"}),
+        ("executing", {"node": None}),
+    ]:
+        course.hear({"type": type_, "data": data})
+        shares.append(round(course.fraction() or 0.0, 2))
+
+    assert shares == [0.0, 0.0, 0.1, 0.5, 0.9, 1.0]
+    assert course.took.keys() == {"1", "2", "3"} and course.entry() is None
+
+
+def test_limits_without_end_are_no_reason_to_know_nothing_of_a_server(
+    comfy: Comfy, environment: dict[str, str], conn: psycopg.Connection
+) -> None:
+    comfy.nodes["TestSleep"]["input"]["required"]["seconds"][1]["max"] = float("inf")
+
+    with studio(environment, conn, [comfy]) as one:
+        known = pool.known_nodes(one.system, "default")
+
+        assert known is not None and known["TestSleep"]["input"]["required"]["seconds"][1]["max"] is None
+        assert one.attempt(one.submit(picture(0.1))).outcome == "succeeded"
 
 
 # ---- what goes wrong at the server ----

@@ -126,9 +126,12 @@ class Client:
             text = head.read()
         if head.status != 200 or not text.startswith(b"{"):
             raise _unexpected(head.status, text)
-        if _NO_JSON.search(text):
+        if not _NO_JSON.search(text):
+            return text.decode(errors="replace")
+        try:
             return json.dumps(json.loads(text, parse_constant=lambda _: None))
-        return text.decode(errors="replace")
+        except ValueError:
+            raise _unexpected(head.status, text) from None
 
     # ---- prompts ----
 

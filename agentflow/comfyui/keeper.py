@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Final
 from uuid import UUID
 
+import psycopg
+
 from agentflow import log
 from agentflow.comfyui import pool, prompts, sightings, times
 from agentflow.comfyui.client import Client
@@ -65,7 +67,7 @@ class Keeper(Loop):
             came = pool.seen(conn, name, stats, client.remaining(self._check), nodes)
             for render in prompts.abandoned(conn, name):
                 self._bury(conn, client, render)
-        except Transient as error:
+        except (Transient, psycopg.DataError) as error:  # what it says of its nodes may be no JSON
             if pool.sick(conn, name, "unreachable"):
                 logger.warning("a render server is away", server=name, error=str(error))
                 self._count(conn, client.server.pool)
