@@ -187,6 +187,22 @@ def test_a_prompt_of_a_dead_worker_keeps_its_slot_and_is_adopted(
         assert one.attempt(other).outcome == "succeeded"
 
 
+def test_a_worker_that_has_not_the_server_leaves_its_prompt_to_one_that_has(
+    two: list[Comfy], environment: dict[str, str], conn: psycopg.Connection
+) -> None:
+    with studio(environment, conn, two[:1]) as one, studio(environment, conn, two[1:]) as other:
+        job = one.submit(picture(1))
+        attempt = one.begin(job)
+        runs_now(two[0], job)
+        attempt.running.stop("shutdown")
+        attempt.result()
+
+        assert code(other.attempt(job)) == "busy"
+
+        assert one.attempt(job).outcome == "succeeded"
+        assert (runs(two[0], job), two[1].runs) == (["success"], [])
+
+
 def test_who_was_frozen_before_sending_sends_nothing(
     two: list[Comfy], environment: dict[str, str], conn: psycopg.Connection
 ) -> None:

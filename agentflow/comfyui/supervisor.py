@@ -28,6 +28,7 @@ from agentflow import log, metrics
 from agentflow.comfyui import outputs, pool, prompts, sending, sightings, times
 from agentflow.comfyui.attempt import Attempt, BeginAnew
 from agentflow.comfyui.client import Check, Client, FileGone, Unexpected
+from agentflow.comfyui.clients import NotConfigured
 from agentflow.comfyui.history import Ended, understand
 from agentflow.comfyui.prompts import Render
 from agentflow.comfyui.requests import Prepared
@@ -95,7 +96,8 @@ class Supervisor:
     def _once(self) -> dict[str, Any]:
         self._context.progress(0.0, "queued")
         render = self._standing() or self._taken()
-        client = self._client(render)
+        client = self._system.comfyui.of(render.server)
+        assert client is not None  # noqa: S101 - both looked for it
         if render.state == "done" and render.found is not None:
             ended = Ended.from_json(render.found)
             self._attempt.leave_line()
@@ -120,7 +122,10 @@ class Supervisor:
             return None
         client = self._system.comfyui.of(render.server)
         if client is None:
-            self._attempt.end(render, "given_up", "its server is not in COMFYUI_URL any more")
+            with self._system.database.connection() as conn:
+                if any(server.name == render.server for server in pool.servers(conn)):
+                    raise self._not_here()
+            self._attempt.end(render, "given_up", "its server is in no worker's COMFYUI_URL any more")
             return None
         logger.info("a render is taken up where it was left", prompt_id=str(render.prompt_id), state=render.state)
         if render.state == "sending":
@@ -134,7 +139,7 @@ class Supervisor:
 
     def _taken(self) -> Render:
         """A slot of a server. Raises Wait where there is none."""
-        names = self._system.comfyui.names(self._pool)
+        names = self._names()
         if not self._attempt.has_key:  # left when an earlier prompt had ended
             with self._system.database.connection() as conn:
                 keys.enter(conn, self._job, pool.line(self._pool))
@@ -147,6 +152,19 @@ class Supervisor:
         if is_any_well:
             raise Wait(_HELD_S * random.uniform(0.7, 1.0), "busy", message="the render servers have what they may have")
         raise Wait(self._settings.worker_gpu_lock_timeout, "comfyui_unreachable", message="no render server is well")
+
+    def _names(self) -> list[str]:
+        """The servers of the pool. Raises NotConfigured; Wait where only other workers have some."""
+        try:
+            return self._system.comfyui.names(self._pool)
+        except NotConfigured:
+            with self._system.database.connection() as conn:
+                if any(server.pool == self._pool for server in pool.servers(conn)):
+                    raise self._not_here() from None
+            raise
+
+    def _not_here(self) -> Wait:
+        return Wait(_HELD_S * random.uniform(0.7, 1.0), "busy", message="only other workers have its server")
 
     # ---- at the server ----
 
@@ -321,12 +339,6 @@ class Supervisor:
             nodes = pool.nodes_of(conn, client.server.name, {str(each.get("class_type")) for each in graph.values()}) or {}
         saving = {id_ for id_, each in graph.items() if nodes.get(each.get("class_type"), {}).get("output_node")}
         return understand(entry, graph, self._prepared.outputs, saving)
-
-    def _client(self, render: Render) -> Client:
-        client = self._system.comfyui.of(render.server)
-        if client is None:
-            raise Wait(_HELD_S, "busy")  # another worker's settings name it
-        return client
 
 
 def _within(seconds: float) -> Check:
