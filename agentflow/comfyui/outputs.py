@@ -45,7 +45,7 @@ def _downloaded(
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     most_bytes = context.system.settings.upload_max_bytes
     for number, item in enumerate(ended.files, 1):
-        path = scratch / f"{number}{PurePosixPath(item['filename']).suffix[:10]}"
+        path = scratch / f"{number}{_ODD.sub('', PurePosixPath(item['filename']).suffix[:10])}"
         size = client.view(item, path, most_bytes, context.check)
         if not size:
             raise Transient(f"The output of node {item['node']} is empty", code="render_no_output")

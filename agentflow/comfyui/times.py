@@ -104,7 +104,8 @@ class Course:
                 self._since = self._began = time.monotonic()
                 self._messages.append(["execution_start", data])
             case "execution_cached":
-                self._done |= {str(node) for node in data.get("nodes") or ()}
+                cached = data.get("nodes")
+                self._done |= {str(node) for node in (cached if isinstance(cached, list) else ())}
                 self._messages.append(["execution_cached", data])
             case "executed":
                 self._outputs[str(data.get("node"))] = data.get("output")
@@ -116,7 +117,8 @@ class Course:
             case "progress":
                 self._steps(data.get("node"), data)
             case "progress_state":
-                for node, each in (data.get("nodes") or {}).items():
+                nodes = data.get("nodes")
+                for node, each in nodes.items() if isinstance(nodes, dict) else ():
                     if isinstance(each, dict):
                         self._steps(node, each)
                         if each.get("state") == "finished":
@@ -142,6 +144,7 @@ class Course:
 
     def _now_at(self, node: Any) -> None:
         now = time.monotonic()
+        self.heard = True
         if self._node is not None:
             self.took[self._node] = self.took.get(self._node, 0.0) + now - self._since
             self._done.add(self._node)
