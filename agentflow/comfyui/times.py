@@ -87,13 +87,14 @@ class Course:
         self._since = self._began = time.monotonic()
         self._outputs: dict[str, Any] = {}
         self._messages: list[list[Any]] = []
-        self._succeeded = False
+        self._succeeded = self._has_begun = False
         self.took: dict[str, float] = {}
         self.heard = False
 
     def begin(self) -> None:
         """It runs from now on, as far as is known."""
-        if not self.heard:
+        if not (self.heard or self._has_begun):
+            self._has_begun = True
             self._since = self._began = time.monotonic()
 
     def hear(self, event: Event) -> None:
