@@ -46,7 +46,7 @@ class Running:
         self.repeatable: Final = repeatable
         self.lease_ends = lease_ends  # by time.monotonic(), counted from before the renewing statement was sent
         self.started: Final = time.monotonic()
-        self.limit_s: float = job.time_limit_s
+        self._limit_s: float | None = None  # where it is shorter than its type's
         self.deadline: float | None = None
         self.stop_reason: StopReason | None = None
         self.stopped_at: float | None = None
@@ -63,8 +63,18 @@ class Running:
         self._spent_saved: dict[str, float] = {}
 
     @property
+    def limit_s(self) -> float:
+        """Of this attempt."""
+        return self.job.time_limit_s if self._limit_s is None else self._limit_s
+
+    @property
     def key(self) -> Claim:
         return self.job.id, self.job.fence
+
+    def shorten(self, limit_s: float) -> None:
+        if self.deadline is not None and limit_s < self.limit_s:
+            self.deadline -= self.limit_s - limit_s
+            self._limit_s = limit_s
 
     def report(self, fraction: float, stage: str | None) -> None:
         self._progress = Progress(min(1.0, max(0.0, fraction)), stage)
@@ -249,10 +259,7 @@ class JobContext:
 
     def limit(self, seconds: float) -> None:
         """Have this attempt end by its time limit after so long, where that is sooner than its type's limit."""
-        running = self._running
-        if running.deadline is not None and seconds < running.limit_s:
-            running.deadline -= running.limit_s - seconds
-            running.limit_s = seconds
+        self._running.shorten(seconds)
 
     def sleep(self, seconds: float) -> None:
         """Sleep at most so long; raises Stopped when the job has to end."""
