@@ -80,6 +80,12 @@ class Attempt:
 
         return self.patiently(render, client, ask)
 
+    def nodes(self, client: Client) -> dict[str, Any] | None:
+        """What the server said of the classes of nodes in the graph."""
+        classes = {str(each.get("class_type")) for each in self.prepared.graph.values()}
+        with self.system.database.connection() as conn:
+            return self.system.comfyui.nodes(conn, client.server.name, classes)
+
     def patiently(self, render: Render, client: Client, ask: Callable[[], T]) -> T:
         """Ask again while the server is away, for some seconds. Raises Wait; BeginAnew when it was away for too long."""
         patience_s = PATIENCE_S if self._has_answered else LITTLE_PATIENCE_S

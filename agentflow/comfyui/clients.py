@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
+from agentflow.comfyui import pool
 from agentflow.comfyui.client import Client
 from agentflow.comfyui.servers import Server
+from agentflow.database import Connection
 from agentflow.errors import Permanent
 
 
@@ -23,6 +26,7 @@ class Clients:
 
     def __init__(self, servers: Iterable[Server]) -> None:
         self.servers: Final = tuple(servers)
+        self._nodes: dict[str, tuple[float, dict[str, Any]]] = {}
 
     @cached_property
     def _clients(self) -> dict[str, Client]:
@@ -38,6 +42,19 @@ class Clients:
         if not names:
             raise NotConfigured(pool)
         return names
+
+    def nodes(self, conn: Connection, name: str, classes: Collection[str]) -> dict[str, Any] | None:
+        """What a server said of these classes of nodes, some minutes ago at most. None: it was not asked yet."""
+        read_at, known = self._nodes.get(name, (0.0, {}))
+        if time.monotonic() - read_at > pool.NODES_EVERY_S:
+            read_at, known = time.monotonic(), {}
+        if missing := [each for each in classes if each not in known]:
+            found = pool.nodes_of(conn, name, missing)
+            if found is None:
+                return None
+            known = {**known, **{each: found.get(each) for each in missing}}
+            self._nodes[name] = read_at, known
+        return {each: known[each] for each in classes if known[each] is not None}
 
     def close(self) -> None:
         if "_clients" in self.__dict__:

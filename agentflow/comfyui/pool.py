@@ -187,22 +187,28 @@ def servers(conn: Connection) -> list[Known]:
     return [Known(*row) for row in rows]
 
 
+#: One pass over megabytes: asked for class by class, Postgres would unpack the whole each time.
+_NODES: Final = (
+    "(select coalesce(jsonb_object_agg(e.key, e.value), '{}') from jsonb_each(s.nodes) e"
+    " where %(classes)s::text[] is null or e.key = any (%(classes)s))"
+)
+
+
 def nodes_of(conn: Connection, name: str, classes: Collection[str]) -> dict[str, Any] | None:
     """What a server said of these classes of nodes, a minute ago at most while it is well. None: it was not asked yet."""
     row = conn.execute(
-        "select coalesce((select jsonb_object_agg(c, s.nodes -> c) from unnest(%s::text[]) c where s.nodes ? c), '{}')"
-        " from agentflow.comfyui_servers s where s.name = %s and s.nodes is not null",
-        (list(classes), name),
+        f"select {_NODES} from agentflow.comfyui_servers s where s.name = %(name)s and s.nodes is not null",  # noqa: S608
+        {"classes": list(classes), "name": name},
     ).fetchone()
     return row[0] if row else None
 
 
-def known_nodes(system: System, pool: str) -> dict[str, Any] | None:
-    """The nodes of a pool's server that answered last. None: none of them ever did."""
+def known_nodes(system: System, pool: str, classes: Collection[str] | None = None) -> dict[str, Any] | None:
+    """The nodes of a pool's server that answered last, those of these classes or all. None: none of them ever did."""
     with system.database.connection() as conn:
         row = conn.execute(
-            "select nodes from agentflow.comfyui_servers where pool = %s and nodes is not null"
-            " order by well desc, seen_at desc limit 1",
-            (pool,),
+            f"select {_NODES} from agentflow.comfyui_servers s where s.pool = %(pool)s and s.nodes is not null"  # noqa: S608
+            " order by s.well desc, s.seen_at desc limit 1",
+            {"classes": None if classes is None else list(classes), "pool": pool},
         ).fetchone()
     return row[0] if row else None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from typing import Any, Final
 
 from agentflow import log
-from agentflow.comfyui import inputs, pool, preflight, sightings
+from agentflow.comfyui import inputs, preflight, sightings
 from agentflow.comfyui.attempt import Attempt
 from agentflow.comfyui.client import Client, Refused, Unexpected, said_of
+from agentflow.comfyui.preflight import Complaint
 from agentflow.comfyui.prompts import Render
 from agentflow.comfyui.socket import Socket
 from agentflow.connections import NoAnswer
@@ -72,10 +74,7 @@ def send(attempt: Attempt, render: Render, client: Client, socket: Socket) -> Re
 def _made_ready(attempt: Attempt, render: Render, client: Client) -> dict[str, Any]:
     """Checked against what this server has, with its images there, and names for its files that nobody else has."""
     graph = attempt.prepared.graph
-    places = [(place.node, place.input) for place in attempt.prepared.images]
-    with attempt.system.database.connection() as conn:
-        nodes = pool.nodes_of(conn, client.server.name, {str(each.get("class_type")) for each in graph.values()})
-    if nodes is not None and (complaints := preflight.complaints(graph, nodes, places=places)):
+    if complaints := _complaints(attempt, client):
         said = "; ".join(
             f"{f'node {each.node}' if each.node else 'the graph'}{f' {each.input}' if each.input else ''}: {each.message}"
             for each in complaints
@@ -83,6 +82,16 @@ def _made_ready(attempt: Attempt, render: Render, client: Client) -> dict[str, A
         raise Refused(f"The render server cannot run the graph: {said[:2000]}", code="render_refused")
     graph = inputs.bring(attempt.context, client, graph, attempt.prepared.images, share_end=UPLOADED)
     return _with_prefix(graph, f"jobs/{attempt.job.id}/{render.prompt_id.hex[:8]}")
+
+
+def _complaints(attempt: Attempt, client: Client) -> list[Complaint]:
+    """By what the server said of its nodes lately; before anything is refused, by what it says now."""
+    graph = attempt.prepared.graph
+    places = [(place.node, place.input) for place in attempt.prepared.images]
+    nodes = attempt.nodes(client)
+    if nodes is None or not preflight.complaints(graph, nodes, places=places):
+        return []
+    return preflight.complaints(graph, json.loads(client.nodes(attempt.context.check)), places=places)
 
 
 def arrived(attempt: Attempt, render: Render, client: Client) -> bool:

@@ -334,9 +334,7 @@ class Supervisor:
         return Stopped(stopped.reason, note)
 
     def _understood(self, client: Client, entry: dict[str, Any]) -> Ended:
-        graph = self._prepared.graph
-        with self._system.database.connection() as conn:
-            nodes = pool.nodes_of(conn, client.server.name, {str(each.get("class_type")) for each in graph.values()}) or {}
+        graph, nodes = self._prepared.graph, self._attempt.nodes(client) or {}
         saving = {id_ for id_, each in graph.items() if nodes.get(each.get("class_type"), {}).get("output_node")}
         return understand(entry, graph, self._prepared.outputs, saving)
 
