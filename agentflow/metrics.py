@@ -114,7 +114,10 @@ _webhooks_handled = Counter(
 )
 
 _comfyui_connections = Gauge(
-    "agentflow_comfyui_connections", "Open connections of this process to a render server", ("server",), registry=REGISTRY
+    "agentflow_comfyui_connections",
+    "Open connections of this process to a render server",
+    ("server",),
+    registry=REGISTRY,
 )
 _renders = Counter(
     "agentflow_renders",

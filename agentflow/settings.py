@@ -403,7 +403,11 @@ _SENSIBLE: dict[str, tuple[float, float, str]] = {
     ),
     "shutdown_grace": (1, 300, "platforms kill after 30 s unless told otherwise"),
     "database_pool_size": (1, 50, "small plans allow 20 connections in all"),
-    "comfyui_poll_interval": (0.1, 5, "servers are asked too often, or ends are heard of late where no websocket comes through"),
+    "comfyui_poll_interval": (
+        0.1,
+        5,
+        "servers are asked too often, or ends are heard of late where no websocket comes through",
+    ),
     "worker_gpu_lock_timeout": (5, 120, "renders that wait are woken anyway; more looks are work for nothing"),
 }
 

@@ -91,9 +91,11 @@ class Studio:
         return self.system.submit(ORGANIZATION, new).job
 
     def claim(self, job: Job) -> Running | None:
-        """The job, claimed by a new worker; None where its line is full. Whatever it waited for is over."""
+        """The job, claimed by a new worker; None where its line is full. Whatever it waited for is over, and it is the first."""
         self.conn.execute(
-            "update agentflow.jobs set run_at = now(), wake_at = now() where id = %s and state = 'queued'", (job.id,)
+            "update agentflow.jobs set run_at = (select min(run_at) from agentflow.jobs) - interval '1 s', wake_at = now()"
+            " where id = %s and state = 'queued'",
+            (job.id,),
         )
         claimed = claim(self.conn, uuid4(), job)
         return Running(claimed[0], time.monotonic() + 3600, repeatable=False) if claimed else None

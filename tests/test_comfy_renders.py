@@ -332,7 +332,7 @@ def test_a_socket_is_not_more_than_the_server_and_process_may_have(one: Studio, 
     assert client is not None
     for _ in range(3):
         attempt = one.begin(one.submit(picture(0.2)))
-        eventually(lambda: client.open > 1 or attempt.is_over, every_s=0.005)
+        eventually(lambda attempt=attempt: client.open > 1 or attempt.is_over, every_s=0.005)
         assert client.open <= 5
         assert attempt.result().outcome == "succeeded"
 

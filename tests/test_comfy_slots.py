@@ -19,7 +19,7 @@ from agentflow.comfyui.servers import Server, parse
 from agentflow.jobs import keys
 from agentflow.jobs.intake import NewJob
 from agentflow.settings import SettingsError, load
-from tests.comfy_support import Studio, code, picture, runs, runs_now, studio
+from tests.comfy_support import code, picture, runs, runs_now, studio
 from tests.comfyui_server import Comfy, comfyui
 from tests.core_support import column, read, rows, value
 from tests.one_database import database_url, original
@@ -74,7 +74,9 @@ def test_two_servers_take_one_render_each_and_the_third_waits_in_line(
         assert pair.claim(jobs[2]) is None
         waiting = read(conn, jobs[2])
         assert (waiting.state, waiting.wait_reason, waiting.attempt) == ("queued", "busy", 0)
-        seconds = value(conn, "select extract(epoch from wake_at - clock_timestamp()) from agentflow.jobs where id = %s", jobs[2].id)
+        seconds = value(
+            conn, "select extract(epoch from wake_at - clock_timestamp()) from agentflow.jobs where id = %s", jobs[2].id
+        )
         assert 10 < seconds <= 20
         assert {server_of(conn, pair.prompts(job)[0][0]) for job in jobs[:2]} == {comfy.url for comfy in two}
         assert [attempt.result().outcome for attempt in attempts] == ["succeeded"] * 2

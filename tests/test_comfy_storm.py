@@ -1,4 +1,4 @@
-"""Renders under random faults of two servers and deaths of workers: none is lost, none is run twice by us, none gets another's picture."""
+"""Renders under random faults of two servers and deaths of workers: none is lost, run twice by us, or given another's picture."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ class Storm:
                     self.open.pop(job.id, None)
 
     def _one(self, conn: psycopg.Connection, job: Job, dies_after_s: float | None) -> None:
-        conn.execute("update agentflow.jobs set run_at = now(), wake_at = now() where id = %s and state = 'queued'", (job.id,))
+        conn.execute(
+            "update agentflow.jobs set run_at = now(), wake_at = now() where id = %s and state = 'queued'", (job.id,)
+        )
         for claimed in claim(conn, uuid4(), job):
             running = Running(claimed, time.monotonic() + 3600, repeatable=False)
             if dies_after_s is None:
@@ -121,7 +123,12 @@ class Storm:
 
 
 def storm(
-    tmp_path: Path, environment: dict[str, str], conn: psycopg.Connection, database_url: str, renders: int, seed: int = 1
+    tmp_path: Path,
+    environment: dict[str, str],
+    conn: psycopg.Connection,
+    database_url: str,
+    renders: int,
+    seed: int = 1,
 ) -> None:
     more = {"COMFYUI_TIMEOUT": "3", "WORKER_GPU_LOCK_TIMEOUT": "5"}
     with (
@@ -156,7 +163,9 @@ def _check(two: Studio, servers: list[Comfy], jobs: list[Job]) -> None:
         good = [run for run in mine if run.ended == "success" and states[run.prompt_id] not in NOTHING_LEFT]
         assert len(good) == 1, f"{job.id} was run again after a run that was good: {states}"
         lost = {prompt_id for prompt_id, state in states.items() if state == "lost"}
-        assert not lost & {prompt_id for comfy in servers for prompt_id in comfy.queue.history}, "it was not lost at all"
+        assert not lost & {prompt_id for comfy in servers for prompt_id in comfy.queue.history}, (
+            "it was not lost at all"
+        )
         (made,) = done.result["outputs"]
         assert done.result["prompt_id"] in {run.prompt_id for run in mine if run.ended == "success"}
         with Image.open(stored(two.system, made["key"])) as image:

@@ -31,7 +31,12 @@ class Ended:
 
     def as_json(self) -> dict[str, Any]:
         """Of one that is done, to be kept: the server forgets it when it starts anew, its files stay."""
-        return {"files": list(self.files), "texts": [list(t) for t in self.texts], "seconds": self.seconds, "ran": self.ran}
+        return {
+            "files": list(self.files),
+            "texts": [list(t) for t in self.texts],
+            "seconds": self.seconds,
+            "ran": self.ran,
+        }
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Ended:
@@ -55,7 +60,10 @@ def understand(
     if status.get("status_str") != "success":
         kind, said = _failure(messages)
         if kind == "node_error" and files:
-            kind, said = "partly_failed", f"{said}; nodes {', '.join(sorted({f['node'] for f in files}))} had ended before"
+            kind, said = (
+                "partly_failed",
+                f"{said}; nodes {', '.join(sorted({f['node'] for f in files}))} had ended before",
+            )
         return Ended(kind, said, seconds=seconds)
     if left_out := set(saving) - _targets(entry, saving):
         return Ended("partly_failed", f"the server left out nodes {', '.join(sorted(left_out))}", seconds=seconds)

@@ -35,7 +35,12 @@ class Keeper(Loop):
     """One step looks at the servers that are due."""
 
     def __init__(
-        self, database: Database, clients: Clients, *, look_again_s: float, ring: Callable[[Connection, list[UUID]], None]
+        self,
+        database: Database,
+        clients: Clients,
+        *,
+        look_again_s: float,
+        ring: Callable[[Connection, list[UUID]], None],
     ) -> None:
         super().__init__("gpus", database)
         self._clients = clients

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 from uuid import uuid4
 
@@ -42,6 +42,7 @@ class Socket:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._connection: ClientConnection | None = None
+        self._closing = ExitStack()
         self._has_place = client.sockets.acquire(blocking=False)  # else as many as may be are there: polling does
         self._tries = 0
         self._again_at = 0.0
@@ -62,15 +63,17 @@ class Socket:
         client_id = uuid4().hex
         server = self._client.server
         try:
-            self._connection = connect(
-                server.socket_url(client_id),
-                additional_headers=dict(server.headers),
-                user_agent_header=USER_AGENT,
-                open_timeout=_OPEN_S,
-                close_timeout=_CLOSE_S,
-                max_size=_MOST_BYTES,
-                compression=None,
-                proxy=None,
+            self._connection = self._closing.enter_context(
+                connect(
+                    server.socket_url(client_id),
+                    additional_headers=dict(server.headers),
+                    user_agent_header=USER_AGENT,
+                    open_timeout=_OPEN_S,
+                    close_timeout=_CLOSE_S,
+                    max_size=_MOST_BYTES,
+                    compression=None,
+                    proxy=None,
+                )
             )
         except (OSError, WebSocketException, ValueError) as error:
             self._later()
@@ -110,7 +113,7 @@ class Socket:
         if connection is not None:
             self._client.socket_opened(-1)
             with suppress(OSError, WebSocketException):
-                connection.close()
+                self._closing.close()
 
 
 def tells_to_look(event: Event) -> bool:

@@ -7,14 +7,14 @@ ended. A new one is sent only when the one before
 
 - ended, and was found so in the server's history, interrupted by us among others;
 - never arrived: its answer was lost, and in several looks over some seconds it was neither in the queue nor in the history;
-- was lost: the server had it, and in two looks half a second apart knows nothing of it, which only a restart does (or somebody who
-  deleted it), and nobody heard that it ended well;
+- was lost: the server had it, and in two looks half a second apart knows nothing of it, which only a restart does (or somebody
+  who deleted it), and nobody heard that it ended well;
 - cannot be asked for: its server has not answered anybody for COMFYUI_TIMEOUT seconds, in which it would have been interrupted.
   If that server comes back with it, it is stopped there before anything else.
 
 **What ends a wait.** The socket only says when to look; the looks count. A prompt that is not done COMFYUI_TIMEOUT seconds after
-it was sent is ended, verified, and tried again. One that waits in a queue of which nothing runs tells that the server is stuck: it is
-taken back and rendered elsewhere. An unreachable server parks the job, no attempt spent.
+it was sent is ended, verified, and tried again. One that waits in a queue of which nothing runs tells that the server is stuck:
+it is taken back and rendered elsewhere. An unreachable server parks the job, no attempt spent.
 """
 
 from __future__ import annotations
@@ -268,7 +268,9 @@ class Supervisor:
             metrics.render_ended("timed_out")
             raise Transient(f"The render took longer than {limit_s:g} s and was interrupted", code="render_timeout")
         if render.age_s < limit_s + _STOPPING_S:
-            raise Wait(_STOPPING_AGAIN_S, "render_stopping", message="the render's interruption has not come through yet")
+            raise Wait(
+                _STOPPING_AGAIN_S, "render_stopping", message="the render's interruption has not come through yet"
+            )
         self._attempt.end(render, "given_up", "it could not be interrupted")
         self._attempt.sick(client, "stuck")
         raise Transient(f"The render took longer than {limit_s:g} s and cannot be interrupted", code="render_timeout")
