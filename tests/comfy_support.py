@@ -93,7 +93,7 @@ class Studio:
     def claim(self, job: Job) -> Running | None:
         """The job, claimed by a new worker; None where its line is full. Whatever it waited for is over, and it is the first."""
         self.conn.execute(
-            "update agentflow.jobs set run_at = (select min(run_at) from agentflow.jobs) - interval '1 s', wake_at = now()"
+            "update agentflow.jobs set run_at = (select least(now(), min(run_at)) from agentflow.jobs) - interval '1 s', wake_at = now()"
             " where id = %s and state = 'queued'",
             (job.id,),
         )

@@ -309,15 +309,16 @@ def test_a_render_that_hears_no_interruption_keeps_its_slot_until_it_has_ended(
     impatient: Studio, comfy: Comfy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "_STOP_S", 0.2)
-    comfy.fault("ignore_interrupt", times=1)
-    job, other = impatient.submit(picture(3)), impatient.submit(picture(color=1))
+    comfy.fault("hang", times=1, seconds=4)
+    job, other = impatient.submit(picture()), impatient.submit(picture(color=1))
 
     verdict = impatient.attempt(job)
 
     assert (verdict.outcome, code(verdict), impatient.states(job)) == ("wait", "render_stopping", ["sent"])
     assert code(impatient.attempt(other)) == "busy"
-    eventually(lambda: runs(comfy, job) == ["success"])
-    assert impatient.finished(job).state == "succeeded" and len(runs(comfy, job)) == 1
+    eventually(lambda: runs(comfy, job) == ["interrupted"])
+    assert code(impatient.attempt(job)) == "render_timeout" and impatient.states(job) == ["timed_out"]
+    assert impatient.attempt(other).outcome == "succeeded"
 
 
 @pytest.mark.parametrize("fault", ["deaf_socket", "drop_socket", "refuse_socket", "no_events"])
@@ -435,9 +436,10 @@ def test_cancelling_interrupts_exactly_this_prompt(one: Studio, comfy: Comfy) ->
 
 def test_a_cancellation_that_comes_too_late_says_so(one: Studio, comfy: Comfy) -> None:
     comfy.fault("ignore_interrupt", times=1)
-    job = one.submit(picture(0.5))
+    comfy.durations["SaveImage"] = 0.5
+    job = one.submit(picture())
     attempt = one.begin(job)
-    runs_now(comfy, job)
+    eventually(lambda: comfy.worker.last_node == "3", every_s=0.005)
 
     attempt.running.stop("cancelled")
 

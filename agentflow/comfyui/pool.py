@@ -152,10 +152,10 @@ def take(conn: Connection, job: Job, pool: str, names: Collection[str]) -> Rende
         (pool, list(names)),
     )
     row = conn.execute(
-        "insert into agentflow.renders (prompt_id, organization_id, job_id, fence, server, slot)"
+        "insert into agentflow.renders (prompt_id, organization_id, job_id, fence, server, slot)"  # noqa: S608 - constants
         " select %(prompt)s, %(organization)s, %(job)s, %(fence)s, c.name, c.slot from ("
         " select s.name, f.slot from agentflow.comfyui_servers s"
-        " cross join lateral (select count(*) as held from agentflow.renders r"  # noqa: S608 - constants
+        " cross join lateral (select count(*) as held from agentflow.renders r"
         f" where r.server = s.name and r.state in {_HELD}) h"
         " cross join lateral (select n::smallint as slot from generate_series(0, s.slots - 1) n where not exists ("
         f" select from agentflow.renders r where r.server = s.name and r.slot = n and r.state in {_HELD})"

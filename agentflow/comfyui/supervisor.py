@@ -1,9 +1,9 @@
 """One render, from a slot on a server to files in storage: it never hangs, never takes a failure for a success, and is never run
 twice by us.
 
-**What runs twice and what does not.** A prompt has an id of ours, in Postgres, before it is sent. Nothing is sent for a job that
-has a live prompt; whoever takes up the job (after a crash, a shutdown, a wait) goes on with that one, whether it waits, runs or has
-ended. A new one is sent only when the one before
+**What runs twice and what does not.** A prompt has an id of ours, in Postgres, before it is sent. Nothing is sent for a job
+that has a live prompt; whoever takes up the job (after a crash, a shutdown, a wait) goes on with that one, whether it waits,
+runs or has ended. A new one is sent only when the one before
 
 - ended, and was found so in the server's history, interrupted by us among others;
 - never arrived: its answer was lost, and in several looks over some seconds it was neither in the queue nor in the history;
@@ -179,7 +179,7 @@ class Supervisor:
         while True:
             sighting = self._attempt.look(render, client, with_queue=watch.is_due())
             if sighting.entry is not None:
-                ended = self._ended(render, client, sighting.entry)
+                ended = self._ended(render, client, sighting.entry, is_overdue=time.monotonic() >= ends)
                 if ended.ran and course.took:
                     with self._system.database.connection() as conn:
                         times.learn(conn, shape, client.server.name, times.Times(ended.seconds, course.took))
@@ -220,9 +220,11 @@ class Supervisor:
             share = course.fraction() or 0.0
             self._context.progress(sending.UPLOADED + (_RENDERED - sending.UPLOADED) * share, "rendering")
 
-    def _ended(self, render: Render, client: Client, entry: dict[str, Any]) -> Ended:
+    def _ended(self, render: Render, client: Client, entry: dict[str, Any], *, is_overdue: bool = False) -> Ended:
         """Write how it ended. Raises that, unless it ended well."""
         ended = self._understood(client, entry)
+        if is_overdue and ended.kind == "interrupted":
+            raise self._timed_out(render)
         metrics.render_ended(ended.kind)
         if ended.kind == "done":
             self._attempt.move(render, "done", come_from="sent", found=ended.as_json())
@@ -262,11 +264,9 @@ class Supervisor:
             render, client, lambda: sightings.stop(client, render.prompt_id, _STOP_S, self._context.check)
         )
         if sighting is not None:
-            if sighting.entry is not None and self._understood(client, sighting.entry).kind != "interrupted":
-                return self._ended(render, client, sighting.entry)
-            self._attempt.end(render, "timed_out")
-            metrics.render_ended("timed_out")
-            raise Transient(f"The render took longer than {limit_s:g} s and was interrupted", code="render_timeout")
+            if sighting.entry is not None:
+                return self._ended(render, client, sighting.entry, is_overdue=True)
+            raise self._timed_out(render)
         if render.age_s < limit_s + _STOPPING_S:
             raise Wait(
                 _STOPPING_AGAIN_S, "render_stopping", message="the render's interruption has not come through yet"
@@ -274,6 +274,12 @@ class Supervisor:
         self._attempt.end(render, "given_up", "it could not be interrupted")
         self._attempt.sick(client, "stuck")
         raise Transient(f"The render took longer than {limit_s:g} s and cannot be interrupted", code="render_timeout")
+
+    def _timed_out(self, render: Render) -> Transient:
+        self._attempt.end(render, "timed_out")
+        metrics.render_ended("timed_out")
+        limit_s = self._settings.comfyui_timeout
+        return Transient(f"The render took longer than {limit_s:g} s and was interrupted", code="render_timeout")
 
     def _stuck(self, render: Render, client: Client) -> JobError:
         """Nothing runs, and this one waits: the server's thread for prompts is dead."""
