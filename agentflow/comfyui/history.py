@@ -135,11 +135,7 @@ def _seconds(messages: list[tuple[str, dict[str, Any]]]) -> float:
 
 
 def _ran(messages: list[tuple[str, dict[str, Any]]], graph: Mapping[str, Any]) -> bool:
-    cached = {
-        str(node)
-        for name, data in messages
-        if name == "execution_cached"
-        for node in (data.get("nodes") if isinstance(data.get("nodes"), list) else ())
-    }
+    listed = [data.get("nodes") for name, data in messages if name == "execution_cached"]
+    cached = {str(node) for nodes in listed if isinstance(nodes, list) for node in nodes}
     saving = {node for node, each in graph.items() if "filename_prefix" in (each.get("inputs") or {})}
     return not cached or not graph.keys() - saving <= cached

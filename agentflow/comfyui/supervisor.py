@@ -343,7 +343,7 @@ class Supervisor:
 
     def _understood(self, client: Client, entry: dict[str, Any]) -> Ended:
         graph, nodes = self._prepared.graph, self._attempt.nodes(client) or {}
-        saving = {id_ for id_, each in graph.items() if nodes.get(each.get("class_type"), {}).get("output_node")}
+        saving = {id_ for id_, each in graph.items() if nodes.get(each["class_type"], {}).get("output_node")}
         return understand(entry, graph, self._prepared.outputs, saving)
 
 

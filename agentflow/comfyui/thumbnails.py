@@ -60,7 +60,7 @@ def _video(path: Path, thumbnail: Path, facts: dict[str, Any]) -> None:
             facts["problem"] = "too large for a thumbnail"
             return
         for frame in container.decode(stream):
-            _save(frame.to_image(), thumbnail)
+            _save(frame.to_image(), thumbnail)  # type: ignore[no-untyped-call]
             facts["thumbnail"] = True
             return
 
