@@ -25,8 +25,6 @@ from tests.one_database import database_url, original
 __all__ = ["database_url", "original"]
 
 WORKERS = 4
-#: After these another run is right: nothing of the first was there to be had.
-NOTHING_LEFT = {"lost", "gone"}
 FAULTS = {
     "answer_500": {"path": "/prompt", "chance": 0.03},
     "lose_answer": {"path": "/prompt", "chance": 0.03},
@@ -155,17 +153,20 @@ def _check(two: Studio, servers: list[Comfy], jobs: list[Job]) -> None:
         assert all(times == 1 for times in comfy.times_run().values()), "a prompt id was sent twice"
         for run in comfy.runs:
             runs.setdefault(str(job_of(run.extra_data)), []).append(run)
+    kept = {prompt_id for comfy in servers for prompt_id in comfy.queue.history}
     for color, job in enumerate(jobs):
         done = read(two.conn, job)
         assert done.state == "succeeded", done.error
         mine = runs[str(job.id)]
-        states = {str(prompt_id): state for prompt_id, state in two.prompts(job)}
-        good = [run for run in mine if run.ended == "success" and states[run.prompt_id] not in NOTHING_LEFT]
-        assert len(good) == 1, f"{job.id} was run again after a run that was good: {states}"
-        lost = {prompt_id for prompt_id, state in states.items() if state == "lost"}
-        assert not lost & {prompt_id for comfy in servers for prompt_id in comfy.queue.history}, (
-            "it was not lost at all"
-        )
+        # One run more is right where nothing of the first was to be had: its server was started anew, its history or files lost.
+        states = {str(prompt_id): state for prompt_id, state in two.prompts(job) if state != "gone"}
+        good = [
+            (run.prompt_id, states[run.prompt_id], run.struck)
+            for run in mine
+            if run.ended == "success" and run.prompt_id in states
+            if states[run.prompt_id] == "collected" or run.prompt_id in kept
+        ]
+        assert len(good) == 1, f"{job.id} was run again after a run that was good: {good}"
         (made,) = done.result["outputs"]
         assert done.result["prompt_id"] in {run.prompt_id for run in mine if run.ended == "success"}
         with Image.open(stored(two.system, made["key"])) as image:
