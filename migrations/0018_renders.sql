@@ -32,18 +32,19 @@ create table agentflow.renders (
         'sending',                                    -- was sent, perhaps
         'sent',                                       -- the server has it
         'done',                                       -- ran to its end; its files are still to be fetched
-        'collected', 'failed', 'interrupted', 'timed_out', 'cancelled', 'gone',
+        'collected',                                  -- and were: the job's result stands in `found`
+        'failed', 'interrupted', 'timed_out', 'cancelled', 'gone',
         'lost',                                       -- had been sent, and the server knows nothing of it any more
         'unsent',                                     -- never arrived
         'given_up'                                    -- nobody can be asked; looked for when the server is back
     )),
-    found jsonb,                                      -- what history said of one that is done
+    found jsonb,                                      -- what history said of one that is done, and then the job's result
     problem text,
     taken_at timestamptz not null default clock_timestamp(),
     sent_at timestamptz,
     ended_at timestamptz
 ) with (fillfactor = 70);
-create unique index renders_live on agentflow.renders (job_id) where state in ('taken', 'sending', 'sent', 'done');
+create unique index renders_live on agentflow.renders (job_id) where state in ('taken', 'sending', 'sent', 'done', 'collected');
 create unique index renders_slot on agentflow.renders (server, slot) where state in ('taken', 'sending', 'sent');
 create index renders_given_up on agentflow.renders (server) where state = 'given_up';
 create index renders_jobs on agentflow.renders (job_id);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -187,6 +188,23 @@ def test_a_prompt_of_a_dead_worker_keeps_its_slot_and_is_adopted(
         assert one.attempt(job).outcome == "succeeded"
         assert runs(two[0], job) == ["success"] and one.states(job) == ["collected"]
         assert one.attempt(other).outcome == "succeeded"
+
+
+def test_a_worker_that_dies_with_the_result_in_its_hands_renders_nothing_again(
+    two: list[Comfy], environment: dict[str, str], conn: psycopg.Connection
+) -> None:
+    with studio(environment, conn, two[:1]) as one:
+        job = one.submit(picture())
+        dead = one.claim(job)
+        assert dead is not None
+        said = one.perform(dead, write=False)
+        assert said.outcome == "succeeded" and said.result is not None
+        one.die(dead)
+
+        again = one.attempt(job)
+
+        assert again.result is not None and json.loads(again.result) == json.loads(said.result)
+        assert runs(two[0], job) == ["success"] and two[0].requests["GET /view"] == 1
 
 
 def test_a_worker_that_has_not_the_server_leaves_its_prompt_to_one_that_has(

@@ -32,7 +32,7 @@ State = Literal[
     "given_up",
 ]
 
-_LIVE: Final = "('taken', 'sending', 'sent', 'done')"
+_LIVE: Final = "('taken', 'sending', 'sent', 'done', 'collected')"
 _COLUMNS: Final = (
     "r.prompt_id, r.organization_id, r.job_id, r.server, r.state, r.found,"
     " extract(epoch from clock_timestamp() - coalesce(r.sent_at, r.taken_at))::float8"
@@ -41,7 +41,8 @@ _COLUMNS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Render:
-    """`age_s`: since it was sent, or taken; `found` as history.Ended.as_json has it, where it is done."""
+    """`age_s`: since it was sent, or taken; `found` as history.Ended.as_json has it, where it is done; the job's result, where its
+    files were collected."""
 
     prompt_id: UUID
     organization_id: int
@@ -53,7 +54,7 @@ class Render:
 
 
 def live(conn: Connection, job: Job) -> Render | None:
-    """The prompt that an earlier attempt of this job, or this one, has begun and not ended."""
+    """The prompt of this job that is not given up: one that was begun, or one that ended well, whose job has still to."""
     row = conn.execute(
         f"select {_COLUMNS} from agentflow.renders r"  # noqa: S608 - constants
         f" where r.organization_id = %s and r.job_id = %s and r.state in {_LIVE}",

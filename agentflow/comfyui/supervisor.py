@@ -96,6 +96,10 @@ class Supervisor:
     def _once(self) -> dict[str, Any]:
         self._context.progress(0.0, "queued")
         render = self._standing() or self._taken()
+        if (
+            render.state == "collected" and render.found is not None
+        ):  # its attempt died before its job's end was written
+            return render.found
         client = self._system.comfyui.of(render.server)
         assert client is not None  # noqa: S101 - both looked for it
         if render.state == "done" and render.found is not None:
@@ -120,6 +124,8 @@ class Supervisor:
         if render.state == "taken":  # its attempt died before anything was sent
             self._attempt.end(render, "unsent")
             return None
+        if render.state == "collected":
+            return render
         client = self._system.comfyui.of(render.server)
         if client is None:
             with self._system.database.connection() as conn:
@@ -314,16 +320,17 @@ class Supervisor:
             if error.sent:
                 raise
             raise self._attempt.away(client, error, render) from error
-        self._attempt.move(render, "collected", come_from="done")
         with self._system.database.connection() as conn:
             version = next((s.version for s in pool.servers(conn) if s.name == render.server), None)
-        return {
+        result = {
             "outputs": found,
             "provenance": {**self._prepared.provenance, "server_version": version},
             "prompt_id": str(render.prompt_id),
             "cached": not ended.ran,
             "seconds": round(ended.seconds, 3),
         }
+        self._attempt.move(render, "collected", come_from="done", found=result)
+        return result
 
     # ---- what is not as it should be ----
 
