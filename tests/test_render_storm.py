@@ -130,9 +130,7 @@ def graph(color: int, *, outputs: int = 1) -> dict[str, Any]:
 
 
 @contextmanager
-def storm(
-    system: System, environment: dict[str, str], conn: psycopg.Connection, folder: Path, seed: int
-) -> Iterator[Storm]:
+def storm(system: System, environment: dict[str, str], folder: Path, seed: int) -> Iterator[Storm]:
     with ExitStack() as stack:
         servers = [
             stack.enter_context(comfyui(folder / version, version=version, seed=seed + n))
@@ -144,7 +142,8 @@ def storm(
             for kind, path, chance, seconds in FAULTS:
                 comfy.fault(kind, path=path, chance=chance, seconds=seconds)
         environment.update(QUICK, COMFYUI_URL=",".join(comfy.url for comfy in servers))
-        made = Storm(system, stack.enter_context(psycopg.connect(conn.info.dsn, autocommit=True)), servers, random.Random(seed))
+        own = stack.enter_context(psycopg.connect(environment["DATABASE_URL"], autocommit=True))
+        made = Storm(system, own, servers, random.Random(seed))
         threads = [threading.Thread(target=work) for work in (made.cancel_some, made.operate)]
         for thread in threads:
             thread.start()
@@ -213,7 +212,7 @@ def assert_no_needless_run(runs: list[tuple[Comfy, Run]]) -> None:
 
 @pytest.mark.timeout(400)
 def test_a_short_storm(environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path) -> None:
-    with storm(system, environment, conn, tmp_path, seed=random.randrange(10**6)) as made:
+    with storm(system, environment, tmp_path, seed=random.randrange(10**6)) as made:
         made.submit(120)
         kills = ride_out(made, environment, conn, tmp_path / "worker.log", within_s=240)
         states = judge(made, conn)
@@ -227,7 +226,7 @@ def test_a_short_storm(environment: dict[str, str], system: System, conn: psycop
 def test_a_storm_over_a_thousand_renders(
     environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path
 ) -> None:
-    with storm(system, environment, conn, tmp_path, seed=random.randrange(10**6)) as made:
+    with storm(system, environment, tmp_path, seed=random.randrange(10**6)) as made:
         for comfy in made.servers:
             comfy.fault("stuck", chance=0.002)
         made.submit(1000)
