@@ -17,7 +17,7 @@ from openapi_spec_validator import validate
 
 from agentflow.jobs import records
 from agentflow.system import System
-from tests import graph_support
+from tests import graph_support, render_support
 from tests.conftest import ADMIN_KEY
 from tests.processes import BIN
 from tests.web_support import Web, client, count, gunicorn, run
@@ -45,6 +45,8 @@ to_id = "{to_id}"
 account_id = "{account}"
 endpoint_id = "{endpoint}"
 event_id = "{event}"
+render_id = "{render}"
+name = "{workflow}"
 
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "302", "400", "401", "403", "404", "408", "409", "413", "414", "416", "422", "431"]
@@ -86,6 +88,15 @@ parameters = {{ document_id = "{deleted_document}" }}
 # What a form holds is read as text: no file is wrong, nor a title that looks like a number.
 [[operations]]
 include-name = "POST /api/knowledge/documents"
+checks.negative_data_rejection.enabled = false
+
+[[operations]]
+include-name = "DELETE /api/workflows/{{name}}"
+parameters = {{ name = "{deleted_workflow}" }}
+
+# The same of its images.
+[[operations]]
+include-name = "POST /api/renders"
 checks.negative_data_rejection.enabled = false
 
 # Texts in a form and the bare bytes of an upload mean nothing to the API: there is no wrong file.
@@ -265,7 +276,14 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
     def document() -> str:
         return str(web.http.post("/api/knowledge/documents", json={"text": "A text."}).json()["document_id"])
 
+    def workflow(name: str) -> str:
+        body = {"name": name, "graph": render_support.colour()}
+        return str(web.http.post("/api/workflows", json=body).json()["name"])
+
     return {
+        "render": web.http.post("/api/renders", json={"workflow": "smoke"}).json()["id"],
+        "workflow": workflow("colour"),
+        "deleted_workflow": workflow("unwanted"),
         "endpoint": endpoint,
         "event": web.http.post(path, content=b"leads[add][0][id]=1").json()["event_id"],
         "token": path.rpartition("/")[2],

@@ -28,6 +28,7 @@ from web import (
     knowledge,
     organizations,
     problems,
+    renders,
     rules,
     schedules,
     search,
@@ -35,6 +36,7 @@ from web import (
     videos,
     webhook_events,
     webhooks,
+    workflows,
 )
 from web.access import Access
 from web.api import Services, mount
@@ -59,6 +61,7 @@ def create_app(system: System) -> Flask:
     groups = (
         *(jobs.routes, callbacks.routes, videos.routes, knowledge.routes, graph.routes, artefacts.routes),
         *(search.routes, embedding_models.routes),
+        *(renders.routes, workflows.routes),
         *(endpoints.routes, webhook_events.routes, webhooks.routes),
         *(crm.routes, crm_oauth.routes, schedules.routes),
         *(organizations.routes, rules.routes, status.system_routes, status.open_routes),

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from agentflow import log
@@ -27,11 +27,15 @@ StopReason = Literal["cancelled", "time_limit", "shutdown", "lost"]
 
 
 class Stopped(BaseException):
-    """Raised inside a job's function when it has to end now. Not an Exception, so that handlers of errors let it pass."""
+    """Raised inside a job's function when it has to end now. Not an Exception, so that handlers of errors let it pass.
 
-    def __init__(self, reason: StopReason | None = None) -> None:
+    `note`: what whoever asked for the end should know of it.
+    """
+
+    def __init__(self, reason: StopReason | None = None, note: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.note = note
 
 
 class Running:
@@ -42,6 +46,7 @@ class Running:
         self.repeatable: Final = repeatable
         self.lease_ends = lease_ends  # by time.monotonic(), counted from before the renewing statement was sent
         self.started: Final = time.monotonic()
+        self.limit_s: float = job.time_limit_s
         self.deadline: float | None = None
         self.stop_reason: StopReason | None = None
         self.stopped_at: float | None = None
@@ -167,7 +172,7 @@ class Running:
         while not self._close():
             pass
         if error is not None:
-            raise Stopped(self.stop_reason) if isinstance(error, Stopped) else error
+            raise Stopped(self.stop_reason, error.note) if isinstance(error, Stopped) else error
         return outcome
 
     def _close(self) -> bool:
@@ -242,9 +247,20 @@ class JobContext:
         """The service answered well, and said that its credential has no call left for so long."""
         self.system.calls.exhausted(service, for_s)
 
+    def limit(self, seconds: float) -> None:
+        """Have this attempt end by its time limit after so long, where that is sooner than its type's limit."""
+        running = self._running
+        if running.deadline is not None and seconds < running.limit_s:
+            running.deadline -= running.limit_s - seconds
+            running.limit_s = seconds
+
     def sleep(self, seconds: float) -> None:
         """Sleep at most so long; raises Stopped when the job has to end."""
         self._running.wait(seconds)
+
+    def shielded(self) -> AbstractContextManager[None]:
+        """For work that must know where it stopped: inside, the job's end is heard of from `check` and `progress` alone."""
+        return self._running.shielded()
 
     def run_child(self, target: str, /, *, on_note: Callable[[Any], None] | None = None, **arguments: Any) -> Any:
         """Run `module:function(report=…, **arguments)` in a child process that dies with this job; returns its result.
