@@ -24,6 +24,7 @@ from PIL import Image
 
 from agentflow.jobs.intake import NewJob
 from agentflow.system import System
+from tests.comfy_support import job_of, node, picture
 from tests.comfyui_server import VERSIONS, Comfy, comfyui
 from tests.comfyui_worker import Run
 from tests.processes import eventually, worker
@@ -115,18 +116,14 @@ class Storm:
         found = defaultdict(list)
         for comfy in self.servers:
             for run in comfy.runs:
-                found[UUID(run.extra_data["agentflow"]["job_id"])].append((comfy, run))
+                found[UUID(job_of(run.extra_data))].append((comfy, run))
         return {id_: sorted(runs, key=lambda each: each[1].began_at) for id_, runs in found.items()}
 
 
 def graph(color: int, *, outputs: int = 1) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": color}},
-        "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
+    return picture(color=color) | {
+        str(3 + n): node("SaveImage", images=["2", 0], filename_prefix=f"out{n}") for n in range(outputs)
     }
-    for n in range(outputs):
-        made[str(3 + n)] = {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": f"out{n}"}}
-    return made
 
 
 @contextmanager
