@@ -104,7 +104,12 @@ class Routes:
             number = -comfy.number if isinstance(body, dict) and body.get("front") else comfy.number
             comfy.number += 1
         if "prompt" not in body:
-            error = {"type": "no_prompt", "message": "No prompt provided", "details": "No prompt provided", "extra_info": {}}
+            error = {
+                "type": "no_prompt",
+                "message": "No prompt provided",
+                "details": "No prompt provided",
+                "extra_info": {},
+            }
             return _json({"error": error, "node_errors": {}}, 400)
         prompt_id = body.get("prompt_id", None if not comfy.old else str(uuid.uuid4()))
         if comfy.old:
@@ -112,7 +117,9 @@ class Routes:
         elif prompt_id is None:
             prompt_id = str(uuid.uuid4())
         elif not _canonical(prompt_id):
-            details = "prompt_id must be a UUID string in canonical lowercase hyphenated form; omit it to let the server "
+            details = (
+                "prompt_id must be a UUID string in canonical lowercase hyphenated form; omit it to let the server "
+            )
             details += "generate one"
             error = {"type": "invalid_prompt_id", "message": "prompt_id must be a valid UUID", "details": details}
             return _json({"error": {**error, "extra_info": {}}, "node_errors": {}}, 400)
@@ -134,7 +141,10 @@ class Routes:
     def _queue(self) -> dict[str, Any]:
         queue = self.comfy.queue
         with queue.changed:
-            return {"queue_running": [*map(self._item, queue.running)], "queue_pending": [*map(self._item, queue.pending)]}
+            return {
+                "queue_running": [*map(self._item, queue.running)],
+                "queue_pending": [*map(self._item, queue.pending)],
+            }
 
     def _item(self, item: Any) -> list[Any]:
         hidden = () if self.comfy.old else SECRETS
@@ -209,13 +219,17 @@ class Routes:
         limit = int(query["limit"]) if "limit" in query else None
         shown = found[offset:] if limit is None else found[offset : offset + limit]
         more = offset + len(shown) < len(found)
-        return _json({"jobs": shown, "pagination": {"offset": offset, "limit": limit, "total": len(found), "has_more": more}})
+        return _json(
+            {"jobs": shown, "pagination": {"offset": offset, "limit": limit, "total": len(found), "has_more": more}}
+        )
 
     def _all_jobs(self, *, whole: bool = False) -> list[dict[str, Any]]:
         """The newest first; of one job (`whole`), what is done hides a second run of the same id."""
         queue = self.comfy.queue
         with queue.changed:
-            waiting = [_job(item, "pending") for item in queue.pending] + [_job(item, "in_progress") for item in queue.running]
+            waiting = [_job(item, "pending") for item in queue.pending] + [
+                _job(item, "in_progress") for item in queue.running
+            ]
             done = [self._done_job(entry, whole=whole) for entry in reversed(queue.history.values())]
         return done + waiting if whole else waiting + done
 

@@ -48,7 +48,9 @@ def keyboard(data: str) -> dict[str, Any]:
 
 
 def test_a_message_becomes_a_picture_and_keeps_its_history(bot: BotApi) -> None:
-    sent = call(bot, "sendMessage", chat_id=ANN, text="<b>queued</b> &lt;1&gt;", parse_mode="HTML", reply_markup=keyboard("c"))
+    sent = call(
+        bot, "sendMessage", chat_id=ANN, text="<b>queued</b> &lt;1&gt;", parse_mode="HTML", reply_markup=keyboard("c")
+    )
     where = {"chat_id": ANN, "message_id": sent["message_id"]}
     call(bot, "editMessageText", **where, text="50 %", reply_markup=keyboard("c"))
     media = {"type": "photo", "media": "attach://out", "caption": "done"}

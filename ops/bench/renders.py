@@ -125,7 +125,9 @@ def held(process: psutil.Process, comfy: Comfy) -> dict[str, float]:
 
 
 def submit(system: System, numbers: Sequence[int]) -> None:
-    prepared = [system.prepare(ORGANIZATION, NewJob("comfy_render", {"graph": graph(n)}), public_only=False) for n in numbers]
+    prepared = [
+        system.prepare(ORGANIZATION, NewJob("comfy_render", {"graph": graph(n)}), public_only=False) for n in numbers
+    ]
     with system.transaction() as transaction:
         transaction.submit_many(ORGANIZATION, prepared)
 
@@ -162,7 +164,9 @@ def worker(system: System, environment: dict[str, str]) -> Iterator[psutil.Proce
     command = [str(BIN / "dramatiq"), "actors", "--path", str(ROOT), "--processes", "1", "--threads", "8"]
     more = {"WORKER_LOG_LEVEL": "WARNING", "PORT": str(free_port())}
     with log.open("wb") as file:
-        started = subprocess.Popen(command, env={**os.environ, **environment, **more}, cwd=ROOT, stdout=file, stderr=file)
+        started = subprocess.Popen(
+            command, env={**os.environ, **environment, **more}, cwd=ROOT, stdout=file, stderr=file
+        )
     try:
         yield psutil.Process(started.pid)
     finally:
