@@ -39,7 +39,7 @@ class Routes:
             return Reply(413, b"Maximum request body size 104857600 exceeded.", _TEXT)
         try:
             return self._route(request)
-        except Exception:  # noqa: BLE001: aiohttp's answer to whatever a handler raises
+        except Exception:  # noqa: BLE001 - aiohttp's answer to whatever a handler raises
             return self.failed()
 
     @staticmethod
@@ -70,8 +70,8 @@ class Routes:
             case "GET", "history":
                 return _json(self._history(request.query))
             case "GET", "history", id_:
-                found = self.comfy.queue.history
-                return _json({id_: found[id_]} if id_ in found else {})
+                history = self.comfy.queue.history
+                return _json({id_: history[id_]} if id_ in history else {})
             case "POST", "history":
                 return self._change_history(json.loads(request.body))
             case "GET", "view":
@@ -81,7 +81,8 @@ class Routes:
             case "GET", "object_info":
                 return _json(self._nodes())
             case "GET", "object_info", name:
-                return _json({name: node for known, node in self._nodes().items() if known == name})
+                found = self._nodes()
+                return _json({name: found[name]} if name in found else {})
             case "GET", "system_stats":
                 return _json(self._stats())
             case "GET", "features":

@@ -243,7 +243,7 @@ class Execution:
             self.ended = "interrupted"
             self.worker.interrupted.clear()
             self._tell("execution_interrupted", self._about())
-        except Exception as error:  # noqa: BLE001: a node may raise anything, and the server lives on
+        except Exception as error:  # noqa: BLE001 - a node may raise anything, and the server lives on
             self.ended = "error"
             self._tell(
                 "execution_error", {**self._about(), **_told(error), "current_inputs": {}, "current_outputs": cached}

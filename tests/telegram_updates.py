@@ -118,6 +118,7 @@ class Updates:
         self._next = 10_000
         self.pollers = 0
         self._closed = False
+        self._http = httpx2.Client(timeout=60)
         self._changed = threading.Condition()
         self._sender: threading.Thread | None = None
 
@@ -164,7 +165,7 @@ class Updates:
             else {}
         )
         try:
-            status = httpx2.post(self.webhook["url"], json=update, headers=headers, timeout=60).status_code
+            status = self._http.post(self.webhook["url"], json=update, headers=headers).status_code
         except httpx2.HTTPError:
             status = 0
         self.delivered.append((update["update_id"], status))

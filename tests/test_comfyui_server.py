@@ -113,9 +113,10 @@ def sorted_errors(answer: Any) -> Any:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_graphs_are_refused_as_real_servers_refuse_them(version: str, tmp_path: Path) -> None:
     with comfyui(tmp_path, version=version) as comfy:
+        client = Client(comfy)
         Image.new("RGB", (4, 4)).save(comfy.files.of("input") / "probe.png")
         for recorded in loads((DATA / f"recorded-{version}.json").read_text())["refusals"]:
-            answer = httpx2.post(f"{comfy.url}/prompt", json=recorded["body"])
+            answer = client.http.post("/prompt", json=recorded["body"])
 
             assert answer.status_code == recorded["status"], recorded["note"]
             if answer.status_code == 400:

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -201,7 +202,7 @@ def assert_own_pictures(made: Storm, id_: UUID, result: dict[str, Any]) -> None:
 
 
 def assert_no_needless_run(runs: list[tuple[Comfy, Run]]) -> None:
-    for (comfy, run), (_, after) in zip(runs, runs[1:], strict=False):
+    for (comfy, run), (_, after) in pairwise(runs):
         assert run.ended_at <= after.began_at, ("at the same time", run, after)
         restarted = any(run.ended_at <= at <= after.began_at for at in comfy.restarted_at)
         assert run.ended != "success" or restarted or SPOILS & set(run.struck), ("it was there", run, after)

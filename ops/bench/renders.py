@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def pick_up(system: System, comfy: Comfy, rounds: int) -> dict[str, Any]:
     wait_until_ended(system)
     comfy.durations = {}
     runs = sorted(comfy.runs, key=lambda run: run.began_at)
-    gaps = [(after.began_at - run.ended_at) * 1000 for run, after in zip(runs, runs[1:], strict=False)]
+    gaps = [(after.began_at - run.ended_at) * 1000 for run, after in pairwise(runs)]
     comfy.runs.clear()
     return {
         "renders": rounds,
