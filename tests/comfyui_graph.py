@@ -42,7 +42,9 @@ class Validation:
 
         if cycle := _cycle(graph, outputs):
             found = {} if self.old else _of_cycle(graph, cycle, outputs)
-            return Verdict([], _error("prompt_outputs_failed_validation", "Prompt outputs failed validation", ""), found)
+            return Verdict(
+                [], _error("prompt_outputs_failed_validation", "Prompt outputs failed validation", ""), found
+            )
 
         good: list[str] = []
         failed: list[Errors] = []
@@ -51,7 +53,7 @@ class Validation:
         for output in outputs:
             try:
                 reasons = self._errors(graph, output, seen)
-            except Exception as error:  # noqa: BLE001: what the real one catches
+            except Exception as error:  # noqa: BLE001 - what the real one catches
                 reasons = seen[output] = [_raised(error)]
             if reasons is None:
                 good.append(output)
@@ -70,7 +72,11 @@ class Validation:
     def _unknown(self, graph: Graph, id_: str, class_type: str | None) -> dict[str, Any]:
         details = f"Node ID '#{id_}'"
         if self.old:
-            what = "a node is missing the class_type property" if class_type is None else f"node {class_type} does not exist"
+            what = (
+                "a node is missing the class_type property"
+                if class_type is None
+                else f"node {class_type} does not exist"
+            )
             return _error("invalid_prompt", f"Cannot execute because {what}.", details)
         title = graph[id_].get("_meta", {}).get("title", class_type)
         if class_type is None:
@@ -93,7 +99,9 @@ class Validation:
                 config = [known[0], known[1] if len(known) > 1 else {}]
                 if name not in inputs:
                     if category == "required":
-                        errors.append(_error("required_input_missing", "Required input is missing", name, input_name=name))
+                        errors.append(
+                            _error("required_input_missing", "Required input is missing", name, input_name=name)
+                        )
                 elif isinstance(inputs[name], list):
                     problem = self._linked(graph, name, inputs[name], config)
                     if problem is not None:
@@ -110,7 +118,7 @@ class Validation:
     ) -> Errors | None:
         try:
             return self._errors(graph, link[0], seen)
-        except Exception as error:  # noqa: BLE001: what the real one catches
+        except Exception as error:  # noqa: BLE001 - what the real one catches
             about = {"input_name": name, "input_config": config, "linked_node": link, "exception_message": str(error)}
             raised = _raised(error)
             raised |= {"type": "exception_during_inner_validation", "message": "Exception when validating inner node"}
@@ -137,7 +145,9 @@ class Validation:
         try:
             if isinstance(value, dict) and "__value__" in value:
                 value = value["__value__"]
-            cast: Callable[[Any], Any] | None = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}.get(str(kind))
+            cast: Callable[[Any], Any] | None = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}.get(
+                str(kind)
+            )
             value = inputs[name] = value if cast is None else cast(value)
         except (ValueError, TypeError) as error:
             details = f"{name}, {value}, {error}"

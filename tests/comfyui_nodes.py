@@ -129,7 +129,9 @@ def empty_image(running: Running, inputs: Inputs) -> Made:
     width, height, count = inputs["width"], inputs["height"], inputs["batch_size"]
     if (size := width * height * count * 12) > 4 << 30:
         told = f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes."
-        raise RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] err == 0. {told} Error code 12 (Cannot allocate memory)")
+        raise RuntimeError(
+            f"[enforce fail at alloc_cpu.cpp:127] err == 0. {told} Error code 12 (Cannot allocate memory)"
+        )
     color = inputs["color"]
     image = Image.new("RGB", (width, height), (color >> 16 & 255, color >> 8 & 255, color & 255))
     return Made(([image] * count,))
@@ -200,6 +202,7 @@ def send_images(running: Running, inputs: Inputs) -> Made:
 
 def sample(running: Running, inputs: Inputs) -> Made:
     for step in range(inputs["steps"]):
+        running.rest(running.takes_s / inputs["steps"])
         running.progress(step + 1, inputs["steps"])
     return Made((inputs.get("latent_image"),))
 

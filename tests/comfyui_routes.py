@@ -39,7 +39,7 @@ class Routes:
             return Reply(413, b"Maximum request body size 104857600 exceeded.", _TEXT)
         try:
             return self._route(request)
-        except Exception:  # noqa: BLE001: aiohttp's answer to whatever a handler raises
+        except Exception:  # noqa: BLE001 - aiohttp's answer to whatever a handler raises
             return self.failed()
 
     @staticmethod
@@ -70,8 +70,8 @@ class Routes:
             case "GET", "history":
                 return _json(self._history(request.query))
             case "GET", "history", id_:
-                found = self.comfy.queue.history
-                return _json({id_: found[id_]} if id_ in found else {})
+                history = self.comfy.queue.history
+                return _json({id_: history[id_]} if id_ in history else {})
             case "POST", "history":
                 return self._change_history(json.loads(request.body))
             case "GET", "view":
@@ -81,7 +81,8 @@ class Routes:
             case "GET", "object_info":
                 return _json(self._nodes())
             case "GET", "object_info", name:
-                return _json({name: node for known, node in self._nodes().items() if known == name})
+                found = self._nodes()
+                return _json({name: found[name]} if name in found else {})
             case "GET", "system_stats":
                 return _json(self._stats())
             case "GET", "features":
@@ -104,7 +105,12 @@ class Routes:
             number = -comfy.number if isinstance(body, dict) and body.get("front") else comfy.number
             comfy.number += 1
         if "prompt" not in body:
-            error = {"type": "no_prompt", "message": "No prompt provided", "details": "No prompt provided", "extra_info": {}}
+            error = {
+                "type": "no_prompt",
+                "message": "No prompt provided",
+                "details": "No prompt provided",
+                "extra_info": {},
+            }
             return _json({"error": error, "node_errors": {}}, 400)
         prompt_id = body.get("prompt_id", None if not comfy.old else str(uuid.uuid4()))
         if comfy.old:
@@ -112,7 +118,9 @@ class Routes:
         elif prompt_id is None:
             prompt_id = str(uuid.uuid4())
         elif not _canonical(prompt_id):
-            details = "prompt_id must be a UUID string in canonical lowercase hyphenated form; omit it to let the server "
+            details = (
+                "prompt_id must be a UUID string in canonical lowercase hyphenated form; omit it to let the server "
+            )
             details += "generate one"
             error = {"type": "invalid_prompt_id", "message": "prompt_id must be a valid UUID", "details": details}
             return _json({"error": {**error, "extra_info": {}}, "node_errors": {}}, 400)
@@ -134,7 +142,10 @@ class Routes:
     def _queue(self) -> dict[str, Any]:
         queue = self.comfy.queue
         with queue.changed:
-            return {"queue_running": [*map(self._item, queue.running)], "queue_pending": [*map(self._item, queue.pending)]}
+            return {
+                "queue_running": [*map(self._item, queue.running)],
+                "queue_pending": [*map(self._item, queue.pending)],
+            }
 
     def _item(self, item: Any) -> list[Any]:
         hidden = () if self.comfy.old else SECRETS
@@ -209,13 +220,17 @@ class Routes:
         limit = int(query["limit"]) if "limit" in query else None
         shown = found[offset:] if limit is None else found[offset : offset + limit]
         more = offset + len(shown) < len(found)
-        return _json({"jobs": shown, "pagination": {"offset": offset, "limit": limit, "total": len(found), "has_more": more}})
+        return _json(
+            {"jobs": shown, "pagination": {"offset": offset, "limit": limit, "total": len(found), "has_more": more}}
+        )
 
     def _all_jobs(self, *, whole: bool = False) -> list[dict[str, Any]]:
         """The newest first; of one job (`whole`), what is done hides a second run of the same id."""
         queue = self.comfy.queue
         with queue.changed:
-            waiting = [_job(item, "pending") for item in queue.pending] + [_job(item, "in_progress") for item in queue.running]
+            waiting = [_job(item, "pending") for item in queue.pending] + [
+                _job(item, "in_progress") for item in queue.running
+            ]
             done = [self._done_job(entry, whole=whole) for entry in reversed(queue.history.values())]
         return done + waiting if whole else waiting + done
 

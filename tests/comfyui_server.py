@@ -162,7 +162,9 @@ class Comfy:
             return Reply(reply.status, body[: len(body) // 2], reply.headers, length=len(body))
         if fault := self.strikes("trickle", request):
             pieces = [body[at : at + len(body) // 20 + 1] for at in range(0, len(body), len(body) // 20 + 1)]
-            return Reply(reply.status, pieces, reply.headers, pause_s=fault.seconds / max(1, len(pieces)), length=len(body))
+            return Reply(
+                reply.status, pieces, reply.headers, pause_s=fault.seconds / max(1, len(pieces)), length=len(body)
+            )
         return reply
 
     # ---- what its parts share ----
@@ -208,7 +210,10 @@ def main() -> None:
     options.add_argument("--version", choices=VERSIONS, default=VERSIONS[-1])
     asked = options.parse_args()
     with comfyui(asked.folder or Path(tempfile.mkdtemp()), version=asked.version, port=asked.port) as comfy:
-        print(f"ComfyUI {asked.version} of the tests at {comfy.with_qwen().url}, files in {comfy.files.folder}", flush=True)
+        print(
+            f"ComfyUI {asked.version} of the tests at {comfy.with_qwen().url}, files in {comfy.files.folder}",
+            flush=True,
+        )
         threading.Event().wait()
 
 

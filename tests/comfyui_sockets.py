@@ -127,7 +127,7 @@ class Sockets:
     def _deliver(self, receiver: Socket, payload: bytes, *, binary: bool = False) -> None:
         try:
             receiver.send(payload, binary=binary)
-        except Exception:  # noqa: BLE001: closing, closed, or too slow: the real one forgets it too
+        except Exception:  # noqa: BLE001 - closing, closed, or too slow: the real one forgets it too
             receiver.drop()
 
     def drop(self, id_: str | None = None) -> None:

@@ -180,7 +180,9 @@ class Worker:
         if self.comfy.strikes("delete_outputs", run):
             for items in (shown.get("images", []) for shown in entry["outputs"].values()):
                 for image in items:
-                    (self.comfy.files.of(image["type"]) / image["subfolder"] / image["filename"]).unlink(missing_ok=True)
+                    (self.comfy.files.of(image["type"]) / image["subfolder"] / image["filename"]).unlink(
+                        missing_ok=True
+                    )
         self.queue.done(run, entry, remember=self.comfy.strikes("lose_history", run) is None)
         run.end(execution.ended)
         execution.send("executing", {"node": None, "prompt_id": prompt_id})
@@ -241,12 +243,16 @@ class Execution:
             self.ended = "interrupted"
             self.worker.interrupted.clear()
             self._tell("execution_interrupted", self._about())
-        except Exception as error:  # noqa: BLE001: a node may raise anything, and the server lives on
+        except Exception as error:  # noqa: BLE001 - a node may raise anything, and the server lives on
             self.ended = "error"
-            self._tell("execution_error", {**self._about(), **_told(error), "current_inputs": {}, "current_outputs": cached})
+            self._tell(
+                "execution_error", {**self._about(), **_told(error), "current_inputs": {}, "current_outputs": cached}
+            )
         success = self.ended == "success"
         status = {"status_str": "success" if success else "error", "completed": success, "messages": self.messages}
-        meta = {id_: {"node_id": id_, "display_node": id_, "parent_node": None, "real_node_id": id_} for id_ in self.shown}
+        meta = {
+            id_: {"node_id": id_, "display_node": id_, "parent_node": None, "real_node_id": id_} for id_ in self.shown
+        }
         self.run.outputs = self.shown
         return json.loads(json.dumps({"outputs": self.shown, "status": status, "meta": meta}))  # type: ignore[no-any-return]
 
@@ -288,7 +294,9 @@ class Execution:
             self.uninterruptible = True
         if first and self.comfy.strikes("out_of_memory", self.run):
             raise OutOfMemory
-        if (first and self.comfy.strikes("node_error", self.run)) or (self.shown and self.comfy.strikes("fail_later", self.run)):
+        if (first and self.comfy.strikes("node_error", self.run)) or (
+            self.shown and self.comfy.strikes("fail_later", self.run)
+        ):
             raise RuntimeError("Intentional sync execution error for testing")
 
     def _order(self, cached: set[str]) -> Iterator[str]:
@@ -347,7 +355,11 @@ class Execution:
         self.send("execution_error", {"prompt_id": self.run.prompt_id, **self._about(), **about, **empty})
 
     def _about(self) -> dict[str, Any]:
-        return {"node_id": self.node, "node_type": self.graph[self.node]["class_type"], "executed": list(self.run.executed)}
+        return {
+            "node_id": self.node,
+            "node_type": self.graph[self.node]["class_type"],
+            "executed": list(self.run.executed),
+        }
 
     def _show(self, id_: str, shown: dict[str, Any] | None) -> None:
         if shown is not None:
@@ -406,5 +418,8 @@ class OutOfMemory(RuntimeError):
 def _told(error: Exception) -> dict[str, Any]:
     named = {"OutOfMemory": "torch.OutOfMemoryError", "UnidentifiedImageError": "PIL.UnidentifiedImageError"}
     name = named.get(type(error).__name__, type(error).__name__)
-    lines = ['  File "/srv/comfyui/execution.py", line 545, in execute\n', '  File "/srv/comfyui/nodes.py", line 1, in run\n']
+    lines = [
+        '  File "/srv/comfyui/execution.py", line 545, in execute\n',
+        '  File "/srv/comfyui/nodes.py", line 1, in run\n',
+    ]
     return {"exception_message": f"{error}\n", "exception_type": name, "traceback": lines}

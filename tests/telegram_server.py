@@ -203,7 +203,12 @@ class BotApi:
             if not reply.get("allow_sending_without_reply") and reply["message_id"] not in there:
                 raise Refused(400, "Bad Request: message to be replied not found")
             id_ = next(self.ids)
-            about = {"message_id": id_, "date": int(time.time()), "from": BOT, "chat": {"id": chat_id, "type": "private"}}
+            about = {
+                "message_id": id_,
+                "date": int(time.time()),
+                "from": BOT,
+                "chat": {"id": chat_id, "type": "private"},
+            }
             message = Message({**about, **shown, **_markup(asked)}, content)
             self.messages[chat_id][id_] = message
             return message.now
@@ -352,7 +357,9 @@ def _refusal(refused: Refused) -> Reply:
     headers = dict(_JSON)
     if refused.parameters:
         document["parameters"] = refused.parameters
-        headers |= {"Retry-After": str(refused.parameters["retry_after"])} if "retry_after" in refused.parameters else {}
+        headers |= (
+            {"Retry-After": str(refused.parameters["retry_after"])} if "retry_after" in refused.parameters else {}
+        )
     return Reply(refused.code, json.dumps(document).encode(), headers)
 
 
@@ -406,7 +413,9 @@ def _plain(text: str) -> str:
         elif not open_tags or open_tags.pop() != tag:
             raise Refused(400, f"Bad Request: can't parse entities: Unexpected end tag {at}")
     if open_tags:
-        raise Refused(400, f"Bad Request: can't parse entities: Can't find end tag corresponding to start tag {open_tags[-1]}")
+        raise Refused(
+            400, f"Bad Request: can't parse entities: Can't find end tag corresponding to start tag {open_tags[-1]}"
+        )
     bare = re.sub(r"<[^>]*>", "", text)
     return bare.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace("&amp;", "&")
 

@@ -42,7 +42,9 @@ class User:
         return {"id": self.id, "is_bot": False, "first_name": "Ann", "language_code": "en", **self.about}
 
     def text(self, text: str) -> Update:
-        entities = [{"type": "bot_command", "offset": 0, "length": len(text.split()[0])}] if text.startswith("/") else []
+        entities = (
+            [{"type": "bot_command", "offset": 0, "length": len(text.split()[0])}] if text.startswith("/") else []
+        )
         return self._message({"text": text, **({"entities": entities} if entities else {})})
 
     def photo(self, content: bytes, *, caption: str = "", size: int | None = None, **more: Any) -> Update:
@@ -64,7 +66,13 @@ class User:
         ]
 
     def document(
-        self, content: bytes, *, name: str = "in.png", type_: str = "image/png", caption: str = "", size: int | None = None
+        self,
+        content: bytes,
+        *,
+        name: str = "in.png",
+        type_: str = "image/png",
+        caption: str = "",
+        size: int | None = None,
     ) -> Update:
         stored = self.bot.store(content, "documents", f".{name.rpartition('.')[2]}", size=size)
         ids = {"file_id": stored.id, "file_unique_id": f"AQ{stored.id}", "file_size": stored.size}
@@ -110,6 +118,7 @@ class Updates:
         self._next = 10_000
         self.pollers = 0
         self._closed = False
+        self._http = httpx2.Client(timeout=60)
         self._changed = threading.Condition()
         self._sender: threading.Thread | None = None
 
@@ -150,9 +159,13 @@ class Updates:
 
     def post(self, update: Update) -> int:
         """Deliver this one now, whatever was delivered before; the status of the answer, 0 for none."""
-        headers = {"X-Telegram-Bot-Api-Secret-Token": self.webhook["secret_token"]} if self.webhook.get("secret_token") else {}
+        headers = (
+            {"X-Telegram-Bot-Api-Secret-Token": self.webhook["secret_token"]}
+            if self.webhook.get("secret_token")
+            else {}
+        )
         try:
-            status = httpx2.post(self.webhook["url"], json=update, headers=headers, timeout=60).status_code
+            status = self._http.post(self.webhook["url"], json=update, headers=headers).status_code
         except httpx2.HTTPError:
             status = 0
         self.delivered.append((update["update_id"], status))
@@ -183,7 +196,9 @@ class Updates:
         end = time.monotonic() + min(50.0, float(asked.get("timeout", 0)))
         with self._changed:
             if self.webhook.get("url"):
-                active = "can't use getUpdates method while webhook is active; use deleteWebhook to delete the webhook first"
+                active = (
+                    "can't use getUpdates method while webhook is active; use deleteWebhook to delete the webhook first"
+                )
                 raise Refused(409, f"Conflict: {active}")
             self.pollers += 1
             mine = self.pollers

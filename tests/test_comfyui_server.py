@@ -20,6 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 from tests.comfyui_server import DATA, VERSIONS, Comfy, comfyui
 from tests.processes import eventually
 
+
 class Client:
     def __init__(self, comfy: Comfy) -> None:
         self.comfy = comfy
@@ -112,9 +113,10 @@ def sorted_errors(answer: Any) -> Any:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_graphs_are_refused_as_real_servers_refuse_them(version: str, tmp_path: Path) -> None:
     with comfyui(tmp_path, version=version) as comfy:
+        client = Client(comfy)
         Image.new("RGB", (4, 4)).save(comfy.files.of("input") / "probe.png")
         for recorded in loads((DATA / f"recorded-{version}.json").read_text())["refusals"]:
-            answer = httpx2.post(f"{comfy.url}/prompt", json=recorded["body"])
+            answer = client.http.post("/prompt", json=recorded["body"])
 
             assert answer.status_code == recorded["status"], recorded["note"]
             if answer.status_code == 400:
@@ -170,7 +172,9 @@ def test_the_result_is_in_the_history_only_when_the_worker_let_go(comfy: Comfy, 
 
 
 def test_pictures_are_real_and_carry_their_graph(client: Client) -> None:
-    entry = client.rendered(invert("jobs/7/out", color=0xFF0000), extra_data={"extra_pnginfo": {"workflow": {"id": "w"}}})
+    entry = client.rendered(
+        invert("jobs/7/out", color=0xFF0000), extra_data={"extra_pnginfo": {"workflow": {"id": "w"}}}
+    )
 
     [image] = entry["outputs"]["3"]["images"]
     answer = client.http.get("/view", params=image)
@@ -219,7 +223,9 @@ def test_an_id_is_taken_again_and_each_copy_runs(comfy: Comfy, client: Client) -
     assert comfy.times_run() == {id_: 2}
 
 
-def test_the_same_id_and_number_answers_500_though_it_runs_and_a_third_ends_the_worker(comfy: Comfy, client: Client) -> None:
+def test_the_same_id_and_number_answers_500_though_it_runs_and_a_third_ends_the_worker(
+    comfy: Comfy, client: Client
+) -> None:
     def blocked() -> str:
         id_ = client.submit(invert("blocks", seconds=60))
         eventually(lambda: client.running() == [id_])
@@ -267,7 +273,9 @@ def test_interrupts_hit_what_runs_and_are_always_answered_200(comfy: Comfy, clie
         client.http.post("/interrupt")
 
     statuses = [client.ended(id_)["status"] for id_ in (first, second)]
-    assert [(status["status_str"], status["messages"][-1][0]) for status in statuses] == [("error", "execution_interrupted")] * 2
+    assert [(status["status_str"], status["messages"][-1][0]) for status in statuses] == [
+        ("error", "execution_interrupted")
+    ] * 2
     assert client.get(f"/api/jobs/{first}")["status"] == "cancelled"
 
 
@@ -380,7 +388,10 @@ def test_an_upload_keeps_both_pictures_and_new_bytes_run_again(comfy: Comfy, cli
         ("in.png", ""), ("in.png", ""), ("in (1).png", ""), ("in.png", "jobs/1"),
     ]  # fmt: skip
     assert comfy.runs[-1].executed == ["1", "2", "3"]
-    assert client.get("/object_info/LoadImage")["LoadImage"]["input"]["required"]["image"][0] == ["in (1).png", "in.png"]
+    assert client.get("/object_info/LoadImage")["LoadImage"]["input"]["required"]["image"][0] == [
+        "in (1).png",
+        "in.png",
+    ]
     assert upload("red", subfolder="../..") == 400
     assert upload("red", type="bogus") == 500
 
@@ -400,7 +411,9 @@ def test_a_failed_run_tells_why_and_keeps_what_was_made(comfy: Comfy, client: Cl
     comfy.fault("out_of_memory", times=1)
     full = dict(client.rendered(invert("oom"))["status"]["messages"])["execution_error"]
     assert full["exception_type"] == "torch.OutOfMemoryError"
-    assert client.rendered(invert("/tmp/outside"))["status"]["messages"][-1][1]["exception_message"].startswith("**** ERROR")
+    assert client.rendered(invert("/tmp/outside"))["status"]["messages"][-1][1]["exception_message"].startswith(
+        "**** ERROR"
+    )
     comfy.fault("no_output", times=1)
     nothing = client.rendered(invert("blocked"))
     assert (nothing["status"]["completed"], nothing["outputs"]) == (True, {})
@@ -508,7 +521,10 @@ def test_the_graph_of_qwen_passes_and_samples_in_steps(comfy: Comfy, client: Cli
         "39": ("VAELoader", {"vae_name": "qwen_image_vae.safetensors"}),
         "78": ("LoadImage", {"image": "in.png"}),
         "38": ("CLIPLoader", {"clip_name": "qwen_2.5_vl_7b_fp8_scaled.safetensors", "type": "qwen_image"}),
-        "111": ("TextEncodeQwenImageEditPlus", {"clip": ["38", 0], "vae": ["39", 0], "image1": ["78", 0], "prompt": "snow"}),
+        "111": (
+            "TextEncodeQwenImageEditPlus",
+            {"clip": ["38", 0], "vae": ["39", 0], "image1": ["78", 0], "prompt": "snow"},
+        ),
         "88": ("VAEEncode", {"pixels": ["78", 0], "vae": ["39", 0]}),
     }
     sampler = {"seed": 42, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -24,6 +25,7 @@ from PIL import Image
 
 from agentflow.jobs.intake import NewJob
 from agentflow.system import System
+from tests.comfy_support import job_of, node, picture
 from tests.comfyui_server import VERSIONS, Comfy, comfyui
 from tests.comfyui_worker import Run
 from tests.processes import eventually, worker
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.flaky(reruns=0)  # a render done twice, or wrongly, is 
 QUICK = {
     "JOB_LEASE": "4",
     "JOB_LEASE_RENEW": "1",
-    "JOB_MAX_CRASHES": "1000",
+    "JOB_MAX_CRASHES": "100",
     "COMFYUI_TIMEOUT": "20",
     "COMFYUI_POLL_INTERVAL": "0.1",
     "WORKER_GPU_LOCK_TIMEOUT": "5",
@@ -115,24 +117,18 @@ class Storm:
         found = defaultdict(list)
         for comfy in self.servers:
             for run in comfy.runs:
-                found[UUID(run.extra_data["agentflow"]["job_id"])].append((comfy, run))
+                found[UUID(job_of(run.extra_data))].append((comfy, run))
         return {id_: sorted(runs, key=lambda each: each[1].began_at) for id_, runs in found.items()}
 
 
 def graph(color: int, *, outputs: int = 1) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": color}},
-        "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
+    return picture(color=color) | {
+        str(3 + n): node("SaveImage", images=["2", 0], filename_prefix=f"out{n}") for n in range(outputs)
     }
-    for n in range(outputs):
-        made[str(3 + n)] = {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": f"out{n}"}}
-    return made
 
 
 @contextmanager
-def storm(
-    system: System, environment: dict[str, str], conn: psycopg.Connection, folder: Path, seed: int
-) -> Iterator[Storm]:
+def storm(system: System, environment: dict[str, str], folder: Path, seed: int) -> Iterator[Storm]:
     with ExitStack() as stack:
         servers = [
             stack.enter_context(comfyui(folder / version, version=version, seed=seed + n))
@@ -144,7 +140,8 @@ def storm(
             for kind, path, chance, seconds in FAULTS:
                 comfy.fault(kind, path=path, chance=chance, seconds=seconds)
         environment.update(QUICK, COMFYUI_URL=",".join(comfy.url for comfy in servers))
-        made = Storm(system, stack.enter_context(psycopg.connect(conn.info.dsn, autocommit=True)), servers, random.Random(seed))
+        own = stack.enter_context(psycopg.connect(environment["DATABASE_URL"], autocommit=True))
+        made = Storm(system, own, servers, random.Random(seed))
         threads = [threading.Thread(target=work) for work in (made.cancel_some, made.operate)]
         for thread in threads:
             thread.start()
@@ -156,18 +153,19 @@ def storm(
                 thread.join()
 
 
-def ride_out(made: Storm, environment: dict[str, str], conn: psycopg.Connection, log: Path, *, within_s: float) -> int:
+def ride_out(made: Storm, environment: dict[str, str], conn: psycopg.Connection, logs: Path, *, within_s: float) -> int:
     """Kill the worker again and again until a tenth is left, then let the rest come to its end; returns the kills."""
     end = time.monotonic() + within_s
     kills = 0
     while open_jobs(conn) > len(made.colors) / 10:
-        assert time.monotonic() < end, f"{open_jobs(conn)} jobs have not ended"
-        with worker(environment, log):
-            time.sleep(made.random.uniform(2, 8))  # the block's end kills -9
+        done = open_jobs(conn) - made.random.randint(5, 20)
+        with worker(environment, logs / f"worker-{kills}.log"):
+            eventually(lambda done=done: open_jobs(conn) <= done, within_s=end - time.monotonic())
+            time.sleep(made.random.uniform(0, 0.5))  # the block's end kills -9
         kills += 1
     for comfy in made.servers:
         comfy.heal()
-    with worker(environment, log):
+    with worker(environment, logs / "worker-last.log"):
         eventually(lambda: open_jobs(conn) == 0, within_s=max(30.0, end - time.monotonic()))
     return kills
 
@@ -205,7 +203,7 @@ def assert_own_pictures(made: Storm, id_: UUID, result: dict[str, Any]) -> None:
 
 
 def assert_no_needless_run(runs: list[tuple[Comfy, Run]]) -> None:
-    for (comfy, run), (_, after) in zip(runs, runs[1:], strict=False):
+    for (comfy, run), (_, after) in pairwise(runs):
         assert run.ended_at <= after.began_at, ("at the same time", run, after)
         restarted = any(run.ended_at <= at <= after.began_at for at in comfy.restarted_at)
         assert run.ended != "success" or restarted or SPOILS & set(run.struck), ("it was there", run, after)
@@ -213,13 +211,13 @@ def assert_no_needless_run(runs: list[tuple[Comfy, Run]]) -> None:
 
 @pytest.mark.timeout(400)
 def test_a_short_storm(environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path) -> None:
-    with storm(system, environment, conn, tmp_path, seed=random.randrange(10**6)) as made:
-        made.submit(120)
-        kills = ride_out(made, environment, conn, tmp_path / "worker.log", within_s=240)
+    with storm(system, environment, tmp_path, seed=random.randrange(10**6)) as made:
+        made.submit(60)
+        kills = ride_out(made, environment, conn, tmp_path, within_s=240)
         states = judge(made, conn)
 
     assert kills >= 2
-    assert states["succeeded"] >= 60
+    assert states["succeeded"] >= 40
 
 
 @pytest.mark.long
@@ -227,11 +225,11 @@ def test_a_short_storm(environment: dict[str, str], system: System, conn: psycop
 def test_a_storm_over_a_thousand_renders(
     environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path
 ) -> None:
-    with storm(system, environment, conn, tmp_path, seed=random.randrange(10**6)) as made:
+    with storm(system, environment, tmp_path, seed=random.randrange(10**6)) as made:
         for comfy in made.servers:
             comfy.fault("stuck", chance=0.002)
         made.submit(1000)
-        kills = ride_out(made, environment, conn, tmp_path / "worker.log", within_s=3000)
+        kills = ride_out(made, environment, conn, tmp_path, within_s=3000)
         states = judge(made, conn)
 
     assert kills >= 20

@@ -17,6 +17,7 @@ from tests.processes import eventually
 from tests.telegram_server import TOKEN, BotApi, telegram
 
 ANN = 111
+HTTP = httpx2.Client(timeout=60)
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ def call(bot: BotApi, method: str, files: dict[str, Any] | None = None, **asked:
     url = f"{bot.url}/bot{TOKEN}/{method}"
     if files:
         flat = {name: value if isinstance(value, str) else json.dumps(value) for name, value in asked.items()}
-        answer = httpx2.post(url, data=flat, files=files).json()
+        answer = HTTP.post(url, data=flat, files=files).json()
     else:
-        answer = httpx2.post(url, json=asked, timeout=60).json()
+        answer = HTTP.post(url, json=asked).json()
     return answer["result"] if answer["ok"] else (answer["error_code"], answer["description"])
 
 
@@ -48,7 +49,9 @@ def keyboard(data: str) -> dict[str, Any]:
 
 
 def test_a_message_becomes_a_picture_and_keeps_its_history(bot: BotApi) -> None:
-    sent = call(bot, "sendMessage", chat_id=ANN, text="<b>queued</b> &lt;1&gt;", parse_mode="HTML", reply_markup=keyboard("c"))
+    sent = call(
+        bot, "sendMessage", chat_id=ANN, text="<b>queued</b> &lt;1&gt;", parse_mode="HTML", reply_markup=keyboard("c")
+    )
     where = {"chat_id": ANN, "message_id": sent["message_id"]}
     call(bot, "editMessageText", **where, text="50 %", reply_markup=keyboard("c"))
     media = {"type": "photo", "media": "attach://out", "caption": "done"}
@@ -96,7 +99,7 @@ def test_bad_entities_pictures_and_tokens_are_refused(bot: BotApi) -> None:
         (b"x" * ((10 << 20) + 1), "Request Entity Too Large"),
     ):
         assert told in call(bot, "sendPhoto", {"photo": ("o.png", content)}, chat_id=str(ANN))[1]
-    assert httpx2.get(f"{bot.url}/bot{TOKEN}x/getMe").status_code == 401
+    assert HTTP.get(f"{bot.url}/bot{TOKEN}x/getMe").status_code == 401
 
 
 def test_files_of_users_are_fetched_and_too_large_ones_are_not(bot: BotApi) -> None:
@@ -105,7 +108,7 @@ def test_files_of_users_are_fetched_and_too_large_ones_are_not(bot: BotApi) -> N
     huge = ann.document(b"x", size=20_000_001 + (1 << 20))["message"]
 
     found = call(bot, "getFile", file_id=small["photo"][-1]["file_id"])
-    assert httpx2.get(f"{bot.url}/file/bot{TOKEN}/{found['file_path']}").content == picture()
+    assert HTTP.get(f"{bot.url}/file/bot{TOKEN}/{found['file_path']}").content == picture()
     assert call(bot, "getFile", file_id=huge["document"]["file_id"]) == (400, "Bad Request: file is too big")
 
 
@@ -193,5 +196,5 @@ def test_faults_strike_before_and_after_the_effect(bot: BotApi) -> None:
     assert [message.text for message in bot.chat(ANN)] == ["3", "4", "5"]
     assert call(bot, "sendChatAction", chat_id=ANN, action="typing") is True
     bot.fault("too_many", times=1, seconds=3)
-    answer = httpx2.post(f"{bot.url}/bot{TOKEN}/getMe")
+    answer = HTTP.post(f"{bot.url}/bot{TOKEN}/getMe")
     assert (answer.json()["parameters"], answer.headers["retry-after"]) == ({"retry_after": 3}, "3")

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def pick_up(system: System, comfy: Comfy, rounds: int) -> dict[str, Any]:
     wait_until_ended(system)
     comfy.durations = {}
     runs = sorted(comfy.runs, key=lambda run: run.began_at)
-    gaps = [(after.began_at - run.ended_at) * 1000 for run, after in zip(runs, runs[1:], strict=False)]
+    gaps = [(after.began_at - run.ended_at) * 1000 for run, after in pairwise(runs)]
     comfy.runs.clear()
     return {
         "renders": rounds,
@@ -125,7 +126,9 @@ def held(process: psutil.Process, comfy: Comfy) -> dict[str, float]:
 
 
 def submit(system: System, numbers: Sequence[int]) -> None:
-    prepared = [system.prepare(ORGANIZATION, NewJob("comfy_render", {"graph": graph(n)}), public_only=False) for n in numbers]
+    prepared = [
+        system.prepare(ORGANIZATION, NewJob("comfy_render", {"graph": graph(n)}), public_only=False) for n in numbers
+    ]
     with system.transaction() as transaction:
         transaction.submit_many(ORGANIZATION, prepared)
 
@@ -162,7 +165,9 @@ def worker(system: System, environment: dict[str, str]) -> Iterator[psutil.Proce
     command = [str(BIN / "dramatiq"), "actors", "--path", str(ROOT), "--processes", "1", "--threads", "8"]
     more = {"WORKER_LOG_LEVEL": "WARNING", "PORT": str(free_port())}
     with log.open("wb") as file:
-        started = subprocess.Popen(command, env={**os.environ, **environment, **more}, cwd=ROOT, stdout=file, stderr=file)
+        started = subprocess.Popen(
+            command, env={**os.environ, **environment, **more}, cwd=ROOT, stdout=file, stderr=file
+        )
     try:
         yield psutil.Process(started.pid)
     finally:
