@@ -269,6 +269,21 @@ def test_lists_of_newer_nodes_and_types_that_adapt_are_understood() -> None:
     assert "index_timestep_zero" in found.message
 
 
+def test_inputs_that_grow_or_whose_list_is_elsewhere_are_left_to_the_server() -> None:
+    said = nodes("0.33.0")
+    said["Batch"] = {
+        "input": {"required": {"images": ["COMFY_AUTOGROW_V3", {}], "voice": ["COMBO", {"remote_combo": True, "options": []}]}},
+        "output": ["COMFY_MATCHTYPE_V3"],
+    }
+    graph = colour()
+    graph["3"] = {"class_type": "Batch", "inputs": {"images.image0": ["1", 0], "images.image1": ["1", 0], "voice": "alto"}}
+    graph["2"]["inputs"]["images"] = ["3", 0]
+
+    assert complaints(graph, said) == []
+    graph["1"]["inputs"]["width"] = 0
+    assert [(each.node, each.input) for each in complaints(graph, said)] == [("1", "width")]
+
+
 def test_values_are_converted_as_the_server_does_it() -> None:
     said = nodes("0.33.0")
 
@@ -305,6 +320,7 @@ def test_an_image_of_the_caller_is_not_looked_for_on_the_server_but_any_other_is
 
 def test_a_node_that_leads_to_no_output_is_passed_over_as_the_server_does_it() -> None:
     graph = {**colour(), "3": {"class_type": "ImageBlur", "inputs": {"image": ["1", 0]}}}
+    graph["1"]["inputs"]["unheard_of"] = ["3", 0]
 
     assert complaints(graph, nodes("0.33.0")) == []
 

@@ -27,7 +27,7 @@ _SOCKETS: Final = frozenset(
         *("CLIP_VISION_OUTPUT", "STYLE_MODEL", "UPSCALE_MODEL", "SAMPLER", "SIGMAS", "NOISE", "GUIDER"),
     }
 )
-#: Types of newer nodes that take what their neighbours have: what fits is for the server to say.
+#: Types of newer nodes that grow into several inputs, or take what their neighbours have: what fits is for the server to say.
 _ADAPTING: Final = "COMFY_"
 _UPLOADS: Final = ("image_upload", "video_upload", "audio_upload", "animated_image_upload", "file_upload")
 #: The folder below `models` that the loaders' lists are made of, by their input.
@@ -70,6 +70,10 @@ class _Input:
     required: bool
 
     @property
+    def adapting(self) -> bool:
+        return self.type.startswith(_ADAPTING)
+
+    @property
     def uploaded(self) -> bool:
         return any(self.options.get(each) for each in _UPLOADS)
 
@@ -90,7 +94,7 @@ def complaints(
     outputs = [id_ for id_, node in graph.items() if object_info.get(node["class_type"], {}).get("output_node")]
     if not outputs and not found:
         return [Complaint(None, None, "prompt_no_outputs", "the graph has no output node, such as SaveImage")]
-    reached, cycle = _reach(graph, outputs)
+    reached, cycle = _reach(graph, outputs, object_info)
     known = [id_ for id_ in reached if graph[id_]["class_type"] in object_info]
     found += [each for id_ in known for each in _of_node(id_, graph, object_info, places)]
     found += [each for id_, name in places or () for each in _of_place(id_, name, graph, object_info)]
@@ -110,11 +114,13 @@ def of_definition(definition: Definition, object_info: Mapping[str, Any]) -> lis
     return list(found)
 
 
-def _reach(graph: Graph, outputs: list[str]) -> tuple[list[str], list[str]]:
+def _reach(graph: Graph, outputs: list[str], object_info: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """All nodes that outputs are made of, in the graph's order, and one cycle among them, if there is one."""
+    inputs = {id_: _inputs(object_info.get(node["class_type"], {})) for id_, node in graph.items()}
     links: dict[str, list[str]] = {id_: [] for id_ in graph}
     for link in graphs.links(graph):
-        if link.source in graph:
+        # Several inputs that one grows into are called `images.image0`, `images.image1` …
+        if link.source in graph and link.input.partition(".")[0] in inputs[link.node]:
             links[link.node].append(link.source)
     done: set[str] = set()
     cycle: list[str] = []
@@ -146,7 +152,7 @@ def _of_node(
         if places is not None and (id_, name) in places:
             continue
         if name not in node["inputs"]:
-            if wanted.required:
+            if wanted.required and not wanted.adapting:
                 yield Complaint(id_, name, "required_input_missing", "is missing")
             continue
         value = node["inputs"][name]
@@ -181,7 +187,7 @@ def _inputs(said: Mapping[str, Any]) -> dict[str, _Input]:
             kind, choices = described[0], None
             if isinstance(kind, list):
                 kind, choices = "COMBO", kind
-            elif kind == "COMBO" and isinstance(options.get("options"), list):
+            elif kind == "COMBO" and isinstance(options.get("options"), list) and not options.get("remote_combo"):
                 choices = options["options"]
             if isinstance(kind, str):
                 found[name] = _Input(kind, choices, options, section == "required")
@@ -203,16 +209,16 @@ def _of_link(
     made = object_info[class_type].get("output") or []
     if number >= len(made):
         return "missing_linked_output", f"is linked to output {number} of node {source} ({class_type}), which has {len(made)}"
-    if not _fits(made[number], wanted.type):
+    if not _fits(made[number], wanted):
         return "return_type_mismatch", f"wants {wanted.type}; output {number} of node {source} ({class_type}) is {made[number]}"
     return None
 
 
-def _fits(made: Any, wanted: str) -> bool:
+def _fits(made: Any, wanted: _Input) -> bool:
     """As the server's validate_node_input: types may be lists with commas, `*` is anything. A list that is made goes unchecked."""
-    if not isinstance(made, str) or made.startswith(_ADAPTING) or wanted.startswith(_ADAPTING):
+    if wanted.adapting or not isinstance(made, str) or made.startswith(_ADAPTING):
         return True
-    ours, theirs = ({each.strip() for each in text.split(",")} for text in (made, wanted))
+    ours, theirs = ({each.strip() for each in text.split(",")} for text in (made, wanted.type))
     return bool(ours & theirs) or "*" in ours | theirs
 
 
