@@ -23,7 +23,19 @@ _SHOWN: Final = 5
 #: What only a node can make. Nodes of others have types of their own, some of which are plain values.
 _SOCKETS: Final = frozenset(
     {
-        *("MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "MASK", "AUDIO", "VIDEO", "CONTROL_NET", "CLIP_VISION"),
+        *(
+            "MODEL",
+            "CLIP",
+            "VAE",
+            "CONDITIONING",
+            "LATENT",
+            "IMAGE",
+            "MASK",
+            "AUDIO",
+            "VIDEO",
+            "CONTROL_NET",
+            "CLIP_VISION",
+        ),
         *("CLIP_VISION_OUTPUT", "STYLE_MODEL", "UPSCALE_MODEL", "SAMPLER", "SIGMAS", "NOISE", "GUIDER"),
     }
 )
@@ -184,19 +196,17 @@ def _inputs(said: Mapping[str, Any]) -> dict[str, _Input]:
             if not isinstance(described, list) or not described:
                 continue
             options = described[1] if len(described) > 1 and isinstance(described[1], dict) else {}
-            kind, choices = described[0], None
+            kind, choices = described[0], options.get("options")
             if isinstance(kind, list):
                 kind, choices = "COMBO", kind
-            elif kind == "COMBO" and isinstance(options.get("options"), list) and not options.get("remote_combo"):
-                choices = options["options"]
+            if kind != "COMBO" or not isinstance(choices, list) or options.get("remote_combo"):
+                choices = None
             if isinstance(kind, str):
                 found[name] = _Input(kind, choices, options, section == "required")
     return found
 
 
-def _of_link(
-    value: Any, wanted: _Input, graph: Graph, object_info: Mapping[str, Any]
-) -> tuple[str, str] | None:
+def _of_link(value: Any, wanted: _Input, graph: Graph, object_info: Mapping[str, Any]) -> tuple[str, str] | None:
     link = graphs.link_of(value)
     if link is None:
         return "bad_linked_input", 'a list is a link, such as ["4", 0]; one that is a value must be {"__value__": […]}'
@@ -208,14 +218,21 @@ def _of_link(
         return None
     made = object_info[class_type].get("output") or []
     if number >= len(made):
-        return "missing_linked_output", f"is linked to output {number} of node {source} ({class_type}), which has {len(made)}"
+        return (
+            "missing_linked_output",
+            f"is linked to output {number} of node {source} ({class_type}), which has {len(made)}",
+        )
     if not _fits(made[number], wanted):
-        return "return_type_mismatch", f"wants {wanted.type}; output {number} of node {source} ({class_type}) is {made[number]}"
+        return (
+            "return_type_mismatch",
+            f"wants {wanted.type}; output {number} of node {source} ({class_type}) is {made[number]}",
+        )
     return None
 
 
 def _fits(made: Any, wanted: _Input) -> bool:
-    """As the server's validate_node_input: types may be lists with commas, `*` is anything. A list that is made goes unchecked."""
+    """As the server's validate_node_input: types may be lists with commas, `*` is anything. What makes a list goes
+    unchecked."""
     if wanted.adapting or not isinstance(made, str) or made.startswith(_ADAPTING):
         return True
     ours, theirs = ({each.strip() for each in text.split(",")} for text in (made, wanted.type))
@@ -226,7 +243,10 @@ def _of_uploaded(value: Any, wanted: _Input) -> tuple[str, str] | None:
     """A file of the server's input folder. Its list has only those at the top, and names such as `x.png [output]` mean others."""
     if wanted.choices is None or value in wanted.choices or not isinstance(value, str) or re.search(r"/|\]\s*$", value):
         return None
-    return "value_not_in_list", f"the server has no file {value!r} in its input folder: send it with the request, under images"
+    return (
+        "value_not_in_list",
+        f"the server has no file {value!r} in its input folder: send it with the request, under images",
+    )
 
 
 def _of_value(value: Any, class_type: str, name: str, wanted: _Input) -> tuple[str, str] | None:
