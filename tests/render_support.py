@@ -60,9 +60,7 @@ def png(width: int = 2, height: int = 2, colour: bytes = b"\xff\x00\x00") -> byt
 
     rows = (b"\x00" + colour * width) * height
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows, 0)) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows, 0)) + chunk(b"IEND", b"")
 
 
 def colour(**inputs: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Renders and workflows over HTTP: what is asked for is checked before it is queued, and kept with its images, version and seeds."""
+"""Renders and workflows over HTTP: what is asked for is checked before it is queued, and kept with its images and seeds."""
 
 from __future__ import annotations
 
@@ -189,7 +189,12 @@ def test_images_of_a_form_are_kept_with_the_render_and_go_with_it(
         (SNOW, {"image": b""}, "image", "is empty"),
         (SNOW, {"picture": png()}, "images.picture", "is not known here"),
         (SNOW, {"image2": png()}, "images.image", "is missing"),
-        (SNOW | {"images": {"image": {"artefact": "o/1/x"}}}, {"image": png()}, "images.image", "is sent as a file, too"),
+        (
+            SNOW | {"images": {"image": {"artefact": "o/1/x"}}},
+            {"image": png()},
+            "images.image",
+            "is sent as a file, too",
+        ),
         (SNOW | {"colour": 1}, {"image": png()}, "colour", "is not known here"),
         ({"graph": colour()}, {"7.image": png()}, "images.7.image", "the graph has no node '7'"),
         ({"graph": colour()}, {"1.width": png()}, "graph.1.width", "takes no image's name there"),
@@ -409,5 +414,7 @@ def test_a_workflow_is_checked_without_being_kept(
 def test_a_render_handed_in_as_a_job_is_the_same_kind_of_thing(client: FlaskClient, system: System) -> None:
     job = client.post("/api/jobs", json={"type": "comfy_render", "payload": {"workflow": "smoke"}}).json
     assert client.get(f"/api/renders/{job['id']}").json["workflow"] == "smoke"
-    answer = client.post("/api/jobs", json={"type": "comfy_render", "payload": {"workflow": "smoke", "graph": colour()}})
+    answer = client.post(
+        "/api/jobs", json={"type": "comfy_render", "payload": {"workflow": "smoke", "graph": colour()}}
+    )
     assert "give either workflow or graph" in problem(answer, 422)["detail"]

@@ -61,9 +61,9 @@ class _Asked:
 def create(call: Call, headers: jobs.BatchHeaders) -> Answer:
     """Ask for a render: JSON, or a form with that JSON as `request` and each image as a file under the image's name.
 
-    Images are PNG, JPEG or WebP, RENDER_IMAGE_MAX_BYTES at most. What no server of the pool could run is refused at once, with all
-    that is wrong in `errors`: nodes and models that are missing, values out of range. A workflow as ComfyUI's editor saves it is
-    422, with the way to export it. `POST /api/jobs/{id}/cancel` cancels a render.
+    Images are PNG, JPEG or WebP, RENDER_IMAGE_MAX_BYTES at most. What no server of the pool could run is refused at once, with
+    all that is wrong in `errors`: nodes and models that are missing, values out of range. A workflow as ComfyUI's editor saves it
+    is 422, with the way to export it. `POST /api/jobs/{id}/cancel` cancels a render.
     """
     if request.mimetype == "multipart/form-data":
         return _create_form(call, headers.idempotency_key)
@@ -148,7 +148,7 @@ def _create_form(call: Call, key: str | None) -> Answer:
 
 def _request_of(body: RenderBody, files: dict[str, str]) -> RenderRequest:
     given = {name: getattr(body, name) for name in RenderRequest.model_fields}
-    images = {**body.images, **{name: Image(artefact=key) for name, key in files.items()}}
+    images = {**body.images, **{name: Image(artefact=key, url=None) for name, key in files.items()}}
     return validated(lambda: RenderRequest(**{**given, "images": images}), "body")
 
 

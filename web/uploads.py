@@ -98,8 +98,8 @@ def store_files(
     fields: Collection[str],
     field_bytes: int,
 ) -> Form:
-    """Up to `most` files of a form, each of `max_bytes`, with these texts. `place_of` sees a part's name and how it begins, answers
-    its key and its media type, and may refuse it. Whatever goes wrong, nothing is left."""
+    """Up to `most` files of a form, each of `max_bytes`, with these texts. `place_of` sees a part's name and how it begins,
+    answers its key and its media type, and may refuse it. Whatever goes wrong, nothing is left."""
     limit = most * max_bytes + len(fields) * field_bytes
     parts = _Parts(_boundary(), limit, fields, files=None, field_bytes=field_bytes)
     stored: dict[str, StoredPart] = {}

@@ -23,7 +23,7 @@ from web.problems import Refused, invalid
 routes = Routes("workflows")
 
 _WORKFLOW: Final = "/api/workflows/<name>"
-_EXAMPLE: Final = {
+_EXAMPLE: Final[dict[str, Any]] = {
     "graph": {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 255}},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "blue"}},
@@ -53,7 +53,7 @@ class CheckRequest(Body):
     # Left out, but never null: the default is not checked, and stands in no schema.
     workflow: WorkflowName = Field(default_factory=lambda: None, description="One that is there, the newest version")  # type: ignore[assignment]
     definition: Definition = Field(default_factory=lambda: None, description="As for `POST /api/workflows`")  # type: ignore[assignment]
-    graph: dict[str, Any] = Field(default_factory=lambda: None, description="In API format")  # type: ignore[assignment]
+    graph: dict[str, Any] = Field(default_factory=lambda: None, description="In API format")  # type: ignore[arg-type]
     pool: PoolName = Field("default", description="Whose servers")
 
     @model_validator(mode="after")
@@ -236,7 +236,9 @@ def _cursor_of(last: Listed) -> str:
 
 def _read_cursor(cursor: str) -> tuple[str, int]:
     try:
-        number, _, name = base64.b64decode(cursor + "==", altchars=b"-_", validate=True).decode().partition(":")
+        number, _, name = (
+            base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode().partition(":")
+        )
         return name.replace("\x00", ""), _small(number)
     except (ValueError, binascii.Error):
         raise invalid("cursor", "is not a next_cursor of ours", "query") from None

@@ -63,16 +63,21 @@ def check(named: str, org: str, of_pool: str, nodes: Path | None) -> None:
                 wanted = _find(conn, org, named, None).definition
         known = _json(nodes) if nodes is not None else pool.known_nodes(system, of_pool)
     if not isinstance(known, dict):
-        raise Failure(f"no server of the pool {of_pool!r} was asked for its nodes so far: give its /object_info by --nodes")
-    if isinstance(wanted, Definition):
-        found = preflight.of_definition(wanted, known)
-    else:
-        found = preflight.complaints(wanted, known)
+        raise Failure(
+            f"no server of the pool {of_pool!r} was asked for its nodes so far: give its /object_info by --nodes"
+        )
+    found = _complaints(wanted, known)
     for each in found:
         print(f"{_where(each)}: {each.message}")
     if found:
         raise Failure(f"{len(found)} thing{'s' if len(found) > 1 else ''} in the way of a render")
     print("nothing is in the way of a render")
+
+
+def _complaints(wanted: Definition | graphs.Graph, known: dict[str, Any]) -> list[Complaint]:
+    if isinstance(wanted, Definition):
+        return preflight.of_definition(wanted, known)
+    return preflight.complaints(wanted, known)
 
 
 def add(file: Path, org: str, name: str | None) -> None:

@@ -1,6 +1,7 @@
 """Graphs in ComfyUI's API format: `{"<node id>": {"class_type": "KSampler", "inputs": {"seed": 1, "model": ["4", 0]}}}`.
 
-An input is a value, or a link `[node id, number of the output]`. A list that is meant as a value is wrapped: `{"__value__": [1, 2]}`.
+An input is a value, or a link `[node id, number of the output]`. A list that is meant as a value is wrapped:
+`{"__value__": [1, 2]}`.
 """
 
 from __future__ import annotations
@@ -112,7 +113,10 @@ def links(graph: Mapping[str, Mapping[str, Any]]) -> Iterator[Link]:
 def without(graph: Graph, removed: frozenset[str]) -> Graph:
     """A copy that lacks these nodes, and the inputs that linked to them."""
     return {
-        id_: {**node, "inputs": {name: value for name, value in node["inputs"].items() if _source(value) not in removed}}
+        id_: {
+            **node,
+            "inputs": {name: value for name, value in node["inputs"].items() if _source(value) not in removed},
+        }
         for id_, node in graph.items()
         if id_ not in removed
     }

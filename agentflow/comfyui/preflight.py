@@ -23,11 +23,23 @@ _SHOWN: Final = 5
 #: What only a node can make. Nodes of others have types of their own, some of which are plain values.
 _SOCKETS: Final = frozenset(
     {
-        *("MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "MASK", "AUDIO", "VIDEO", "CONTROL_NET", "CLIP_VISION"),
+        *(
+            "MODEL",
+            "CLIP",
+            "VAE",
+            "CONDITIONING",
+            "LATENT",
+            "IMAGE",
+            "MASK",
+            "AUDIO",
+            "VIDEO",
+            "CONTROL_NET",
+            "CLIP_VISION",
+        ),
         *("CLIP_VISION_OUTPUT", "STYLE_MODEL", "UPSCALE_MODEL", "SAMPLER", "SIGMAS", "NOISE", "GUIDER"),
     }
 )
-#: Types of newer nodes that take what their neighbours have: what fits is for the server to say.
+#: Types of newer nodes that grow into several inputs, or take what their neighbours have: what fits is for the server to say.
 _ADAPTING: Final = "COMFY_"
 _UPLOADS: Final = ("image_upload", "video_upload", "audio_upload", "animated_image_upload", "file_upload")
 #: The folder below `models` that the loaders' lists are made of, by their input.
@@ -70,6 +82,10 @@ class _Input:
     required: bool
 
     @property
+    def adapting(self) -> bool:
+        return self.type.startswith(_ADAPTING)
+
+    @property
     def uploaded(self) -> bool:
         return any(self.options.get(each) for each in _UPLOADS)
 
@@ -90,7 +106,7 @@ def complaints(
     outputs = [id_ for id_, node in graph.items() if object_info.get(node["class_type"], {}).get("output_node")]
     if not outputs and not found:
         return [Complaint(None, None, "prompt_no_outputs", "the graph has no output node, such as SaveImage")]
-    reached, cycle = _reach(graph, outputs)
+    reached, cycle = _reach(graph, outputs, object_info)
     known = [id_ for id_ in reached if graph[id_]["class_type"] in object_info]
     found += [each for id_ in known for each in _of_node(id_, graph, object_info, places)]
     found += [each for id_, name in places or () for each in _of_place(id_, name, graph, object_info)]
@@ -110,11 +126,13 @@ def of_definition(definition: Definition, object_info: Mapping[str, Any]) -> lis
     return list(found)
 
 
-def _reach(graph: Graph, outputs: list[str]) -> tuple[list[str], list[str]]:
+def _reach(graph: Graph, outputs: list[str], object_info: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """All nodes that outputs are made of, in the graph's order, and one cycle among them, if there is one."""
+    inputs = {id_: _inputs(object_info.get(node["class_type"], {})) for id_, node in graph.items()}
     links: dict[str, list[str]] = {id_: [] for id_ in graph}
     for link in graphs.links(graph):
-        if link.source in graph:
+        # Several inputs that one grows into are called `images.image0`, `images.image1` …
+        if link.source in graph and link.input.partition(".")[0] in inputs[link.node]:
             links[link.node].append(link.source)
     done: set[str] = set()
     cycle: list[str] = []
@@ -146,7 +164,7 @@ def _of_node(
         if places is not None and (id_, name) in places:
             continue
         if name not in node["inputs"]:
-            if wanted.required:
+            if wanted.required and not wanted.adapting:
                 yield Complaint(id_, name, "required_input_missing", "is missing")
             continue
         value = node["inputs"][name]
@@ -178,19 +196,17 @@ def _inputs(said: Mapping[str, Any]) -> dict[str, _Input]:
             if not isinstance(described, list) or not described:
                 continue
             options = described[1] if len(described) > 1 and isinstance(described[1], dict) else {}
-            kind, choices = described[0], None
+            kind, choices = described[0], options.get("options")
             if isinstance(kind, list):
                 kind, choices = "COMBO", kind
-            elif kind == "COMBO" and isinstance(options.get("options"), list):
-                choices = options["options"]
+            if kind != "COMBO" or not isinstance(choices, list) or options.get("remote_combo"):
+                choices = None
             if isinstance(kind, str):
                 found[name] = _Input(kind, choices, options, section == "required")
     return found
 
 
-def _of_link(
-    value: Any, wanted: _Input, graph: Graph, object_info: Mapping[str, Any]
-) -> tuple[str, str] | None:
+def _of_link(value: Any, wanted: _Input, graph: Graph, object_info: Mapping[str, Any]) -> tuple[str, str] | None:
     link = graphs.link_of(value)
     if link is None:
         return "bad_linked_input", 'a list is a link, such as ["4", 0]; one that is a value must be {"__value__": […]}'
@@ -202,17 +218,24 @@ def _of_link(
         return None
     made = object_info[class_type].get("output") or []
     if number >= len(made):
-        return "missing_linked_output", f"is linked to output {number} of node {source} ({class_type}), which has {len(made)}"
-    if not _fits(made[number], wanted.type):
-        return "return_type_mismatch", f"wants {wanted.type}; output {number} of node {source} ({class_type}) is {made[number]}"
+        return (
+            "missing_linked_output",
+            f"is linked to output {number} of node {source} ({class_type}), which has {len(made)}",
+        )
+    if not _fits(made[number], wanted):
+        return (
+            "return_type_mismatch",
+            f"wants {wanted.type}; output {number} of node {source} ({class_type}) is {made[number]}",
+        )
     return None
 
 
-def _fits(made: Any, wanted: str) -> bool:
-    """As the server's validate_node_input: types may be lists with commas, `*` is anything. A list that is made goes unchecked."""
-    if not isinstance(made, str) or made.startswith(_ADAPTING) or wanted.startswith(_ADAPTING):
+def _fits(made: Any, wanted: _Input) -> bool:
+    """As the server's validate_node_input: types may be lists with commas, `*` is anything. What makes a list goes
+    unchecked."""
+    if wanted.adapting or not isinstance(made, str) or made.startswith(_ADAPTING):
         return True
-    ours, theirs = ({each.strip() for each in text.split(",")} for text in (made, wanted))
+    ours, theirs = ({each.strip() for each in text.split(",")} for text in (made, wanted.type))
     return bool(ours & theirs) or "*" in ours | theirs
 
 
@@ -220,7 +243,10 @@ def _of_uploaded(value: Any, wanted: _Input) -> tuple[str, str] | None:
     """A file of the server's input folder. Its list has only those at the top, and names such as `x.png [output]` mean others."""
     if wanted.choices is None or value in wanted.choices or not isinstance(value, str) or re.search(r"/|\]\s*$", value):
         return None
-    return "value_not_in_list", f"the server has no file {value!r} in its input folder: send it with the request, under images"
+    return (
+        "value_not_in_list",
+        f"the server has no file {value!r} in its input folder: send it with the request, under images",
+    )
 
 
 def _of_value(value: Any, class_type: str, name: str, wanted: _Input) -> tuple[str, str] | None:

@@ -52,7 +52,9 @@ class RenderRequest(Payload):
     """What to render: a workflow by its name, with values for its parameters, or a whole graph."""
 
     workflow: WorkflowName | None = Field(None, description="One of `GET /api/workflows`")
-    version: Annotated[int, Field(ge=1, lt=1 << 31)] | None = Field(None, description="Of the workflow; left out: the newest")
+    version: Annotated[int, Field(ge=1, lt=1 << 31)] | None = Field(
+        None, description="Of the workflow; left out: the newest"
+    )
     parameters: dict[str, Any] = Field({}, description="Values by the workflow's names for them")
     graph: dict[str, Any] | None = Field(
         None, description="In place of a workflow: a graph in API format (ComfyUI: Workflow → Export (API))"
@@ -136,7 +138,10 @@ def prepare(
 
 
 def pinned(conn: Connection, organization_id: int, request: RenderRequest) -> RenderRequest:
-    """The same request with the newest version and with seeds in it, so that it means the same from now on. Raises InvalidRender."""
+    """The same request with the newest version and with seeds in it, so that it means the same from now on.
+
+    Raises InvalidRender.
+    """
     if request.graph is not None:
         return request
     workflow = _find(conn, organization_id, request)
@@ -158,7 +163,9 @@ def _find(conn: Connection, organization_id: int, request: RenderRequest) -> Wor
     if found is not None:
         return found
     if request.version is not None and versions.find(conn, organization_id, request.workflow) is not None:
-        raise InvalidRender([("version", f"the workflow {request.workflow!r} has no version {request.version} any more")])
+        raise InvalidRender(
+            [("version", f"the workflow {request.workflow!r} has no version {request.version} any more")]
+        )
     known = ", ".join(versions.names(conn, organization_id))
     raise InvalidRender([("workflow", f"there is no workflow {request.workflow!r}; there are {known}")])
 

@@ -177,9 +177,7 @@ def search(
     return sorted(found, key=lambda each: (each.name, each.organization_id or 0))[:limit]
 
 
-def history(
-    conn: Connection, workflow: Workflow, *, before: int | None = None, limit: int = 1000
-) -> list[Listed]:
+def history(conn: Connection, workflow: Workflow, *, before: int | None = None, limit: int = 1000) -> list[Listed]:
     """All versions of the same workflow that are kept, the newest first; `before` is the last one on the page before."""
     if workflow.organization_id is None:
         every = [each.listed for each in shipped()[workflow.name]]

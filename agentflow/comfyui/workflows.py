@@ -73,7 +73,8 @@ class Parameter(_Strict):
     choices: Annotated[list[str | Number], Field(min_length=1, max_length=1000)] | None = None
     switch: dict[str, Change] = Field(
         {},
-        description="By value (`true`, `false`, one of `choices`), or `given` and `absent` where it has no default: what else changes",
+        description="By value (`true`, `false`, one of `choices`), or `given` and `absent` where it has no default: what else"
+        " changes",
     )
 
     @model_validator(mode="after")
