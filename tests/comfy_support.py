@@ -93,8 +93,8 @@ class Studio:
     def claim(self, job: Job) -> Running | None:
         """The job, claimed by a new worker; None where its line is full. Whatever it waited for is over, and it is the first."""
         self.conn.execute(
-            "update agentflow.jobs set run_at = (select least(now(), min(run_at)) from agentflow.jobs) - interval '1 s', wake_at = now()"
-            " where id = %s and state = 'queued'",
+            "update agentflow.jobs set run_at = (select least(now(), min(run_at)) from agentflow.jobs) - interval '1 s',"
+            " wake_at = now() where id = %s and state = 'queued'",
             (job.id,),
         )
         claimed = claim(self.conn, uuid4(), job)

@@ -181,7 +181,7 @@ def servers(conn: Connection) -> list[Known]:
     rows = conn.execute(
         "select s.name, s.pool, s.slots, s.well, s.problem, s.sick_until, s.version, coalesce(s.devices, '[]'), s.queue,"
         " extract(epoch from clock_timestamp() - s.seen_at)::float8,"
-        f" (select count(*) from agentflow.renders r where r.server = s.name and r.state in {_HELD})"  # noqa: S608
+        f" (select count(*) from agentflow.renders r where r.server = s.name and r.state in {_HELD})"
         " from agentflow.comfyui_servers s where s.listed_at > clock_timestamp() - interval '5 min' order by s.name"
     ).fetchall()
     return [Known(*row) for row in rows]

@@ -41,8 +41,8 @@ _COLUMNS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Render:
-    """`age_s`: since it was sent, or taken; `found` as history.Ended.as_json has it, where it is done; the job's result, where its
-    files were collected."""
+    """`age_s`: since it was sent, or taken; `found` as history.Ended.as_json has it, where it is done; the job's result, where
+    its files were collected."""
 
     prompt_id: UUID
     organization_id: int
