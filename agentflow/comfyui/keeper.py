@@ -83,10 +83,12 @@ class Keeper(Loop):
 
     def _bury(self, conn: Connection, client: Client, render: Render) -> None:
         """A prompt whose job has ended, or was begun anew elsewhere: it is stopped, and its slot is free when it has."""
-        if render.state == "taken" or sightings.stop(client, render.prompt_id, _STOP_S, self._check) is not None:
-            if prompts.move(conn, render, "cancelled", come_from=[render.state]):
-                logger.info("a prompt that nobody waits for was removed", prompt_id=str(render.prompt_id))
-                self._count(conn, client.server.pool)
+        was_sent = render.state != "taken"
+        if was_sent and sightings.stop(client, render.prompt_id, _STOP_S, self._check) is None:
+            return  # it is met at the next look
+        if prompts.move(conn, render, "cancelled", come_from=[render.state]):
+            logger.info("a prompt that nobody waits for was removed", prompt_id=str(render.prompt_id))
+            self._count(conn, client.server.pool)
 
     def _count(self, conn: Connection, *pools: str) -> None:
         for each in sorted(set(pools)):

@@ -179,7 +179,7 @@ def take(conn: Connection, job: Job, pool: str, names: Collection[str]) -> Rende
 def servers(conn: Connection) -> list[Known]:
     """All that a worker had in its settings within the last minutes."""
     rows = conn.execute(
-        "select s.name, s.pool, s.slots, s.well, s.problem, s.sick_until, s.version, coalesce(s.devices, '[]'), s.queue,"
+        "select s.name, s.pool, s.slots, s.well, s.problem, s.sick_until, s.version, coalesce(s.devices, '[]'), s.queue,"  # noqa: S608 - constants
         " extract(epoch from clock_timestamp() - s.seen_at)::float8,"
         f" (select count(*) from agentflow.renders r where r.server = s.name and r.state in {_HELD})"
         " from agentflow.comfyui_servers s where s.listed_at > clock_timestamp() - interval '5 min' order by s.name"
