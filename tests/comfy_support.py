@@ -140,6 +140,10 @@ class Studio:
     def states(self, job: Job) -> list[str]:
         return [state for _, state in self.prompts(job)]
 
+    def at_work(self, comfy: Comfy, job: Job) -> None:
+        """Waits until a prompt of this job runs there, and its attempt knows that it was taken."""
+        eventually(lambda: "" in runs(comfy, job) and self.states(job)[-1] == "sent", every_s=0.005)
+
     def slots(self, pool: str = "default") -> int | None:
         found = rows(self.conn, "select slots from agentflow.concurrency_keys where key = %s", f"gpu:{pool}")
         return found[0].slots if found else None
@@ -162,11 +166,6 @@ def runs(comfy: Comfy, job: Job) -> list[str]:
 
 def job_of(extra_data: dict[str, Any]) -> str | None:
     return (extra_data.get("agentflow") or {}).get("job_id")
-
-
-def runs_now(comfy: Comfy, job: Job) -> None:
-    """Waits until a prompt of this job runs."""
-    eventually(lambda: "" in runs(comfy, job), every_s=0.005)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from agentflow.comfyui import attempt as attempting
 from agentflow.comfyui import pool, preflight, sending, sightings, supervisor
 from agentflow.comfyui.times import Course, Times
 from agentflow.jobs.model import Verdict
-from tests.comfy_support import Studio, code, node, picture, runs, runs_now, stored, studio
+from tests.comfy_support import Studio, code, node, picture, runs, stored, studio
 from tests.comfyui_server import VERSIONS, Comfy, comfyui
 from tests.core_support import read, rows, value
 from tests.one_database import database_url, original
@@ -233,7 +233,7 @@ def test_each_bad_end_has_its_own_name(
 def test_somebody_elses_interruption_is_tried_again(one: Studio, comfy: Comfy) -> None:
     job = one.submit(picture(20))
     attempt = one.begin(job)
-    runs_now(comfy, job)
+    one.at_work(comfy, job)
 
     comfy.worker.interrupt()
 
@@ -368,7 +368,7 @@ def test_a_prompt_that_never_arrived_is_sent_by_the_next_attempt(fault: str, one
 def test_a_render_that_is_lost_in_a_restart_is_begun_anew(one: Studio, comfy: Comfy) -> None:
     job = one.submit(picture(1))
     attempt = one.begin(job)
-    runs_now(comfy, job)
+    one.at_work(comfy, job)
 
     comfy.restart()
 
@@ -396,7 +396,7 @@ def test_while_the_service_is_down_a_render_waits_and_spends_no_attempt(
 def test_a_render_whose_server_goes_away_is_taken_up_when_it_is_back(one: Studio, comfy: Comfy) -> None:
     job = one.submit(picture(1))
     attempt = one.begin(job)
-    runs_now(comfy, job)
+    one.at_work(comfy, job)
 
     comfy.server.hang_up()
 
@@ -425,7 +425,7 @@ def test_a_stuck_server_gets_nothing_more_and_keeps_nothing(one: Studio, comfy: 
 def test_cancelling_interrupts_exactly_this_prompt(one: Studio, comfy: Comfy) -> None:
     job = one.submit(picture(20))
     attempt = one.begin(job)
-    runs_now(comfy, job)
+    one.at_work(comfy, job)
 
     attempt.running.stop("cancelled")
 
@@ -451,7 +451,7 @@ def test_a_cancellation_that_comes_too_late_says_so(one: Studio, comfy: Comfy) -
 def test_a_shutdown_leaves_the_prompt_for_the_next_worker(one: Studio, comfy: Comfy) -> None:
     job = one.submit(picture(0.6))
     attempt = one.begin(job)
-    runs_now(comfy, job)
+    one.at_work(comfy, job)
 
     attempt.running.stop("shutdown")
 
@@ -462,7 +462,7 @@ def test_a_shutdown_leaves_the_prompt_for_the_next_worker(one: Studio, comfy: Co
 def test_the_prompt_of_a_job_that_was_cancelled_while_nobody_ran_it_is_removed(one: Studio, comfy: Comfy) -> None:
     job = one.submit(picture(20))
     attempt = one.begin(job)
-    runs_now(comfy, job)
+    one.at_work(comfy, job)
     attempt.running.stop("shutdown")
     attempt.result()
 

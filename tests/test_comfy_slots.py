@@ -20,7 +20,7 @@ from agentflow.comfyui.servers import Server, parse
 from agentflow.jobs import keys
 from agentflow.jobs.intake import NewJob
 from agentflow.settings import SettingsError, load
-from tests.comfy_support import code, picture, runs, runs_now, studio
+from tests.comfy_support import code, picture, runs, studio
 from tests.comfyui_server import Comfy, comfyui
 from tests.core_support import column, read, rows, value
 from tests.one_database import database_url, original
@@ -177,7 +177,7 @@ def test_a_prompt_of_a_dead_worker_keeps_its_slot_and_is_adopted(
     with studio(environment, conn, two[:1]) as one:
         job, other = one.submit(picture(1)), one.submit(picture(color=1))
         dead = one.begin(job)
-        runs_now(two[0], job)
+        one.at_work(two[0], job)
         dead.running.stop("lost")  # as a worker does whose lease is over
         dead.result()
         one.die(dead.running)
@@ -213,7 +213,7 @@ def test_a_worker_that_has_not_the_server_leaves_its_prompt_to_one_that_has(
     with studio(environment, conn, two[:1]) as one, studio(environment, conn, two[1:]) as other:
         job = one.submit(picture(1))
         attempt = one.begin(job)
-        runs_now(two[0], job)
+        one.at_work(two[0], job)
         attempt.running.stop("shutdown")
         attempt.result()
 
