@@ -90,20 +90,14 @@ parameters = {{ document_id = "{deleted_document}" }}
 include-name = "POST /api/knowledge/documents"
 checks.negative_data_rejection.enabled = false
 
-[[operations]]
-include-name = "DELETE /api/workflows/{{name}}"
-parameters = {{ name = "{deleted_workflow}" }}
-
-# A workflow may have this name, to be looked at and deleted.
-[[operations]]
-include-path = "/api/workflows/check"
-checks.allow_header_conformance.enabled = false
-checks.unsupported_method.enabled = false
-
 # The same of its images.
 [[operations]]
 include-name = "POST /api/renders"
 checks.negative_data_rejection.enabled = false
+
+[[operations]]
+include-name = "DELETE /api/workflows/{{name}}"
+parameters = {{ name = "{deleted_workflow}" }}
 
 # Texts in a form and the bare bytes of an upload mean nothing to the API: there is no wrong file.
 [[operations]]
@@ -130,7 +124,14 @@ def test_the_document_is_valid_and_names_every_route(client: FlaskClient) -> Non
     validate(document)
     said = {(method.upper(), path) for path, operations in document["paths"].items() for method in operations}
     served = {
-        (method, rule.rule.replace("<uuid:", "{").replace("<path:", "{").replace("<", "{").replace(">", "}"))
+        (
+            method,
+            rule.rule.replace("<uuid:", "{")
+            .replace("<path:", "{")
+            .replace("<workflow:", "{")
+            .replace("<", "{")
+            .replace(">", "}"),
+        )
         for rule in client.application.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
         if not rule.rule.startswith(("/docs", "/openapi.json"))
