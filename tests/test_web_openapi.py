@@ -90,14 +90,14 @@ parameters = {{ document_id = "{deleted_document}" }}
 include-name = "POST /api/knowledge/documents"
 checks.negative_data_rejection.enabled = false
 
-[[operations]]
-include-name = "DELETE /api/workflows/{{name}}"
-parameters = {{ name = "{deleted_workflow}" }}
-
 # The same of its images.
 [[operations]]
 include-name = "POST /api/renders"
 checks.negative_data_rejection.enabled = false
+
+[[operations]]
+include-name = "DELETE /api/workflows/{{name}}"
+parameters = {{ name = "{deleted_workflow}" }}
 
 # Texts in a form and the bare bytes of an upload mean nothing to the API: there is no wrong file.
 [[operations]]
@@ -124,7 +124,14 @@ def test_the_document_is_valid_and_names_every_route(client: FlaskClient) -> Non
     validate(document)
     said = {(method.upper(), path) for path, operations in document["paths"].items() for method in operations}
     served = {
-        (method, rule.rule.replace("<uuid:", "{").replace("<path:", "{").replace("<", "{").replace(">", "}"))
+        (
+            method,
+            rule.rule.replace("<uuid:", "{")
+            .replace("<path:", "{")
+            .replace("<workflow:", "{")
+            .replace("<", "{")
+            .replace(">", "}"),
+        )
         for rule in client.application.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
         if not rule.rule.startswith(("/docs", "/openapi.json"))
@@ -280,8 +287,11 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
         body = {"name": name, "graph": render_support.colour()}
         return str(web.http.post("/api/workflows", json=body).json()["name"])
 
+    render = web.http.post("/api/renders", json={"workflow": "smoke"}).json()["id"]
+    web.http.post(f"/api/jobs/{render}/cancel").raise_for_status()  # ended: nobody has to wait for it
+
     return {
-        "render": web.http.post("/api/renders", json={"workflow": "smoke"}).json()["id"],
+        "render": render,
         "workflow": workflow("colour"),
         "deleted_workflow": workflow("unwanted"),
         "endpoint": endpoint,

@@ -367,7 +367,10 @@ def test_a_workflow_is_added_changed_listed_and_deleted(client: FlaskClient) -> 
         problem(client.open(f"/api/workflows/blue{path}", method=method), 404)
     problem(client.get("/api/workflows/smoke?version=9"), 404)
     problem(client.delete("/api/workflows/smoke"), 409)
-    problem(client.post("/api/workflows", json={**BLUE, "name": "smoke"}), 409)
+    for taken in ("smoke", "check"):
+        problem(client.post("/api/workflows", json={**BLUE, "name": taken}), 409)
+    assert client.get("/api/workflows/check").headers["Allow"].replace("HEAD, ", "") == "POST"
+    assert client.get("/api/workflows/checks").status_code == 404
     for cursor in ("x", "MQ", "!!", "99999999999999999999"):
         assert client.get(f"/api/workflows?cursor={cursor}").status_code in (200, 422)
         assert client.get(f"/api/workflows/smoke/versions?cursor={cursor}").status_code in (200, 422)

@@ -22,7 +22,7 @@ from web.problems import Refused, invalid
 
 routes = Routes("workflows")
 
-_WORKFLOW: Final = "/api/workflows/<name>"
+_WORKFLOW: Final = "/api/workflows/<workflow:name>"
 _EXAMPLE: Final[dict[str, Any]] = {
     "graph": {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 255}},

@@ -15,6 +15,8 @@ from agentflow.comfyui.workflows import Definition
 from agentflow.database import Connection
 
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,99}$"
+#: The last word of an operation's address.
+NO_NAME: Final = "check"
 #: Of one organization; names that were deleted count, since their versions are not given again.
 MOST_NAMES: Final = 1000
 #: Of one name; of more, the oldest go.
@@ -22,7 +24,7 @@ MOST_VERSIONS: Final = 200
 
 
 class NameTaken(Exception):
-    """A shipped workflow has this name."""
+    """A shipped workflow has this name, or none may have it."""
 
 
 class TooMany(Exception):
@@ -103,6 +105,8 @@ def save(conn: Connection, organization_id: int, name: str, definition: Definiti
     """The newest version if its content is the same, else a new one: then the second is True. Raises NameTaken, TooMany."""
     if name in shipped():
         raise NameTaken(f"the workflow {name!r} is shipped with AgentFlow; choose another name")
+    if name == NO_NAME:
+        raise NameTaken(f"no workflow can be called {name!r}; choose another name")
     # Two requests at once are numbered one after the other.
     conn.execute("select from agentflow.organizations where id = %s for no key update", (organization_id,))
     newest = conn.execute(
