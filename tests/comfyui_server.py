@@ -158,10 +158,8 @@ class Comfy:
 
     def _spoilt(self, request: Request, reply: Reply) -> Reply:
         body = reply.body if isinstance(reply.body, bytes) else b""
-        headers = {
-            **reply.headers,
-            "Connection": "close",
-        }  # or the next request would go into an end that is on its way
+        # Or the next request would go into an end that is on its way.
+        headers = {**reply.headers, "Connection": "close"}
         if self.strikes("cut", request):
             return Reply(reply.status, body[: len(body) // 2], headers, length=len(body))
         if fault := self.strikes("trickle", request):
