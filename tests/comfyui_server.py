@@ -158,13 +158,13 @@ class Comfy:
 
     def _spoilt(self, request: Request, reply: Reply) -> Reply:
         body = reply.body if isinstance(reply.body, bytes) else b""
+        # Or the next request would go into an end that is on its way.
+        headers = {**reply.headers, "Connection": "close"}
         if self.strikes("cut", request):
-            return Reply(reply.status, body[: len(body) // 2], reply.headers, length=len(body))
+            return Reply(reply.status, body[: len(body) // 2], headers, length=len(body))
         if fault := self.strikes("trickle", request):
             pieces = [body[at : at + len(body) // 20 + 1] for at in range(0, len(body), len(body) // 20 + 1)]
-            return Reply(
-                reply.status, pieces, reply.headers, pause_s=fault.seconds / max(1, len(pieces)), length=len(body)
-            )
+            return Reply(reply.status, pieces, headers, pause_s=fault.seconds / max(1, len(pieces)), length=len(body))
         return reply
 
     # ---- what its parts share ----
