@@ -14,7 +14,7 @@ if "AGENTFLOW_CHILD" not in os.environ:
     if surplus.is_surplus():
         surplus.take_nothing()
     else:
-        from actors import backfill_embeddings, deliver_callback, write_crm  # noqa: F401
+        from actors import backfill_embeddings, comfy_render, deliver_callback, write_crm  # noqa: F401
         from actors.analyze_video import job as analyze_video  # noqa: F401
         from actors.extract_graph import job as extract_graph  # noqa: F401
         from actors.generate_embeddings import job as generate_embeddings  # noqa: F401

@@ -67,18 +67,24 @@ class Head:
 class Connections:
     """The connections of a process to one kind of server, shared by its threads.
 
-    `server` is what errors call it ("the model server"), `code` what their codes begin with.
+    `server` is what errors call it ("the model server"), `code` what their codes begin with. At most `most` at once: who wants
+    one more waits for it.
     """
 
-    def __init__(self, server: str, code: str) -> None:
+    def __init__(self, server: str, code: str, *, most: int = _CONNECTIONS) -> None:
         self._server = server
         self._code = code
+        self._transport = _Transport(most)
         self._client = httpx2.Client(
-            transport=_Transport(),
-            timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            transport=self._transport,
             headers={"User-Agent": USER_AGENT},
             follow_redirects=False,  # the key would travel along
         )
+
+    @property
+    def open(self) -> int:
+        """How many stand now, idle ones among them."""
+        return self._transport.open
 
     @contextmanager
     def send(
@@ -99,11 +105,13 @@ class Connections:
         token = _deadline.set(deadline)
         try:
             deadline.cut(None)
-            with self._client.stream(method, url, headers=dict(headers), **content) as response:
+            # The deadline knows nothing of the wait for a free connection.
+            timeout = httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S, pool=min(total_s, CONNECT_TIMEOUT_S))
+            with self._client.stream(method, url, headers=dict(headers), timeout=timeout, **content) as response:
                 too_large = Transient(f"{self._server}'s answer is too large", code=f"{self._code}_bad_answer")
                 yield Head(response.status_code, response.headers, response.iter_bytes(), too_large)
         except httpx2.TimeoutException as err:
-            unreachable = isinstance(err, httpx2.ConnectTimeout)
+            unreachable = isinstance(err, httpx2.ConnectTimeout | httpx2.PoolTimeout)
             text = f"{self._server} did not answer within {total_s:g} s"
             raise self._no_answer(text, "unreachable" if unreachable else "timeout", sent=not unreachable) from err
         except httpx2.ConnectError as err:
@@ -124,15 +132,19 @@ _deadline: ContextVar[Deadline] = ContextVar("deadline")
 
 
 class _Transport(httpx2.HTTPTransport):
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         super().__init__(verify=_tls())
         self._pool.close()
         self._pool = httpcore2.ConnectionPool(
             ssl_context=_tls(),
-            max_connections=_CONNECTIONS,
+            max_connections=most,
             keepalive_expiry=_IDLE_S,
             network_backend=_Backend(),
         )
+
+    @property
+    def open(self) -> int:
+        return len(self._pool.connections)
 
 
 @functools.cache

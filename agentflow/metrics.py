@@ -10,7 +10,7 @@ import hmac
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -113,6 +113,19 @@ _webhooks_handled = Counter(
     registry=REGISTRY,
 )
 
+_comfyui_connections = Gauge(
+    "agentflow_comfyui_connections",
+    "Open connections of this process to a render server",
+    ("server",),
+    registry=REGISTRY,
+)
+_renders = Counter(
+    "agentflow_renders",
+    "Prompts by how they ended: done, no_output, partly_failed, node_error, out_of_memory, interrupted, timed_out, lost, stuck",
+    ("outcome",),
+    registry=REGISTRY,
+)
+
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -159,6 +172,15 @@ def webhook_received(source: str, verdict: str) -> None:
 
 def webhook_handled(source: str, outcome: str) -> None:
     _webhooks_handled.labels(source, outcome).inc()
+
+
+def comfyui_connections(server: str, count: Callable[[], int]) -> None:
+    """`count` is asked at each scrape; `server` is an address without credentials."""
+    _comfyui_connections.labels(server).set_function(count)
+
+
+def render_ended(outcome: str) -> None:
+    _renders.labels(outcome).inc()
 
 
 def redis_connected(connected: bool) -> None:

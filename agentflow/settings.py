@@ -19,6 +19,7 @@ from urllib.parse import quote, unquote, urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from agentflow import hosting, tls
+from agentflow.comfyui import servers
 from agentflow.embedded import default_home
 from agentflow.tls import Trust
 
@@ -173,6 +174,7 @@ class Settings(BaseModel):
     document_unpacked_bytes: Count = Field(
         200 << 20, description="Most bytes that a DOCX, PPTX or XLSX may have once it is unpacked"
     )
+    render_image_max_bytes: Count = Field(32 << 20, description="Largest image that is given to a render, in bytes")
     document_max_characters: Count = Field(5_000_000, description="Most text of one document, in characters")
     document_memory_mb: Annotated[int, Field(ge=64)] = Field(
         300, description="Most memory of the process that reads a document, in MB (Linux)"
@@ -231,6 +233,18 @@ class Settings(BaseModel):
         7, description="Calls to one Kommo account within a second, over all workers; paid packages allow more"
     )
 
+    comfyui_url: SecretStr | None = Field(
+        None,
+        description="ComfyUI servers for renders, comma-separated; each may have credentials, and `?pool=NAME&slots=2`",
+    )
+    comfyui_timeout: Seconds = Field(
+        300.0, description="Seconds from sending a render until it is interrupted and tried again"
+    )
+    comfyui_poll_interval: Seconds = Field(0.25, description="Seconds between two looks at what became of a render")
+    worker_gpu_lock_timeout: Seconds = Field(
+        30.0, description="Most seconds until a render that waits for a GPU looks again; it is woken when one is free"
+    )
+
     @property
     def embedded_database(self) -> bool:
         return self.database_url is None
@@ -275,6 +289,11 @@ class Settings(BaseModel):
         return key.get_secret_value() if key and self.supabase_url and not self.storage_url else None
 
     @property
+    def comfyui_servers(self) -> tuple[servers.Server, ...]:
+        """The servers of COMFYUI_URL."""
+        return servers.parse(self.comfyui_url.get_secret_value()) if self.comfyui_url else ()
+
+    @property
     def link_secret(self) -> bytes | None:
         """The key material of ENCRYPTION_KEY, 32 bytes."""
         return encryption_key_bytes(self.encryption_key.get_secret_value()) if self.encryption_key else None
@@ -303,6 +322,10 @@ class Settings(BaseModel):
                 raise SettingsError(name.upper(), f"must begin with {' or '.join(s + '://' for s in schemes)}")
         if self.rabbitmq_url is not None and not urlsplit(self.rabbitmq_url.get_secret_value()).hostname:
             raise SettingsError("RABBITMQ_URL", "names no host; it looks like amqps://user:password@host/vhost")
+        try:
+            self.comfyui_servers  # noqa: B018 - read to be checked
+        except ValueError as error:
+            raise SettingsError("COMFYUI_URL", str(error)) from None
         if self.tls_ca_file is not None:
             try:
                 tls.authorities(self.tls_ca_file.get_secret_value())
@@ -380,6 +403,12 @@ _SENSIBLE: dict[str, tuple[float, float, str]] = {
     ),
     "shutdown_grace": (1, 300, "platforms kill after 30 s unless told otherwise"),
     "database_pool_size": (1, 50, "small plans allow 20 connections in all"),
+    "comfyui_poll_interval": (
+        0.1,
+        5,
+        "servers are asked too often, or ends are heard of late where no websocket comes through",
+    ),
+    "worker_gpu_lock_timeout": (5, 120, "renders that wait are woken anyway; more looks are work for nothing"),
 }
 
 

@@ -22,6 +22,7 @@ from agentflow import embedded, log, metrics, schema
 from agentflow.broker import BellBroker, Doorbell, PollingBroker, RabbitBroker
 from agentflow.broker import redis as redis_broker
 from agentflow.calls import Calls
+from agentflow.comfyui.clients import Clients
 from agentflow.connections import Connections
 from agentflow.database import Connection, Database, Unavailable
 from agentflow.jobs import dispatch, intake, records, rules, statistics
@@ -263,6 +264,10 @@ class System:
         return Models(self.settings)
 
     @cached_property
+    def comfyui(self) -> Clients:
+        return Clients(self.settings.comfyui_servers)
+
+    @cached_property
     def crm_connections(self) -> Connections:
         return Connections("Kommo", "crm")
 
@@ -352,6 +357,8 @@ class System:
             self.broker.close()
         if "models" in self.__dict__:
             self.models.close()
+        if "comfyui" in self.__dict__:
+            self.comfyui.close()
         if "crm_connections" in self.__dict__:
             self.crm_connections.close()
         if "embeddings" in self.__dict__:

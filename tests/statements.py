@@ -36,6 +36,9 @@ SHARED: Final = frozenset(
         "paces",
         "embedding_models",
         "prepare_vectors_1",
+        "comfyui_servers",
+        "render_times",
+        "count_gpus_1",
     }
 )
 
@@ -100,6 +103,10 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     'create index concurrently "vectors_near_': "an index over one organization's vectors, whose number is its condition",
     "from (select distinct on (organization_id, key) tokens from agentflow.chunks": "what another embedding model would cost",
     "from agentflow.vectors v where v.model_id = %s and v.vector is not null": "how far the embedding models are filled",
+    "select agentflow.leave_key_": "a running job's key, by id, fence and worker, which only the claim's holder has",
+    "select agentflow.enter_key_": "the same",
+    "from agentflow.renders r join agentflow.jobs j": "what is left on a server, whoever's it was",
+    "(select count(*) from agentflow.renders r where r.server": "how many renders each server has, whoever's they are",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
 }
 

@@ -20,7 +20,7 @@ from agentflow.jobs.intake import NewJob
 from agentflow.knowledge import graph
 from agentflow.organizations import SCOPES, Scope
 from agentflow.system import System
-from tests import graph_support, statements
+from tests import graph_support, render_support, statements
 from tests.calendar_support import cleaned_up
 from tests.conftest import ADMIN_KEY, RECORDER
 from tests.statements import IN_REQUESTS, SYSTEM_WIDE, Statement, problem_of
@@ -91,7 +91,11 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
     config = {"account_id": str(uuid4())}
     endpoint = owner.client.post("/api/webhook-endpoints", json={"source": "kommo", "name": "x", "config": config}).json
     event = owner.client.post(endpoint["path"], data=b"leads[add][0][id]=1").json
+    render = owner.client.post("/api/renders", json={"workflow": "smoke"}).json
+    workflow = owner.client.post("/api/workflows", json={**BODIES["/api/workflows"], "name": f"w-{uuid4()}"}).json
     return {
+        "render_id": render["id"],
+        "name": workflow["name"],
         "endpoint_id": endpoint["id"],
         "event_id": event["event_id"],
         "schedule_id": schedule["id"],
@@ -133,6 +137,9 @@ BODIES: dict[str, Any] = {
     "/api/crm/accounts/{account_id}/tasks": {"items": [{"text": "x"}]},
     "/api/crm/accounts/{account_id}/notes": {"items": [{"params": {"text": "x"}}]},
     "/api/crm/authorizations": {},
+    "/api/renders": {"workflow": "smoke"},
+    "/api/workflows": {"name": "colour", "graph": render_support.colour()},
+    "/api/workflows/check": {"workflow": "smoke"},
     "/api/webhook-endpoints": {"source": "github", "name": "x"},
     "/api/webhook-endpoints/{endpoint_id}": {"name": "x", "config": {"account_id": str(uuid4())}},
     "/api/webhook-endpoints/{endpoint_id}/rotate": {"kind": "token"},
@@ -244,7 +251,7 @@ def snapshot(conn: psycopg.Connection) -> list[int]:
     )
     tables += (*graph_support.TABLES, "graph_types")
     tables += ("pauses", "caps", "rate_limits", "budgets")
-    tables += ("webhook_endpoints", "webhook_credentials", "webhook_events", "chunks")
+    tables += ("webhook_endpoints", "webhook_credentials", "webhook_events", "chunks", "workflows")
     return [count(conn, table) for table in tables]
 
 

@@ -17,7 +17,7 @@ from openapi_spec_validator import validate
 
 from agentflow.jobs import records
 from agentflow.system import System
-from tests import graph_support
+from tests import graph_support, render_support
 from tests.conftest import ADMIN_KEY
 from tests.processes import BIN
 from tests.web_support import Web, client, count, gunicorn, run
@@ -45,6 +45,8 @@ to_id = "{to_id}"
 account_id = "{account}"
 endpoint_id = "{endpoint}"
 event_id = "{event}"
+render_id = "{render}"
+name = "{workflow}"
 
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "302", "400", "401", "403", "404", "408", "409", "413", "414", "416", "422", "431"]
@@ -88,6 +90,15 @@ parameters = {{ document_id = "{deleted_document}" }}
 include-name = "POST /api/knowledge/documents"
 checks.negative_data_rejection.enabled = false
 
+# The same of its images.
+[[operations]]
+include-name = "POST /api/renders"
+checks.negative_data_rejection.enabled = false
+
+[[operations]]
+include-name = "DELETE /api/workflows/{{name}}"
+parameters = {{ name = "{deleted_workflow}" }}
+
 # Texts in a form and the bare bytes of an upload mean nothing to the API: there is no wrong file.
 [[operations]]
 include-name = "POST /api/videos"
@@ -113,7 +124,14 @@ def test_the_document_is_valid_and_names_every_route(client: FlaskClient) -> Non
     validate(document)
     said = {(method.upper(), path) for path, operations in document["paths"].items() for method in operations}
     served = {
-        (method, rule.rule.replace("<uuid:", "{").replace("<path:", "{").replace("<", "{").replace(">", "}"))
+        (
+            method,
+            rule.rule.replace("<uuid:", "{")
+            .replace("<path:", "{")
+            .replace("<workflow:", "{")
+            .replace("<", "{")
+            .replace(">", "}"),
+        )
         for rule in client.application.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
         if not rule.rule.startswith(("/docs", "/openapi.json"))
@@ -265,7 +283,17 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
     def document() -> str:
         return str(web.http.post("/api/knowledge/documents", json={"text": "A text."}).json()["document_id"])
 
+    def workflow(name: str) -> str:
+        body = {"name": name, "graph": render_support.colour()}
+        return str(web.http.post("/api/workflows", json=body).json()["name"])
+
+    render = web.http.post("/api/renders", json={"workflow": "smoke"}).json()["id"]
+    web.http.post(f"/api/jobs/{render}/cancel").raise_for_status()  # ended: nobody has to wait for it
+
     return {
+        "render": render,
+        "workflow": workflow("colour"),
+        "deleted_workflow": workflow("unwanted"),
         "endpoint": endpoint,
         "event": web.http.post(path, content=b"leads[add][0][id]=1").json()["event_id"],
         "token": path.rpartition("/")[2],

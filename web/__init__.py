@@ -12,8 +12,10 @@ import time
 from typing import Final
 
 from flask import Flask, Response, g, request
+from werkzeug.routing import BaseConverter
 
 from agentflow import metrics
+from agentflow.comfyui.versions import NO_NAME
 from agentflow.system import System
 from web import (
     artefacts,
@@ -28,6 +30,7 @@ from web import (
     knowledge,
     organizations,
     problems,
+    renders,
     rules,
     schedules,
     search,
@@ -35,6 +38,7 @@ from web import (
     videos,
     webhook_events,
     webhooks,
+    workflows,
 )
 from web.access import Access
 from web.api import Services, mount
@@ -46,12 +50,19 @@ __all__ = ["create_app"]
 ANSWER_TIMEOUT_S: Final = 8.0
 
 
+class _WorkflowName(BaseConverter):
+    """Any but the one that is an operation: else a GET of it would be a look at a workflow."""
+
+    regex = f"(?!{NO_NAME}$)[^/]+"
+
+
 def create_app(system: System) -> Flask:
     """A WSGI application over `system`. Connects to nothing before the first request that needs it."""
     system.database.answer_timeout_s = ANSWER_TIMEOUT_S
     app = Flask("web", static_folder=None)
     app.url_map.merge_slashes = False  # a key with `//` is another key, not a redirect
     app.url_map.strict_slashes = False
+    app.url_map.converters["workflow"] = _WorkflowName
     app.extensions["agentflow"] = services = Services(system, Access(system), Seats(system))
     app.before_request(_begin)
     app.after_request(_end)
@@ -59,6 +70,7 @@ def create_app(system: System) -> Flask:
     groups = (
         *(jobs.routes, callbacks.routes, videos.routes, knowledge.routes, graph.routes, artefacts.routes),
         *(search.routes, embedding_models.routes),
+        *(renders.routes, workflows.routes),
         *(endpoints.routes, webhook_events.routes, webhooks.routes),
         *(crm.routes, crm_oauth.routes, schedules.routes),
         *(organizations.routes, rules.routes, status.system_routes, status.open_routes),

@@ -236,6 +236,11 @@ def read_json(model: type[Model], max_bytes: int = MAX_JSON_BYTES) -> Model:
         raise Refused(
             415, "the body must be JSON: Content-Type: application/json", headers={"Accept": "application/json"}
         )
+    return parse_json(model, data)
+
+
+def parse_json(model: type[Model], data: bytes) -> Model:
+    """Raises Refused: 400 when it is no JSON, 422 when it is JSON of the wrong shape."""
     try:
         # pydantic alone would take NaN and Infinity, which are no JSON and no jsonb.
         parsed = from_json(data, allow_inf_nan=False, cache_strings="none")

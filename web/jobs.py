@@ -575,8 +575,9 @@ def with_links(call: Call, value: Any, organization_id: int) -> Any:
     if not isinstance(value, dict):
         return value
     copy = {name: with_links(call, each, organization_id) for name, each in value.items()}
-    key = value.get("key")
-    if isinstance(key, str) and key.startswith(f"o/{organization_id}/"):
-        with suppress(ValueError):  # not a key after all
-            copy["url"] = call.system.links.sign(key)
+    for name, link in (("key", "url"), ("thumbnail_key", "thumbnail_url")):
+        key = value.get(name)
+        if isinstance(key, str) and key.startswith(f"o/{organization_id}/"):
+            with suppress(ValueError):  # not a key after all
+                copy[link] = call.system.links.sign(key)
     return copy

@@ -19,6 +19,7 @@ _ARGUMENT: Final = re.compile(r"<(?:(\w+):)?(\w+)>")
 _ARGUMENT_SCHEMAS: Final[Mapping[str, Mapping[str, str]]] = {
     "uuid": {"type": "string", "format": "uuid"},
     "path": {"type": "string"},
+    "workflow": {"type": "string"},
     "": {"type": "string"},
 }
 #: What any operation may answer: 400 is said by the server of a request that is no HTTP.

@@ -24,6 +24,7 @@ from agentflow.cli.groups import (
     schedules,
     videos,
     webhooks,
+    workflows,
 )
 
 
@@ -82,6 +83,7 @@ for _command in (
     callbacks.callbacks,
     webhooks.webhooks,
     webhooks.rotate_key,
+    workflows.workflows,
     crm.crm,
     knowledge.knowledge,
     graph.graph,

@@ -41,7 +41,7 @@ def claim_keyed(conn: Connection, ids: Sequence[UUID], worker: UUID, lease_s: fl
     The jobs returned may be others than those named: a message rings for its key.
     """
     rows = conn.execute(
-        f"select {JOB_COLUMNS} from agentflow.claim_keyed_1(%s, %s, make_interval(secs => %s)) j",  # noqa: S608
+        f"select {JOB_COLUMNS} from agentflow.claim_keyed_2(%s, %s, make_interval(secs => %s)) j",  # noqa: S608
         (sorted(set(ids)), worker, lease_s),
     ).fetchall()
     return [job_from_row(row) for row in rows]

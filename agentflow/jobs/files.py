@@ -26,6 +26,7 @@ _AGAIN_S: Final = 60.0
 _NAMED_AGAIN: Final = timedelta(days=1)
 #: A file of this age without a row was left by a process that died before it wrote the row.
 _ORPHAN_AGE: Final = timedelta(days=1)
+_OF_A_RENDER: Final = re.compile(r"o/(\d{1,18})/renders/([0-9a-f-]{36})/.+", re.DOTALL)
 _OF_A_VIDEO: Final = re.compile(r"o/(\d{1,18})/videos/([0-9a-f-]{36})/(?:([0-9a-f-]{36})/.+|source[^/]*)", re.DOTALL)
 
 
@@ -34,6 +35,16 @@ class Doomed:
     """A file, or everything below a folder: then the key ends in a slash."""
 
     organization_id: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """The row that a file in storage belongs to; `key` is what goes with it, the file or its folder."""
+
+    table: str
+    organization_id: int
+    id: UUID
     key: str
 
 
@@ -86,7 +97,7 @@ def overdue(conn: Connection) -> int:
 
 
 def orphans(database: Database, storage: Storage, *, now: datetime | None = None) -> Iterator[Doomed]:
-    """Files of videos and their analyses that have no row, and had a day to get one. Others' files are not looked at.
+    """Files of videos, their analyses and renders that have no row, and had a day to get one. Others' files are not looked at.
 
     Raises StorageError.
     """
@@ -134,18 +145,27 @@ def _named(conn: Connection, doomed: Iterable[Doomed]) -> set[Doomed]:
 
 
 def _without_rows(conn: Connection, stored: Iterable[Stored]) -> list[Doomed]:
-    found = [(match, each.key) for each in stored if (match := _OF_A_VIDEO.fullmatch(each.key))]
-    of_jobs = {(int(match[1]), UUID(match[3])) for match, _ in found if match[3] and _is_id(match[3])}
-    of_videos = {(int(match[1]), UUID(match[2])) for match, _ in found if not match[3] and _is_id(match[2])}
-    gone = of_jobs - _known(conn, "jobs", of_jobs) | of_videos - _known(conn, "videos", of_videos)
-    doomed = {}
-    for match, key in found:
-        id = match[3] or match[2]
-        if _is_id(id) and (int(match[1]), UUID(id)) in gone:
-            # An analysis has dozens of files in one folder.
-            name = f"o/{match[1]}/videos/{match[2]}/{match[3]}/" if match[3] else key
-            doomed[name] = Doomed(int(match[1]), name)
-    return list(doomed.values())
+    owners = dict.fromkeys(owner for each in stored if (owner := _owner_of(each.key)) is not None)
+    rows = {
+        table: _known(conn, table, {(owner.organization_id, owner.id) for owner in owners if owner.table == table})
+        for table in ("jobs", "videos")
+    }
+    return [
+        Doomed(owner.organization_id, owner.key)
+        for owner in owners
+        if (owner.organization_id, owner.id) not in rows[owner.table]
+    ]
+
+
+def _owner_of(key: str) -> _Owner | None:
+    if (match := _OF_A_RENDER.fullmatch(key)) and _is_id(match[2]):
+        return _Owner("jobs", int(match[1]), UUID(match[2]), f"o/{match[1]}/renders/{match[2]}/")
+    match = _OF_A_VIDEO.fullmatch(key)
+    if match is None or not _is_id(match[3] or match[2]):
+        return None
+    if match[3]:  # an analysis has dozens of files in one folder
+        return _Owner("jobs", int(match[1]), UUID(match[3]), f"o/{match[1]}/videos/{match[2]}/{match[3]}/")
+    return _Owner("videos", int(match[1]), UUID(match[2]), key)
 
 
 def _is_id(text: str) -> bool:

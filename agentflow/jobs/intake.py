@@ -78,7 +78,7 @@ class Prepared:
     payload: str
     max_attempts: int
     time_limit_s: float
-    concurrency: tuple[str, int] | None
+    concurrency: tuple[str, int | None] | None
     then_jobs: str | None
     request_hash: bytes
     unique: Unique | None = None
@@ -456,17 +456,20 @@ def _insert(
     return [jobs[p.id] for p in prepared], rings
 
 
-def _name_slots(conn: Connection, slots: dict[str, int]) -> None:
-    """Write a key's number of slots where it changed. Read first: ON CONFLICT DO UPDATE locks the row even when equal."""
+def _name_slots(conn: Connection, slots: dict[str, int | None]) -> None:
+    """Write a key's number of slots where it changed. Read first: ON CONFLICT DO UPDATE locks the row even when equal.
+
+    None: others count them; a key that nobody has counted yet has one.
+    """
     known = dict(
         conn.execute(
             "select key, slots from agentflow.concurrency_keys where key = any (%s)", (list(slots),)
         ).fetchall()
     )
     for key, number in sorted(slots.items()):
-        if known.get(key) != number:
+        if key not in known or number not in (None, known[key]):
             conn.execute(
-                "insert into agentflow.concurrency_keys (key, slots) values (%s, %s)"
-                " on conflict (key) do update set slots = excluded.slots",
-                (key, number),
+                "insert into agentflow.concurrency_keys as k (key, slots) values (%(key)s, coalesce(%(slots)s, 1))"
+                " on conflict (key) do update set slots = coalesce(%(slots)s, k.slots)",
+                {"key": key, "slots": number},
             )

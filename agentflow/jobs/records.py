@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -61,6 +62,19 @@ def search(
         sql.SQL(_LISTED), sql.SQL(" and ").join(clauses)
     )
     return [job_from_row(row) for row in conn.execute(query, values).fetchall()]
+
+
+def arguments(
+    conn: Connection, organization_id: int | None, ids: list[UUID], names: Sequence[str]
+) -> dict[UUID, dict[str, Any]]:
+    """Of listed jobs, these fields of their payloads."""
+    rows = conn.execute(
+        "select j.id, (select jsonb_object_agg(f.key, f.value) from jsonb_each(j.payload) f where f.key = any (%(names)s))"
+        " from agentflow.jobs j where j.id = any (%(ids)s)"
+        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)",
+        {"ids": ids, "organization": organization_id, "names": list(names)},
+    ).fetchall()
+    return {row[0]: row[1] or {} for row in rows}
 
 
 def attempts(conn: Connection, job_id: UUID, organization_id: int | None = EVERY_ORGANIZATION) -> list[Attempt]:

@@ -66,10 +66,10 @@ class JobFunction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JobType:
-    """One kind of work. `concurrency` gives a scarce resource's key and its slots, or None; `process_limit` the most of this
-    type that one worker process runs at once; `head_start_s` by how much it comes before others of its class. Work that is
-    not `repeatable` is stopped when the worker's lease runs out by its own clock; other work goes on, since its finish is
-    fenced."""
+    """One kind of work. `concurrency` gives a scarce resource's key and its slots (None: others count them), or None;
+    `process_limit` the most of this type that one worker process runs at once; `head_start_s` by how much it comes before
+    others of its class. Work that is not `repeatable` is stopped when the worker's lease runs out by its own clock; other work
+    goes on, since its finish is fenced."""
 
     name: str
     function: JobFunction
@@ -79,7 +79,7 @@ class JobType:
     time_limit_s: float
     priority: Priority
     head_start_s: HeadStart
-    concurrency: Callable[[Any], tuple[str, int] | None]
+    concurrency: Callable[[Any], tuple[str, int | None] | None]
     process_limit: Callable[[Settings], int] | None
     rate: Rate | None
     unique: Callable[[Any], Unique | None]
@@ -113,7 +113,7 @@ def job(
     time_limit_s: float = 600.0,
     priority: Priority = "default",
     head_start_s: HeadStart = 0,
-    concurrency: Callable[[P], tuple[str, int] | None] = no_concurrency,
+    concurrency: Callable[[P], tuple[str, int | None] | None] = no_concurrency,
     process_limit: Callable[[Settings], int] | None = None,
     rate: Rate | None = None,
     unique: Callable[[P], Unique | None] = lambda _: None,

@@ -69,6 +69,10 @@ class Waits:
     def for_key(self, line: KeyLine) -> None:
         key = self._job.concurrency_key
         held = [r for r in self._picture.running if r.concurrency_key == key]
+        if not line.slots:  # for now, and nobody knows until when
+            self.busy = True
+            self._waits_s.append(None)
+            return
         self._add(line.slots, held, line.ahead, self._work_s(line.ahead, line.types))
 
     def _for_a_thread(self) -> float | None:

@@ -55,8 +55,8 @@ class Retries(Layer):
         job = running.job
         try:
             return Verdict(*running.key, "succeeded", result=call())
-        except Stopped:
-            return self.verdict_for_stop(running)
+        except Stopped as stopped:
+            return self.verdict_for_stop(running, stopped.note)
         except (Wait, *Unavailable) as error:
             return self.verdict_for_wait(running, error)
         except Permanent as error:
@@ -86,12 +86,13 @@ class Retries(Layer):
         return Verdict(*running.key, "wait", delay_s=_DATABASE_AWAY_S, reason="database", error=described(error))
 
     @staticmethod
-    def verdict_for_stop(running: Running) -> Verdict:
+    def verdict_for_stop(running: Running, note: str | None = None) -> Verdict:
         """How a job ends that was stopped from outside."""
         if running.stop_reason == "cancelled":
-            return Verdict(*running.key, "cancelled", error=_say("cancelled", "Cancelled while it was running."))
+            said = " ".join(filter(None, ["Cancelled while it was running.", note]))
+            return Verdict(*running.key, "cancelled", error=_say("cancelled", said))
         if running.stop_reason == "time_limit":
-            limit = f"{running.job.time_limit_s:g}"
+            limit = f"{running.limit_s:g}"
             error = _say("time_limit", f"The job ran longer than its time limit of {limit} s and was stopped.")
             return Verdict(*running.key, "retry", delay_s=retry_delay_s(running), reason="retry", error=error)
         return Verdict(*running.key, "handback")  # shut down, or the lease is lost (then nothing is written at all)
@@ -153,7 +154,7 @@ class TimeLimits(Layer):
     """
 
     def around(self, running: Running, call: Call) -> Any:
-        running.deadline = time.monotonic() + running.job.time_limit_s
+        running.deadline = time.monotonic() + running.limit_s
         try:
             return running.call(call)
         finally:

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from agentflow import log
@@ -27,11 +27,15 @@ StopReason = Literal["cancelled", "time_limit", "shutdown", "lost"]
 
 
 class Stopped(BaseException):
-    """Raised inside a job's function when it has to end now. Not an Exception, so that handlers of errors let it pass."""
+    """Raised inside a job's function when it has to end now. Not an Exception, so that handlers of errors let it pass.
 
-    def __init__(self, reason: StopReason | None = None) -> None:
+    `note`: what whoever asked for the end should know of it.
+    """
+
+    def __init__(self, reason: StopReason | None = None, note: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.note = note
 
 
 class Running:
@@ -42,6 +46,7 @@ class Running:
         self.repeatable: Final = repeatable
         self.lease_ends = lease_ends  # by time.monotonic(), counted from before the renewing statement was sent
         self.started: Final = time.monotonic()
+        self._limit_s: float | None = None  # where it is shorter than its type's
         self.deadline: float | None = None
         self.stop_reason: StopReason | None = None
         self.stopped_at: float | None = None
@@ -58,8 +63,18 @@ class Running:
         self._spent_saved: dict[str, float] = {}
 
     @property
+    def limit_s(self) -> float:
+        """Of this attempt."""
+        return self.job.time_limit_s if self._limit_s is None else self._limit_s
+
+    @property
     def key(self) -> Claim:
         return self.job.id, self.job.fence
+
+    def shorten(self, limit_s: float) -> None:
+        if self.deadline is not None and limit_s < self.limit_s:
+            self.deadline -= self.limit_s - limit_s
+            self._limit_s = limit_s
 
     def report(self, fraction: float, stage: str | None) -> None:
         self._progress = Progress(min(1.0, max(0.0, fraction)), stage)
@@ -167,7 +182,7 @@ class Running:
         while not self._close():
             pass
         if error is not None:
-            raise Stopped(self.stop_reason) if isinstance(error, Stopped) else error
+            raise Stopped(self.stop_reason, error.note) if isinstance(error, Stopped) else error
         return outcome
 
     def _close(self) -> bool:
@@ -242,9 +257,17 @@ class JobContext:
         """The service answered well, and said that its credential has no call left for so long."""
         self.system.calls.exhausted(service, for_s)
 
+    def limit(self, seconds: float) -> None:
+        """Have this attempt end by its time limit after so long, where that is sooner than its type's limit."""
+        self._running.shorten(seconds)
+
     def sleep(self, seconds: float) -> None:
         """Sleep at most so long; raises Stopped when the job has to end."""
         self._running.wait(seconds)
+
+    def shielded(self) -> AbstractContextManager[None]:
+        """For work that must know where it stopped: inside, the job's end is heard of from `check` and `progress` alone."""
+        return self._running.shielded()
 
     def run_child(self, target: str, /, *, on_note: Callable[[Any], None] | None = None, **arguments: Any) -> Any:
         """Run `module:function(report=…, **arguments)` in a child process that dies with this job; returns its result.

@@ -18,9 +18,10 @@ import structlog
 
 from agentflow import __version__, log, metrics
 from agentflow.broker import DeliveredMessage, PolledMessage
+from agentflow.comfyui.keeper import Keeper
 from agentflow.database import Unavailable
 from agentflow.errors import Wait
-from agentflow.jobs import dispatch, leases, registry
+from agentflow.jobs import dispatch, leases, records, registry
 from agentflow.jobs.model import QUEUES, Ring, Settled, State, Verdict
 from agentflow.live import Finished
 from agentflow.system import System
@@ -126,12 +127,22 @@ class Runtime:
             after=self._after_rescue,
             besides=self.observer.step,
         )
+        self.gpus = Keeper(
+            system.database,
+            system.comfyui,
+            look_again_s=settings.worker_gpu_lock_timeout,
+            ring=lambda conn, ids: system.publisher.ring(records.rings_for(conn, ids)),
+        )
         self.watchdog = Watchdog(
             held=self.held,
             publish=system.publisher.progress,
             stuck=self._replace_process,
             grace_s=stuck_grace_s,
         )
+
+    @property
+    def _renders(self) -> bool:
+        return "gpu" in self.queues and bool(self.system.settings.comfyui_servers)
 
     # ---- life ----
 
@@ -149,6 +160,8 @@ class Runtime:
         metrics.known_types(registry.every())
         for part in (self.heart, self.claimer, self.settler, self.relay, self.rescue, self.watchdog):
             part.start()
+        if self._renders:
+            self.gpus.start()
         logger.info("worker ready", worker=str(self.id), threads=self.threads, queues=",".join(self.queues))
 
     def drain(self, grace_s: float) -> bool:
@@ -180,7 +193,7 @@ class Runtime:
         for running in stuck:
             self._give_up(running, Verdict(*running.key, "handback"))
         self.settler.flush(_HAND_BACK_S / 2)
-        for part in (self.relay, self.rescue, self.settler, self.heart):
+        for part in (self.relay, self.rescue, self.settler, self.heart, *([self.gpus] if self._renders else [])):
             part.stop(timeout_s=1.0)
         self.watchdog.stop()
         self._retire()

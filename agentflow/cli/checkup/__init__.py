@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from agentflow import embedded, settings
 from agentflow.cli import output
-from agentflow.cli.checkup import machine, postgres, processes, rabbitmq, redis, storage
+from agentflow.cli.checkup import comfyui, machine, postgres, processes, rabbitmq, redis, storage
 from agentflow.cli.checkup.report import Remark, Report, Wrong
 from agentflow.cli.errors import WRONG, Failure
 from agentflow.system import System
@@ -44,6 +44,8 @@ def doctor() -> None:
             report.run("redis", lambda: redis.server(system))
         if read.rabbitmq_url is not None:
             report.run("rabbitmq", lambda: rabbitmq.server(system))
+        if read.comfyui_servers:
+            report.run("comfyui", lambda: comfyui.servers(system))
         report.run("storage", lambda: storage.round_trip(system))
         report.run("web", lambda: machine.web(read))
     finally:

@@ -96,9 +96,9 @@ def _secrets(read: Settings) -> set[str]:
         if not isinstance(value, SecretStr):
             continue
         text = value.get_secret_value()
-        if "://" in text:
+        for url in (text, *text.split(",")) if "://" in text else ():  # one, or a list of them
             with suppress(ValueError):
-                password = urlsplit(text).password
+                password = urlsplit(url.strip()).password
                 if password:
                     found |= {password, unquote(password)}
         found.add(text)
