@@ -22,6 +22,7 @@ from agentflow.cli.groups import (
     processes,
     rules,
     schedules,
+    telegram,
     videos,
     webhooks,
 )
@@ -83,6 +84,7 @@ for _command in (
     webhooks.webhooks,
     webhooks.rotate_key,
     crm.crm,
+    telegram.telegram,
     knowledge.knowledge,
     graph.graph,
     checks.doctor,
