@@ -14,7 +14,7 @@ from agentflow.telegram.client import Refused
 from agentflow.telegram.conversation import correlation_of
 from agentflow.telegram.pictures import NotAPicture
 from agentflow.telegram.requests import Request
-from agentflow.telegram.workflow import render_of
+from agentflow.telegram.workflow import IMAGES, render_of
 from agentflow.worker.running import JobContext
 
 
@@ -82,6 +82,8 @@ def _handed_in(context: JobContext, request: Request) -> dict[str, Any] | None:
             logger.error("the bot's render cannot be handed in: see TELEGRAM_WORKFLOW", error=str(error))
             return _refuse(transaction, locked, "failed_refused")
         requests.renders(transaction.conn, locked, job_id)
+        if len(keys) > len(IMAGES):
+            _say(transaction, locked, "too_many", n=len(IMAGES))
         transaction.submit(locked.organization_id, NewJob("telegram_follow", payload, correlation_id=correlation))
         return {"render_job_id": str(job_id)}
 
@@ -102,10 +104,10 @@ def _refuse(transaction: Transaction, request: Request, name: str) -> dict[str, 
     return {"refused": name}
 
 
-def _say(transaction: Transaction, request: Request, name: str) -> None:
+def _say(transaction: Transaction, request: Request, name: str, **values: object) -> None:
     said = {
         "chat_id": request.chat_id,
-        "text": texts.say(name, request.language),
+        "text": texts.say(name, request.language, **values),
         "reply_to": request.message_id,
     }
     transaction.submit(request.organization_id, NewJob("telegram_say", said))

@@ -26,6 +26,10 @@ _SAID: Final[dict[str, tuple[str, str]]] = {
         "This file is larger than the 20 MB that Telegram gives to bots. A smaller one, please.",
         "Этот файл больше 20 МБ: столько Telegram ботам не отдаёт. Пришлите поменьше, пожалуйста.",
     ),
+    "too_many": (
+        "Of an album I take the first {n} pictures.",
+        "Из альбома я беру первые картинки, не больше {n}.",
+    ),
     "not_a_picture": (
         "This is no picture that I can read. I take JPEG, PNG and WebP.",
         "Это не картинка, которую я могу прочесть. Я понимаю JPEG, PNG и WebP.",
@@ -70,6 +74,7 @@ _OF_ERRORS: Final = {
     "render_timeout": "failed_timeout",
     "time_limit": "failed_timeout",
     "render_refused": "failed_refused",
+    "render_invalid": "failed_refused",
 }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
+
+#: The workflow's names for the pictures of an album, in their order; there are no more places than these.
+IMAGES: Final = ("image", "image2", "image3")
 
 
 def render_of(workflow: str, prompt: str, keys: Sequence[str]) -> dict[str, Any]:
-    """No seed is named: each render draws its own. The first picture is the workflow's `image`, further ones of an album are its
-    `image2`, `image3` …"""
-    images = {f"image{number}" if number > 1 else "image": {"artefact": key} for number, key in enumerate(keys, 1)}
+    """Of the first pictures, for which there are places. No seed is named: each render draws its own."""
+    images = {name: {"artefact": key} for name, key in zip(IMAGES, keys, strict=False)}
     return {"workflow": workflow, "parameters": {"prompt": prompt}, "images": images}
