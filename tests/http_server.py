@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, parse_qsl, urlsplit
 
@@ -45,22 +46,50 @@ class Reply:
     reset: bool = False
     # Sent as they are in place of status line, headers and body: for answers that are no HTTP, or trickle their head.
     raw: Iterable[bytes] | None = None
+    # Gets the connection in place of an answer, until it returns: for protocols that begin as HTTP.
+    takeover: Callable[[socket.socket], None] | None = None
 
 
 Script = Reply | Callable[[Request], Reply]
 
 
 class Server:
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
         self.host = host
-        self.port = port
-        self.scheme = "http"
+        self.port = port  # 0: a free one, from the first listen() on
+        self.tls = tls
+        self.scheme = "http" if tls is None else "https"
         self.requests: list[Request] = []
         self.connections = 0
+        self.open_now = 0
+        self.open_most = 0
         self.server_names: list[str | None] = []  # what TLS clients asked for (SNI)
         self.stopping = threading.Event()
         self._scripts: dict[str, list[Script]] = {}
         self._lock = threading.Lock()
+        self._listener: _Listener | None = None
+        if tls is not None:
+            tls.sni_callback = lambda _socket, name, _context: self.server_names.append(name)
+
+    def listen(self) -> None:
+        self.stopping = threading.Event()
+        self._listener = _Listener(self)
+        self.port = self._listener.server_address[1]
+        serving = partial(self._listener.serve_forever, poll_interval=0.02)
+        threading.Thread(target=serving, daemon=True).start()
+
+    def hang_up(self) -> None:
+        """Nobody can connect until the next listen(), which takes the same port; open connections are closed."""
+        self.stopping.set()
+        if (listener := self._listener) is not None:
+            self._listener = None
+            listener.shutdown()
+            listener.server_close()
+            for connection in list(listener.connections):
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
+                with suppress(OSError):
+                    connection.close()
 
     @property
     def netloc(self) -> str:
@@ -88,57 +117,63 @@ class Server:
         return replies.pop(0) if len(replies) > 1 else replies[0]
 
 
+class _Listener(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    block_on_close = False
+    allow_reuse_address = True
+    request_queue_size = 64
+
+    def __init__(self, server: Server) -> None:
+        self.address_family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+        self.server = server
+        self.connections: set[socket.socket] = set()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            # Head and body are two writes: without this the second waits for the client's delayed ACK, 40 ms.
+            disable_nagle_algorithm = True
+
+            def handle_any(self) -> None:
+                _handle(self, server)
+
+            do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = handle_any
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        super().__init__((server.host, server.port), Handler)
+
+    def get_request(self) -> tuple[socket.socket, object]:
+        connection, address = super().get_request()
+        if self.server.tls is not None:
+            # The handshake happens in the thread of the connection, at its first read.
+            connection = self.server.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        self.connections.add(connection)
+        with self.server._lock:
+            self.server.connections += 1
+            self.server.open_now += 1
+            self.server.open_most = max(self.server.open_most, self.server.open_now)
+        return connection, address
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        with self.server._lock:
+            self.server.open_now -= 1
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # a client that hangs up is what these tests are about
+
+
 @contextmanager
-def serve(*, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> Iterator[Server]:
-    """Serve on a free port of `host` until the block ends; connections still open are closed then."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def handle_any(self) -> None:
-            _handle(self, server)
-
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = handle_any
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    class Listener(socketserver.ThreadingTCPServer):
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        daemon_threads = True
-        block_on_close = False
-        request_queue_size = 64
-
-        def get_request(self) -> tuple[socket.socket, object]:
-            connection, address = super().get_request()
-            server.connections += 1
-            if tls is not None:
-                # The handshake happens in the thread of the connection, at its first read.
-                connection = tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-            open_connections.append(connection)
-            return connection, address
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            pass  # a client that hangs up is what these tests are about
-
-    open_connections: list[socket.socket] = []
-    listener = Listener((host, 0), Handler)
-    server = Server(host, listener.server_address[1])
-    if tls is not None:
-        server.scheme = "https"
-        tls.sni_callback = lambda _socket, name, _context: server.server_names.append(name)
-    thread = threading.Thread(target=lambda: listener.serve_forever(poll_interval=0.02), daemon=True)
-    thread.start()
+def serve(*, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
+    """Serve on a port of `host`, a free one if it is 0, until the block ends; connections still open are closed then."""
+    server = Server(host, port, tls)
+    server.listen()
     try:
         yield server
     finally:
-        server.stopping.set()
-        listener.shutdown()
-        listener.server_close()
-        for connection in open_connections:
-            with suppress(OSError):
-                connection.close()
-        thread.join(5)
+        server.hang_up()
 
 
 def _handle(handler: BaseHTTPRequestHandler, server: Server) -> None:
@@ -153,6 +188,11 @@ def _handle(handler: BaseHTTPRequestHandler, server: Server) -> None:
         pairs=parse_qsl(address.query, keep_blank_values=True),
     )
     reply = server.answer(request)
+    if reply.takeover is not None:
+        handler.close_connection = True
+        with suppress(OSError):
+            reply.takeover(handler.connection)
+        return
     with suppress(OSError):
         _send(handler, server, request, reply)
     handler.wfile.flush()
