@@ -10,7 +10,7 @@ from PIL import Image
 
 from agentflow.errors import Permanent, Transient
 from agentflow.jobs import registry
-from agentflow.jobs.registry import Payload, job
+from agentflow.jobs.registry import Payload, RetryClass, job
 from agentflow.worker.running import JobContext
 
 TYPE = "comfy_render"
@@ -56,4 +56,4 @@ def picture(colour: int, format: str = "PNG") -> bytes:
 def install() -> None:
     """In this process renders are these."""
     registry._types.pop(TYPE, None)
-    job(TYPE, payload=Render, queue="gpu", time_limit_s=60.0)(render)
+    job(TYPE, payload=Render, queue="gpu", retry=RetryClass("test", 1000), time_limit_s=120.0)(render)

@@ -54,6 +54,7 @@ def talk(bot: BotApi, quick: None, environment: dict[str, str], conn: psycopg.Co
     system = System(settings.load(environment), "test")
     yield Talk(system, bot, conn)
     system.close()
+    conn.execute("truncate agentflow.telegram_bots, agentflow.webhook_endpoints cascade")  # in an order that keys allow
 
 
 class Talk:

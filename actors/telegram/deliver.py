@@ -31,9 +31,11 @@ def telegram_deliver(context: JobContext, payload: Deliver) -> dict[str, Any]:
     system, of = context.system, context.job.organization_id
     with system.database.connection() as conn:
         request = requests.get(conn, of, payload.request_id)
-        render = records.get(conn, of, context.job.parent_id) if context.job.parent_id else None
-    if request is None or request.state not in ("rendering", "failed"):
-        return {"skipped": "it is over"}
+        if request is None or request.state not in ("rendering", "failed"):
+            return {"skipped": "it is over"}
+        # Tried again by hand it has no parent.
+        render_id = context.job.parent_id or request.render_job_id
+        render = records.get(conn, of, render_id) if render_id is not None else None
     answer, outputs = Answer(context, request), outputs_of(_result_of(render, request))
     try:
         state = _delivered(answer, outputs)

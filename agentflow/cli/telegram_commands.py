@@ -58,11 +58,7 @@ def delete_webhook() -> None:
 
 
 def poll(org: str) -> None:
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
     with connected() as system:
-        log.configure(system.settings, "telegram")
         bot_id, username = _me(system)
         if address := _ask(system, "getWebhookInfo", {}).get("url"):
             raise _is_set(username, f"a webhook is set, to {urlsplit(str(address)).netloc}")
@@ -72,8 +68,12 @@ def poll(org: str) -> None:
                 endpoint = bots.connect(conn, organization.id, bot_id, username, system.sealer)
             except bots.Taken:
                 raise Failure(f"@{username} is the bot of another organization", USAGE) from None
+        stopped = threading.Event()
         try:
             polls = Polling(system, polling.door_of(system, organization.id, endpoint.id), stopped)
+            log.configure(system.settings, "telegram")
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: stopped.set())
             print(f"@{username} is heard for {organization.slug}; Ctrl-C stops it", flush=True)
             polls.run()
         except Unreadable as error:
