@@ -21,9 +21,9 @@ from agentflow.telegram.shown import EVERY_S
 from agentflow.telegram.updates import Language
 from agentflow.worker.running import JobContext
 
-#: A render that has waited for so long is looked at less often: people have gone elsewhere by then.
-_LATER_S: Final = 120.0
-_LATER_EVERY_S: Final = 15.0
+#: A render that waits is looked at after a twentieth of the time that it has waited, up to so long: people look less often, too.
+_SELDOM_S: Final = 60.0
+_SHARE: Final = 0.05
 #: What is said of a render's attempt, or of why it waits, where there is nobody to render it.
 _AWAY: Final = frozenset({"comfyui_unreachable", "unserved"})
 _PERCENT_STEP: Final = 5
@@ -56,8 +56,8 @@ def telegram_follow(context: JobContext, payload: Follow) -> dict[str, Any]:
             raise
         return _give_up(context, request)
     waited_s = (datetime.now(UTC) - render.created_at).total_seconds()
-    often = render.state == "running" or waited_s < _LATER_S
-    raise Wait(EVERY_S if often else _LATER_EVERY_S, "telegram_progress")
+    seldom_s = min(_SELDOM_S, waited_s * _SHARE) if render.state == "queued" else 0.0
+    raise Wait(max(EVERY_S, seldom_s), "telegram_progress")
 
 
 def _last_word(context: JobContext, answer: Answer, render: Job | None) -> dict[str, Any]:

@@ -103,8 +103,13 @@ class _Pressed:
         if request.render_job_id is None:
             with self._system.database.connection() as conn:
                 requests.end(conn, request, "cancelled")
-        elif self._system.cancel(request.organization_id, request.render_job_id) == "succeeded":
+            return self.answer("cancelled")
+        state = self._system.cancel(request.organization_id, request.render_job_id)
+        if state == "succeeded":
             return self.answer("too_late")
+        if state == "cancelled":  # who follows it may look in a minute: this one says so at once
+            said = {"request_id": str(request.id)}
+            self._system.submit(request.organization_id, NewJob("telegram_follow", said))
         return self.answer("cancelled")
 
     def file(self, request: Request) -> dict[str, Any]:
