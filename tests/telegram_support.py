@@ -50,11 +50,19 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def talk(bot: BotApi, quick: None, environment: dict[str, str], conn: psycopg.Connection) -> Iterator[Talk]:
+def emptied(conn: psycopg.Connection) -> Iterator[None]:
+    """The bot's tables end empty, in an order that their keys allow: the module's database is put in order in any."""
+    yield
+    conn.execute("truncate agentflow.telegram_bots, agentflow.webhook_endpoints cascade")
+
+
+@pytest.fixture
+def talk(
+    bot: BotApi, quick: None, emptied: None, environment: dict[str, str], conn: psycopg.Connection
+) -> Iterator[Talk]:
     system = System(settings.load(environment), "test")
     yield Talk(system, bot, conn)
     system.close()
-    conn.execute("truncate agentflow.telegram_bots, agentflow.webhook_endpoints cascade")  # in an order that keys allow
 
 
 class Talk:

@@ -10,10 +10,10 @@ from agentflow.telegram import requests
 from tests.core_support import rows, value
 from tests.one_database import database_url, original
 from tests.telegram_jobs import picture
-from tests.telegram_support import ANN, Talk, bot, quick, talk
+from tests.telegram_support import ANN, Talk, bot, emptied, quick, talk
 from tests.telegram_updates import User
 
-__all__ = ["bot", "database_url", "original", "quick", "talk"]
+__all__ = ["bot", "database_url", "emptied", "original", "quick", "talk"]
 
 RED = picture(0xFF0000, "JPEG")
 

@@ -12,7 +12,7 @@ Language = Literal["en", "ru"]
 _COMMAND: Final = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@([A-Za-z0-9_]{1,64}))?(?:\s+|$)")
 _UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
 _FILE_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,300}")
-_ALBUM: Final = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_WORD: Final = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _DATA: Final = re.compile(r"([a-z]{1,20}):([0-9a-f]{32})")
 #: Chats and users have numbers of at most 52 bits.
 _MOST_ID: Final = 1 << 52
@@ -93,7 +93,7 @@ def _message(message: dict[str, Any]) -> Message | None:
         command,
         addressee,
         _picture(message),
-        album if isinstance(album, str) and _ALBUM.fullmatch(album) else None,
+        album if isinstance(album, str) and _WORD.fullmatch(album) else None,
     )
 
 
@@ -123,7 +123,7 @@ def _press(query: dict[str, Any]) -> Press | None:
     sender = _sender(query.get("from"), message.get("chat"))
     query_id, data = query.get("id"), query.get("data")
     found = _DATA.fullmatch(data) if isinstance(data, str) else None
-    if sender is None or found is None or not isinstance(query_id, str) or not _ALBUM.fullmatch(query_id):
+    if sender is None or found is None or not isinstance(query_id, str) or not _WORD.fullmatch(query_id):
         return None
     return Press(sender, query_id, _id(message.get("message_id")), found[1], found[2])
 
