@@ -13,6 +13,7 @@ from agentflow.errors import Wait
 from agentflow.jobs import records
 from agentflow.jobs.model import Job
 from agentflow.jobs.registry import CRITICAL, Payload, job
+from agentflow.outlook import Outlook
 from agentflow.telegram import requests, texts
 from agentflow.telegram.client import Refused
 from agentflow.telegram.delivery import Answer, Unreachable
@@ -25,7 +26,7 @@ from agentflow.worker.running import JobContext
 _SELDOM_S: Final = 60.0
 _SHARE: Final = 0.05
 #: What is said of a render's attempt, or of why it waits, where there is nobody to render it.
-_AWAY: Final = frozenset({"comfyui_unreachable", "unserved"})
+_AWAY: Final = frozenset({"comfyui_unreachable", "comfyui_stuck", "unserved"})
 _PERCENT_STEP: Final = 5
 
 
@@ -79,9 +80,15 @@ def _said_of(context: JobContext, render: Job, language: Language) -> str:
     why = {render.wait_reason, (render.error or {}).get("code"), outlook.reason if outlook else None}
     if why & _AWAY:
         return texts.say("away", language)
-    if outlook is not None and outlook.position is not None and not outlook.beyond:
-        return texts.say("queued_at", language, n=outlook.position)
-    return texts.say("queued", language)
+    return texts.say("queued_at", language, n=_place(context, render, outlook))
+
+
+def _place(context: JobContext, render: Job, outlook: Outlook | None) -> int:
+    """In its line; while it is parked for a server, which is in no line, among the organization's own renders."""
+    if outlook is not None and outlook.position is not None:
+        return outlook.position
+    with context.system.database.connection() as conn:
+        return records.older(conn, render) + 1
 
 
 def _progress(context: JobContext, render: Job) -> float:

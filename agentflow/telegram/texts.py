@@ -34,7 +34,6 @@ _SAID: Final[dict[str, tuple[str, str]]] = {
         "This is no picture that I can read. I take JPEG, PNG and WebP.",
         "Это не картинка, которую я могу прочесть. Я понимаю JPEG, PNG и WebP.",
     ),
-    "queued": ("In the queue.", "В очереди."),
     "queued_at": ("In the queue, place {n}.", "В очереди, место {n}."),
     "away": (
         "The renderer is away. Your picture is kept: it will be rendered as soon as it is back.",
@@ -75,6 +74,9 @@ _OF_ERRORS: Final = {
     "time_limit": "failed_timeout",
     "render_refused": "failed_refused",
     "render_invalid": "failed_refused",
+    "not_configured": "failed_refused",
+    "render_bad_image": "not_a_picture",
+    "render_image_gone": "forgotten",
 }
 
 
