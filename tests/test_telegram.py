@@ -311,6 +311,17 @@ def test_progress_is_not_sent_a_third_time_and_the_result_is_there_all_the_same(
     assert len(talk.results) == 1 and talk.states() == ["delivered"]
 
 
+def test_a_failure_is_said_where_progress_was_lost(talk: Talk) -> None:
+    talk.bot.fault("lose_answer", path="sendMessage", times=2)
+    talk.says(talk.ann.photo(RED, caption="fail render_timeout"))
+    talk.work()
+
+    last = talk.bot.chat(ANN)[-1]
+    assert last.text == "This took too long, and was stopped."
+    assert [data.partition(":")[0] for data in last.buttons] == ["again"]
+    assert talk.states() == ["failed"]
+
+
 def test_a_message_that_was_not_sent_is_no_stray(talk: Talk) -> None:
     talk.bot.fault("lose_request", path="sendMessage", times=1)
     talk.bot.fault("fail_request", path="editMessageMedia", times=1)

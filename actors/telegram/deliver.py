@@ -56,7 +56,7 @@ def _delivered(answer: Answer, outputs: list[Output]) -> Ended:
         if isinstance(error, Refused) and error.kind == "gone":
             return "unreachable"
         logger.error("a result could not be delivered", error=str(error), request_id=str(answer.request.id))
-        answer.show(texts.failure(None, answer.request.language), "again")
+        answer.conclude(texts.failure(None, answer.request.language), "again")
         return "failed"
 
 

@@ -66,7 +66,7 @@ def _last_word(context: JobContext, answer: Answer, render: Job | None) -> dict[
     state: Ended = "cancelled" if render is not None and render.state == "cancelled" else "failed"
     error = render.error if render is not None else None
     said = texts.say("cancelled", request.language) if state == "cancelled" else texts.failure(error, request.language)
-    answer.show(said, "again")
+    answer.conclude(said, "again")
     with context.system.database.connection() as conn:
         requests.end(conn, request, state)
     return {"state": state}

@@ -110,6 +110,11 @@ class Answer:
                 raise
         shown.remember(self.request.id, content)
 
+    def conclude(self, text: str, *actions: str) -> None:
+        """The last word: said also where its progress was lost on the way."""
+        self._ensure(text)
+        self.show(text, *actions)
+
     def deliver(self, output: Output) -> None:
         """Make the message the result."""
         language = self.request.language
