@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from agentflow.calls import Service
+from agentflow.errors import Wait
+from agentflow.limits import Bucket, Window
 from agentflow.telegram import requests
-from tests.core_support import rows, value
+from tests.core_support import ORGANIZATION, rows, value
 from tests.one_database import database_url, original
 from tests.telegram_jobs import picture
 from tests.telegram_support import ANN, Talk, bot, emptied, quick, talk
@@ -254,6 +257,18 @@ def test_after_429_nobody_calls_until_telegram_allows_it(talk: Talk) -> None:
     talk.says(talk.ann.photo(RED, caption="make it snow"))
 
     assert not talk.bot.calls  # the refused one was not done, and no other was sent
+
+
+def test_who_waits_for_one_chat_holds_up_no_other(talk: Talk) -> None:
+    service = Service("telegram", "test", (Window(30, 1.0),))
+    one, another = (Bucket(name, (Window(1, 60.0),)) for name in ("one", "another"))
+    calls = talk.system.calls
+    calls.permit(service, ORGANIZATION, "a", [one])
+    for holder in ("b", "c"):
+        with pytest.raises(Wait):
+            calls.permit(service, ORGANIZATION, holder, [one])
+
+    calls.permit(service, ORGANIZATION, "d", [another])
 
 
 def test_who_has_blocked_the_bot_gets_no_render(talk: Talk, tmp_path: Path) -> None:
