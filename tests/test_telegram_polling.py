@@ -17,7 +17,8 @@ from tests.processes import BIN, eventually, started
 from tests.test_cli import Command, agentflow
 from tests.telegram_jobs import picture
 from tests.telegram_server import BotApi
-from tests.telegram_support import Talk, bot, emptied, quick, talk
+from tests.telegram_support import ANN, Talk, bot, emptied, quick, talk
+from tests.telegram_updates import User
 
 __all__ = ["agentflow", "bot", "database_url", "emptied", "original", "quick", "talk"]
 
@@ -120,6 +121,17 @@ def test_a_wrong_token_is_one_line_without_it(bot: BotApi, agentflow: Command) -
     said = agentflow("telegram", "poll", TELEGRAM_BOT_TOKEN="123456789:" + "B" * 35)
 
     assert (said.status, said.err) == (1, "agentflow: getMe: Telegram does not know TELEGRAM_BOT_TOKEN\n")
+
+
+def test_doctor_says_how_updates_come(bot: BotApi, agentflow: Command) -> None:
+    assert "@test_bot; no webhook is set" in agentflow("doctor").out
+
+    bot.updates.set_webhook({"url": "http://127.0.0.1:9/webhooks/telegram/x"})
+    assert "@test_bot sends its updates to 127.0.0.1:9" in agentflow("doctor").out
+    User(bot, ANN, {}).text("hello")
+    eventually(lambda: "last_error_message" in bot.updates.webhook_info())
+    said = agentflow("doctor")
+    assert said.status == 1 and "the last try failed: Wrong response from the webhook" in said.out
 
 
 def test_a_bot_is_one_organizations(talk: Talk, agentflow: Command) -> None:
