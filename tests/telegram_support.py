@@ -1,5 +1,4 @@
-"""The bot in tests: a Bot API server, its updates taken in by the web process's own code, and jobs run in this process as a worker
-does, one by one."""
+"""The bot in tests: a Bot API server, its updates taken in by the web process, and jobs run in this one as a worker does."""
 
 from __future__ import annotations
 
@@ -75,7 +74,9 @@ class Talk:
         self.ann = User(bot, ANN, {})
         self._client: FlaskClient = create_app(system).test_client()
         with system.database.transaction() as own:
-            self.endpoint = bots.open_endpoint(own, ORGANIZATION, int(bot.token.partition(":")[0]), "test_bot", system.sealer)
+            self.endpoint = bots.open_endpoint(
+                own, ORGANIZATION, int(bot.token.partition(":")[0]), "test_bot", system.sealer
+            )
 
     def post(self, update: Update) -> None:
         """As Telegram does."""
@@ -95,13 +96,14 @@ class Talk:
             self.work()
 
     def work(self, *, but: tuple[str, ...] = ()) -> list[str]:
-        """Run what is due, the earliest first, and what waits once. Returns the types of what ran."""
+        """Run what is due, the earliest first; then, three times, what waits. Returns the types of what ran."""
         ran: list[str] = []
-        for _ in range(3):
-            self.conn.execute(
-                "update agentflow.jobs set run_at = now(), wake_at = now() where state = 'queued' and type <> all (%s)",
-                (list(but),),
-            )
+        for round_ in range(4):
+            if round_:
+                self.conn.execute(
+                    "update agentflow.jobs set run_at = now(), wake_at = now() where state = 'queued' and type <> all (%s)",
+                    (list(but),),
+                )
             while (job_id := self._next(but)) is not None:
                 ran.append(self.run(job_id))
         return ran

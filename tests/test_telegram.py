@@ -274,7 +274,9 @@ def test_who_waits_for_one_chat_holds_up_no_other(talk: Talk) -> None:
 def test_who_has_blocked_the_bot_gets_no_render(talk: Talk, tmp_path: Path) -> None:
     talk.says(talk.ann.photo(RED, caption=f"away until {tmp_path / 'gate'}"))
     talk.bot.blocked.add(ANN)
-    talk.system.telegram.shown.remember(value(talk.conn, "select id from agentflow.telegram_requests"), "something else")
+    talk.system.telegram.shown.remember(
+        value(talk.conn, "select id from agentflow.telegram_requests"), "something else"
+    )
 
     talk.work()
 

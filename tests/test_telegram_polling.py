@@ -14,11 +14,11 @@ from agentflow.telegram.polling import Polling, Stopped, WebhookSet
 from tests.core_support import ORGANIZATION, rows, value
 from tests.one_database import database_url, original
 from tests.processes import BIN, eventually, started
-from tests.test_cli import Command, agentflow
 from tests.telegram_jobs import picture
 from tests.telegram_server import BotApi
 from tests.telegram_support import ANN, Talk, bot, emptied, quick, talk
 from tests.telegram_updates import User
+from tests.test_cli import Command, agentflow
 
 __all__ = ["agentflow", "bot", "database_url", "emptied", "original", "quick", "talk"]
 
@@ -110,7 +110,9 @@ def test_set_webhook_makes_the_endpoint_and_tells_telegram_and_prints_nothing_th
     assert bot.updates.webhook_info()["url"] == ""
 
 
-@pytest.mark.parametrize("url", ["http://agent.test", "https://agent.test:8000", "agent.test", "https://agent.test/?a=b"])
+@pytest.mark.parametrize(
+    "url", ["http://agent.test", "https://agent.test:8000", "agent.test", "https://agent.test/?a=b"]
+)
 def test_an_address_that_telegram_would_not_go_to_is_refused(bot: BotApi, agentflow: Command, url: str) -> None:
     said = agentflow("telegram", "set-webhook", url, TELEGRAM_API_URL="")
 
@@ -142,9 +144,7 @@ def test_a_bot_is_one_organizations(talk: Talk, agentflow: Command) -> None:
     assert (said.status, said.err) == (2, "agentflow: @test_bot is the bot of another organization\n")
 
 
-def test_the_poller_is_killed_and_goes_on_where_it_was(
-    talk: Talk, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_poller_is_killed_and_goes_on_where_it_was(talk: Talk, environment: dict[str, str], tmp_path: Path) -> None:
     arguments = [str(BIN / "agentflow"), "telegram", "poll"]
 
     def stored() -> int:
@@ -160,6 +160,8 @@ def test_the_poller_is_killed_and_goes_on_where_it_was(
                 assert process.terminate() == 0
         assert talk.bot.token not in process.text()
 
-    bodies = [json.loads(bytes(row.body)) for row in rows(talk.conn, "select body from agentflow.webhook_events order by id")]
+    bodies = [
+        json.loads(bytes(row.body)) for row in rows(talk.conn, "select body from agentflow.webhook_events order by id")
+    ]
     assert [body["message"]["text"] for body in bodies] == ["hello 1", "hello 2"]
     assert value(talk.conn, "select count(*) from agentflow.webhook_events where verdict = 'verified'") == 2

@@ -60,7 +60,12 @@ def test_a_press_names_its_request_and_fits_into_what_telegram_takes() -> None:
     (row,) = texts.buttons(request_id, "ru", "again", "cancel", "file")["inline_keyboard"]
     for button, action in zip(row, ("again", "cancel", "file"), strict=True):
         assert len(button["callback_data"].encode()) <= 64
-        query = {"id": "4382", "from": ANN, "data": button["callback_data"], "message": {"message_id": 9, "chat": PRIVATE}}
+        query = {
+            "id": "4382",
+            "from": ANN,
+            "data": button["callback_data"],
+            "message": {"message_id": 9, "chat": PRIVATE},
+        }
         said = updates.read({"update_id": 2, "callback_query": query})
         assert said == Press(Sender(111, 111, "en"), "4382", 9, action, request_id.hex)
 
@@ -94,13 +99,27 @@ def test_everything_else_is_nothing_to_us(update: Any) -> None:
 
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda below: st.lists(below, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(
-            ["message", "callback_query", "from", "chat", "id", "message_id", "photo", "document", "caption", "text", "data"]
-        ),
-        below,
-        max_size=4,
+    lambda below: (
+        st.lists(below, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "message",
+                    "callback_query",
+                    "from",
+                    "chat",
+                    "id",
+                    "message_id",
+                    "photo",
+                    "document",
+                    "caption",
+                    "text",
+                    "data",
+                ]
+            ),
+            below,
+            max_size=4,
+        )
     ),
     max_leaves=20,
 )

@@ -17,7 +17,6 @@ from agentflow.telegram.requests import Request
 from agentflow.telegram.workflow import IMAGES, render_of
 from agentflow.worker.running import JobContext
 
-
 logger = log.get(__name__)
 
 

@@ -17,7 +17,6 @@ from agentflow.telegram.delivery import Answer, Output, Unreachable, outputs_of
 from agentflow.telegram.requests import Ended, Request
 from agentflow.worker.running import JobContext
 
-
 logger = log.get(__name__)
 
 

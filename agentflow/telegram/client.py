@@ -34,7 +34,9 @@ _MOST_WAIT_S: Final = 3600.0
 _FILE_PATH: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9_-][A-Za-z0-9_./-]{0,500}")
 
 #: What a refusal means to whoever asked; `other` is a mistake of ours.
-Kind = Literal["blocked", "gone", "no_text", "not_modified", "too_large", "expired", "moved", "picture", "conflict", "other"]
+Kind = Literal[
+    "blocked", "gone", "no_text", "not_modified", "too_large", "expired", "moved", "picture", "conflict", "other"
+]
 Upload = tuple[str, IO[bytes], str]  # name, content, media type
 
 

@@ -262,8 +262,8 @@ def answer_gone(conn: Connection, request: Request) -> None:
 def move(conn: Connection, request: Request, chat_id: int) -> None:
     """The group has another number now; what was written there is not known under it."""
     conn.execute(
-        "update agentflow.telegram_requests set chat_id = %s, answer_id = null, answer_sends = 0 where id = %s and organization_id = %s"
-        " and chat_id = %s",
+        "update agentflow.telegram_requests set chat_id = %s, answer_id = null, answer_sends = 0 where id = %s"
+        " and organization_id = %s and chat_id = %s",
         (chat_id, request.id, request.organization_id, request.chat_id),
     )
 

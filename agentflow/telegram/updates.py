@@ -102,7 +102,7 @@ def _picture(message: dict[str, Any]) -> Picture | None:
     photo, document = message.get("photo"), message.get("document")
     if isinstance(photo, list):
         sizes = [each for each in photo if isinstance(each, dict)]
-        best = max(sizes, key=lambda each: (_number(each.get("width")) * _number(each.get("height"))), default=None)
+        best = max(sizes, key=lambda each: _number(each.get("width")) * _number(each.get("height")), default=None)
         return _file(best)
     if isinstance(document, dict) and str(document.get("mime_type") or "").lower().startswith("image/"):
         return _file(document)

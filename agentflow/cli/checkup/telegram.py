@@ -14,7 +14,9 @@ def bot(system: System) -> str | Remark:
         me = system.telegram.ask("getMe", {})
         info = system.telegram.ask("getWebhookInfo", {})
     except JobError as error:
-        raise Wrong(str(error), "@BotFather shows the token (/mybots); behind a firewall, allow TELEGRAM_API_URL") from None
+        raise Wrong(
+            str(error), "@BotFather shows the token (/mybots); behind a firewall, allow TELEGRAM_API_URL"
+        ) from None
     name = f"@{me.get('username')}"
     address, waiting = info.get("url"), int(info.get("pending_update_count") or 0)
     if not address:
