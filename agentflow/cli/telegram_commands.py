@@ -58,6 +58,8 @@ def delete_webhook() -> None:
 
 
 def poll(org: str) -> None:
+    import actors  # noqa: F401 - fills the registry: an update is stored with the job that handles it
+
     with connected() as system:
         bot_id, username = _me(system)
         if address := _ask(system, "getWebhookInfo", {}).get("url"):

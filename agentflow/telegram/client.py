@@ -198,8 +198,10 @@ _KINDS: Final[tuple[tuple[str, Kind], ...]] = (
 
 
 def _kind(code: int, said: str) -> Kind:
-    by_code: dict[int, Kind] = {403: "blocked", 409: "conflict", 413: "too_large"}
-    return by_code.get(code) or next((kind for words, kind in _KINDS if words in said), "other")
+    of_codes: dict[int, Kind] = {403: "blocked", 409: "conflict", 413: "too_large"}
+    if code in of_codes:
+        return of_codes[code]
+    return next((kind for words, kind in _KINDS if words in said), "other")
 
 
 def _at_most(pieces: Iterator[bytes], most: int) -> Iterator[bytes]:
