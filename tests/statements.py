@@ -97,7 +97,7 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "from agentflow.telegram_bots where bot_id = %s": "whose bot this is: the organization is the answer",
     "select id from agentflow.telegram_requests where created_at <": "retention of what the bot was asked for",
     "delete from agentflow.telegram_pictures where request_id = any": "the same: its pictures",
-    "delete from agentflow.telegram_requests where id = any": "and its rows",
+    "delete from agentflow.telegram_requests where id = any": "the same: the rows themselves",
     "from agentflow.telegram_pictures join unnest": "the same: what a newer request repeats, each with its organization",
     "from agentflow.webhook_endpoints e left join lateral": "the alarm for silent endpoints, and its metrics",
     "select id, organization_id, sealed from agentflow.": "rotate-key: every sealed value, whoever's it is",

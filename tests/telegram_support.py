@@ -1,28 +1,30 @@
-"""The bot in tests: a Bot API server, its updates taken in by the web process, and jobs run in this one as a worker does."""
+"""The bot in tests: a Bot API server, its updates taken in, and jobs run in this process as a worker does."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
 
 import psycopg
 import pytest
-from flask.testing import FlaskClient
 
 import actors  # noqa: F401 - declares the product's types
 from agentflow import settings
 from agentflow.jobs import registry, settlement
 from agentflow.limits import Window
 from agentflow.system import System
-from agentflow.telegram import bots, client, shown
+from agentflow.telegram import bots, client, polling, shown
+from agentflow.webhooks import intake
+from agentflow.webhooks.sources.delivery import Delivery
 from agentflow.worker.middleware import layers, perform
 from agentflow.worker.running import JobContext, Running
 from tests import telegram_jobs
 from tests.core_support import ORGANIZATION, claim, rows
 from tests.telegram_server import BotApi, telegram
 from tests.telegram_updates import Update, User
-from web import create_app
 
 ANN = 111
 #: What tests do not wait for.
@@ -72,21 +74,15 @@ class Talk:
         self.bot = bot
         self.conn = conn
         self.ann = User(bot, ANN, {})
-        self._client: FlaskClient = create_app(system).test_client()
         with system.database.transaction() as own:
-            self.endpoint = bots.open_endpoint(
-                own, ORGANIZATION, int(bot.token.partition(":")[0]), "test_bot", system.sealer
-            )
+            bot_id = int(bot.token.partition(":")[0])
+            self.endpoint = bots.open_endpoint(own, ORGANIZATION, bot_id, "test_bot", system.sealer).endpoint
+        self.door = polling.door_of(system, ORGANIZATION, self.endpoint.id)
 
     def post(self, update: Update) -> None:
-        """As Telegram does."""
-        opened = self.endpoint
-        answer = self._client.post(
-            f"/webhooks/telegram/{opened.token}",
-            json=update,
-            headers={"X-Telegram-Bot-Api-Secret-Token": opened.secret},
-        )
-        assert answer.status_code == 200, answer.text
+        """As Telegram does: the web process hands on what comes."""
+        headers = {"content-type": "application/json", "x-telegram-bot-api-secret-token": self.door.secrets[0]}
+        intake.receive(self.system, self.door, Delivery(headers, json.dumps(update).encode(), time.time()))
 
     def says(self, *updates: Update, then: bool = True) -> None:
         """Everything that comes of it, up to the next thing that is waited for."""

@@ -9,9 +9,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from agentflow.telegram import polling
 from agentflow.telegram.polling import Polling, Stopped, WebhookSet
-from tests.core_support import ORGANIZATION, rows, value
+from tests.core_support import rows, value
 from tests.one_database import database_url, original
 from tests.processes import BIN, eventually, started
 from tests.telegram_jobs import picture
@@ -26,8 +25,7 @@ RED = picture(0xFF0000, "JPEG")
 
 
 def polls(talk: Talk, stopped: threading.Event | None = None) -> Polling:
-    door = polling.door_of(talk.system, ORGANIZATION, talk.endpoint.endpoint.id)
-    return Polling(talk.system, door, stopped or threading.Event())
+    return Polling(talk.system, talk.door, stopped or threading.Event())
 
 
 def test_an_update_is_stored_before_it_is_confirmed_and_is_once_however_often_it_comes(talk: Talk) -> None:

@@ -125,7 +125,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(_JSON)
 def test_no_update_breaks_it(update: Any) -> None:
     said = updates.read(update)
