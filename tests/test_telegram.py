@@ -10,6 +10,8 @@ from agentflow.calls import Service
 from agentflow.errors import Wait
 from agentflow.limits import Bucket, Window
 from agentflow.telegram import requests
+from agentflow.webhooks import events, replays
+from agentflow.webhooks.events import Filter
 from tests.core_support import ORGANIZATION, rows, value
 from tests.one_database import database_url, original
 from tests.telegram_jobs import picture
@@ -108,6 +110,29 @@ def test_a_picture_without_words_is_asked_about_and_the_next_text_is_the_answer(
     talk.says(talk.ann.text("and again"))
     assert talk.texts[-1].startswith("Send me a picture")
     assert len(talk.jobs("comfy_render")) == 1
+
+
+def test_a_newer_picture_takes_the_place_of_one_that_was_asked_about(talk: Talk) -> None:
+    talk.says(talk.ann.photo(RED))
+    talk.says(talk.ann.photo(picture(0x00FF00, "JPEG")))
+    for text in ("make it blue", "and this one"):
+        talk.says(talk.ann.text(text))
+
+    assert [job.payload["parameters"]["prompt"] for job in talk.jobs("comfy_render")] == ["make it blue"]
+    assert talk.states() == ["dropped", "delivered"]
+
+
+def test_an_update_that_is_handled_once_more_makes_nothing_new(talk: Talk) -> None:
+    talk.says(*talk.ann.album([RED, RED], caption="both"))
+    before = (talk.texts, len(talk.jobs("comfy_render")))
+
+    with talk.system.transaction() as transaction:
+        for event in events.search(transaction.conn, ORGANIZATION, Filter(), limit=10):
+            replays.one(transaction, event)
+    talk.work()
+
+    assert (talk.texts, len(talk.jobs("comfy_render"))) == before
+    assert value(talk.conn, "select count(*) from agentflow.telegram_pictures") == 2
 
 
 def test_an_album_without_words_is_asked_about_once(talk: Talk) -> None:
