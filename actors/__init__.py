@@ -21,6 +21,7 @@ if "AGENTFLOW_CHILD" not in os.environ:
         from actors.handle_webhook import job as handle_webhook  # noqa: F401
         from actors.ping import job as ping  # noqa: F401
         from actors.sync_crm import job as sync_crm  # noqa: F401
+        from actors.telegram import begin, deliver, follow, press, say, send_file  # noqa: F401
         from agentflow.worker.process import make_global
 
         #: The worker of this process, started by Dramatiq.

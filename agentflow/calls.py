@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,10 +45,17 @@ class Calls:
         self._known = known
         self._limits = limits
 
-    def permit(self, service: Service, organization_id: int, holder: str) -> None:
-        """Take a place for one call. Raises Wait. `holder` keeps its place in the line when it comes back."""
+    def permit(self, service: Service, organization_id: int, holder: str, within: Sequence[Bucket] = ()) -> None:
+        """Take a place for one call. Raises Wait. `holder` keeps its place in the line when it comes back.
+
+        `within` are narrower buckets (a chat, an account), taken before: in one decision with the service's own, whoever waits
+        for one of them would stand in the line of all.
+        """
         self.within_budget(organization_id)
-        if (seconds := self._limits.take(self._buckets(service, organization_id), holder)) > 0:
+        seconds = self._limits.take(within, f"{holder}:within") if within else 0.0
+        if seconds <= 0:
+            seconds = self._limits.take(self._buckets(service, organization_id), holder)
+        if seconds > 0:
             raise Wait(seconds, "limit", message=f"{service.provider} may not be called more often")
 
     def within_budget(self, organization_id: int) -> None:

@@ -11,6 +11,7 @@ import binascii
 import functools
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -245,6 +246,17 @@ class Settings(BaseModel):
         30.0, description="Most seconds until a render that waits for a GPU looks again; it is woken when one is free"
     )
 
+    telegram_bot_token: SecretStr | None = Field(None, description="What @BotFather gave your bot, `123456789:AA…`")
+    telegram_workflow: Annotated[str, Field(min_length=1, max_length=100)] = Field(
+        "qwen-image-edit", description="The workflow that the bot renders; it takes an `image` and a `prompt`"
+    )
+    telegram_user_limit: Annotated[int, Field(ge=1, le=1000)] = Field(
+        3, description="Pictures that one person may have in work at the bot at once"
+    )
+    telegram_api_url: str = Field(
+        "https://api.telegram.org", description="Another address of the Bot API, such as that of a server of your own"
+    )
+
     @property
     def embedded_database(self) -> bool:
         return self.database_url is None
@@ -360,6 +372,8 @@ class Settings(BaseModel):
                 "CHUNK_OVERLAP_TOKENS",
                 f"{self.chunk_overlap_tokens} must be at most half of CHUNK_TOKENS ({self.chunk_tokens})",
             )
+        if self.telegram_bot_token is not None and not _BOT_TOKEN.fullmatch(self.telegram_bot_token.get_secret_value()):
+            raise SettingsError("TELEGRAM_BOT_TOKEN", "is a number, a colon and letters, as @BotFather shows it")
         if self.admin_api_key is not None and len(self.admin_api_key.get_secret_value()) < 16:
             raise SettingsError("ADMIN_API_KEY", "must have at least 16 characters")
         return self
@@ -391,7 +405,11 @@ _SCHEMES: dict[str, tuple[str, ...]] = {
     "llm_base_url": ("http", "https"),
     "embeddings_base_url": ("http", "https"),
     "transcription_base_url": ("http", "https"),
+    "telegram_api_url": ("https", "http"),
 }
+
+#: It becomes a part of URLs.
+_BOT_TOKEN = re.compile(r"[1-9][0-9]{0,18}:[A-Za-z0-9_-]{8,200}")
 
 _SENSIBLE: dict[str, tuple[float, float, str]] = {
     "job_concurrency": (1, 100, "threads share one interpreter; more processes carry more"),

@@ -40,6 +40,7 @@ from agentflow.secrets import Sealer
 from agentflow.settings import Settings
 from agentflow.storage import Storage
 from agentflow.storage.supabase import SupabaseStorage
+from agentflow.telegram.client import Telegram
 from agentflow.webhooks import endpoints
 
 logger = log.get(__name__)
@@ -272,6 +273,10 @@ class System:
         return Connections("Kommo", "crm")
 
     @cached_property
+    def telegram(self) -> Telegram:
+        return Telegram(self)
+
+    @cached_property
     def embeddings(self) -> Embeddings:
         # A worker's other threads renew leases: they come first.
         return Embeddings(self.settings, nice=0 if self.kind == "web" else 5)
@@ -361,6 +366,8 @@ class System:
             self.comfyui.close()
         if "crm_connections" in self.__dict__:
             self.crm_connections.close()
+        if "telegram" in self.__dict__:
+            self.telegram.close()
         if "embeddings" in self.__dict__:
             self.embeddings.close()
         if "database" in self.__dict__:

@@ -21,6 +21,7 @@ from agentflow.kommo import runs
 from agentflow.models import answers
 from agentflow.schedules import ticks
 from agentflow.system import System
+from agentflow.telegram import requests
 from agentflow.videos import delete_old as delete_old_videos
 from agentflow.webhooks import events, order, silence
 from scheduler import canary, clean_up, kommo, storage
@@ -96,6 +97,11 @@ def entries(system: System) -> list[Entry]:
             "clean_up.webhook_entities",
             every(_CLEAN_UP_S),
             work=batches(lambda conn: order.delete_old(conn, days=settings.retain_webhook_days)),
+        ),
+        Entry(
+            "clean_up.telegram",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: requests.delete_old(conn, days=settings.retain_webhook_days)),
         ),
         Entry(
             "clean_up.sync_runs",

@@ -95,9 +95,11 @@ def started(arguments: list[str], environment: dict[str, str], log: Path) -> Ite
 
 
 @contextmanager
-def worker(environment: dict[str, str], log: Path, *, ready: bool = True) -> Iterator[Process]:
+def worker(
+    environment: dict[str, str], log: Path, *, ready: bool = True, types: str = "tests.job_types"
+) -> Iterator[Process]:
     """`dramatiq`, as the Procfile starts it, with the tests' job types."""
-    arguments = [str(BIN / "dramatiq"), "tests.job_types", "--processes", "1", "--path", str(ROOT)]
+    arguments = [str(BIN / "dramatiq"), types, "--processes", "1", "--path", str(ROOT)]
     with started(arguments, {"PORT": str(free_port()), **environment}, log) as process:
         if ready:
             process.wait_for("Worker process is ready for action", within_s=90.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
-from actors.handle_webhook import forwarding, kommo, mapped
+from actors.handle_webhook import forwarding, kommo, mapped, telegram
 from actors.handle_webhook.action import Done, Happened
 from agentflow import metrics
 from agentflow.errors import Permanent
@@ -77,6 +77,8 @@ def _act(
     happened = Happened(event, endpoint, headers, parsed, payload.replay, payload.even_if_stale)
     if endpoint.source == "kommo":
         return kommo.act(transaction, happened)
+    if endpoint.source == "telegram" and (done := telegram.act(transaction, happened)) is not None:
+        return done
     if isinstance(config.action, JobAction):
         return mapped.act(transaction, happened, config.action, context.job.correlation_id)
     if isinstance(config.action, ForwardAction):

@@ -119,7 +119,7 @@ def prepare(
     wanted = new.unique or job_type.unique(checked)
     if wanted is not None:
         _check_unique(wanted, new)
-    children = _children(new, organization_id, max_payload_bytes, depth)
+    children = _children(new, organization_id, max_payload_bytes, public_only, depth)
     # As checked, so that leaving a default out and naming it are the same request.
     request = json.dumps({**dataclasses.asdict(new), "payload": payload}, sort_keys=True, default=str)
     return Prepared(
@@ -184,7 +184,9 @@ def _storable(field: str, text: str | None) -> None:
         raise InvalidJob(field, "holds a NUL character or half of a surrogate pair, which cannot be stored")
 
 
-def _children(new: NewJob, organization_id: int, max_payload_bytes: int, depth: int) -> list[dict[str, Any]]:
+def _children(
+    new: NewJob, organization_id: int, max_payload_bytes: int, public_only: bool, depth: int
+) -> list[dict[str, Any]]:
     """The `then` jobs as they will be inserted, with ids fixed now, so that a repeated finish cannot insert them twice."""
     if not new.then:
         return []
@@ -195,7 +197,13 @@ def _children(new: NewJob, organization_id: int, max_payload_bytes: int, depth: 
     children = []
     for index, child in enumerate(new.then):
         try:
-            p = prepare(child, organization_id=organization_id, max_payload_bytes=max_payload_bytes, depth=depth + 1)
+            p = prepare(
+                child,
+                organization_id=organization_id,
+                max_payload_bytes=max_payload_bytes,
+                public_only=public_only,
+                depth=depth + 1,
+            )
         except InvalidJob as error:
             raise InvalidJob(f"then.{index}.{error.field}", error.problem) from None
         except registry.UnknownType as error:

@@ -109,6 +109,16 @@ def newest(
     return job_from_row(row) if row else None
 
 
+def older(conn: Connection, job: Job, *, most: int = 1000) -> int:
+    """How many jobs of its type and organization, parked ones too, have waited longer than this one; `most` at the most."""
+    row = conn.execute(
+        "select count(*) from (select from agentflow.jobs where organization_id = %s and queue = %s and state = 'queued'"
+        " and type = %s and id < %s limit %s) x",
+        (job.organization_id, job.queue, job.type, job.id, most),
+    ).fetchone()
+    return int(row[0]) if row else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """A job of a chain; `job` is None as long as the one before it has not succeeded."""

@@ -230,7 +230,11 @@ def _door(conn: Connection, hashed: bytes, sealer: Sealer) -> Door | None:
     ).fetchone()
     if row is None:
         return None
-    endpoint = _endpoint(row)
+    return door_of(conn, _endpoint(row), sealer)
+
+
+def door_of(conn: Connection, endpoint: Endpoint, sealer: Sealer) -> Door:
+    """With its live secrets, the newest first. Raises agentflow.secrets.Unreadable."""
     sealed = conn.execute(
         "select id, sealed from agentflow.webhook_credentials where endpoint_id = %s and organization_id = %s"
         " and kind = 'secret' and (expires_at is null or expires_at > clock_timestamp()) order by created_at desc",

@@ -6,7 +6,7 @@ import ctypes
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -16,6 +16,7 @@ from agentflow.database import Unavailable
 from agentflow.jobs import usage
 from agentflow.jobs.model import Job
 from agentflow.jobs.usage import Usage
+from agentflow.limits import Bucket
 from agentflow.live import Claim, Progress
 
 if TYPE_CHECKING:
@@ -241,13 +242,13 @@ class JobContext:
             self._running.usage_saved(unsaved)
             self.system.rules.budget_reached(over_budget)
 
-    def permit(self, service: Service, about: str = "") -> None:
+    def permit(self, service: Service, about: str = "", within: Sequence[Bucket] = ()) -> None:
         """Take a place for one call to a service, over all workers. Raises Wait: over a limit or the day's budget.
 
-        `about` tells calls of one job apart: each keeps a place in the line of its own.
+        `about` tells calls of one job apart: each keeps a place in the line of its own. `within`: buckets of this call alone.
         """
         self._running.check()
-        self.system.calls.permit(service, self.job.organization_id, f"{self.job.id}:{about}")
+        self.system.calls.permit(service, self.job.organization_id, f"{self.job.id}:{about}", within)
 
     def refused(self, service: Service, retry_after_s: float | None = None) -> None:
         """The service answered 429: nobody calls it with this credential until then."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from agentflow import embedded, settings
 from agentflow.cli import output
-from agentflow.cli.checkup import comfyui, machine, postgres, processes, rabbitmq, redis, storage
+from agentflow.cli.checkup import comfyui, machine, postgres, processes, rabbitmq, redis, storage, telegram
 from agentflow.cli.checkup.report import Remark, Report, Wrong
 from agentflow.cli.errors import WRONG, Failure
 from agentflow.system import System
@@ -47,6 +47,8 @@ def doctor() -> None:
         if read.comfyui_servers:
             report.run("comfyui", lambda: comfyui.servers(system))
         report.run("storage", lambda: storage.round_trip(system))
+        if read.telegram_bot_token is not None:
+            report.run("telegram", lambda: telegram.bot(system))
         report.run("web", lambda: machine.web(read))
     finally:
         system.close()
