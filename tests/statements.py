@@ -109,7 +109,7 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "from (select distinct on (organization_id, key) tokens from agentflow.chunks": "what another embedding model would cost",
     "from agentflow.vectors v where v.model_id = %s and v.vector is not null": "how far the embedding models are filled",
     "select agentflow.leave_key_": "a running job's key, by id, fence and worker, which only the claim's holder has",
-    "select agentflow.enter_key_": "the same",
+    "select agentflow.enter_key_": "the line of a pool of GPUs, which all organizations share",
     "from agentflow.renders r join agentflow.jobs j": "what is left on a server, whoever's it was",
     "(select count(*) from agentflow.renders r where r.server": "how many renders each server has, whoever's they are",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
