@@ -31,7 +31,7 @@ Mode = Literal["hybrid", "vector", "text"]
 
 _RANK_OFFSET: Final = 60
 #: What the index looks at before it is sure of its nearest, and the most when a filter throws many away.
-_BREADTH: Final = 800
+_BREADTH: Final = 640
 _WIDEST: Final = 40_000
 #: Private characters around words that are found; in a text itself they are replaced before.
 _MARKS: Final = ("\ue000", "\ue001")
