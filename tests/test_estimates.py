@@ -97,21 +97,6 @@ def test_classes_come_in_order_with_a_tenth_for_low() -> None:
     assert turns_before(Lane(1, 2, 9, 1.0), 9, [critical])[0] == 9 + 40
 
 
-def test_what_comes_of_others_meanwhile_has_its_turns_too() -> None:
-    mine = Lane(1, 1, 10, 1.0)
-    steady = Lane(2, 1, 0, 1.0, come_per_s=1.0)
-
-    jobs, work_s = turns_before(mine, 10, [steady], slots=2)
-
-    assert jobs == pytest.approx(20, abs=0.2)  # 10 s, in which as many of the other come and go before
-    assert work_s == pytest.approx(20, abs=0.2)
-    assert turns_before(mine, 10, [steady], slots=100)[0] == pytest.approx(10.1, abs=0.05)
-    # A flood has its turns, and no more of them.
-    assert turns_before(mine, 10, [Lane(2, 1, 0, 1.0, come_per_s=1000.0)], slots=2)[0] == 10 + 11
-    # Of a higher class all come first; what has no end is an end of counting.
-    assert math.isfinite(turns_before(mine, 10, [Lane(2, 0, 0, 1.0, come_per_s=1000.0)], slots=2)[1])
-
-
 # ---- ranges ----
 
 

@@ -228,27 +228,6 @@ def test_others_take_turns_with_it_and_nothing_else_is_said_of_them(client: Flas
 
 
 @pytest.mark.usefixtures("staff")
-def test_what_others_will_hand_in_meanwhile_is_reckoned_with(client: FlaskClient, conn: Connection) -> None:
-    """Of jobs of ten minutes each, one came in the last seconds from somebody who has none waiting."""
-    learned(conn)
-    conn.execute("insert into agentflow.organizations (id, slug, name) values (2, 'two', 'Two')")
-    mine = [submit(client) for _ in range(13)][-1]
-    conn.execute("update agentflow.jobs set sent_at = null, wake_at = run_at where state = 'queued'")
-    alone = look(client, mine)
-    conn.execute(
-        "update agentflow.jobs set state = 'cancelled', finished_at = now(), wake_at = null where id = %s",
-        (submitted(conn, 2).id,),
-    )
-
-    said = look(client, mine)
-
-    assert said["waiting"]["position"] == alone["waiting"]["position"] == 13
-    assert alone["waiting"]["before"] == 12
-    assert 20 <= said["waiting"]["before"] <= 25  # its turns, as long as it has any
-    assert in_s(said["estimate"]["start"]) > in_s(alone["estimate"]["start"]) + 400
-
-
-@pytest.mark.usefixtures("staff")
 def test_counting_is_bounded(client: FlaskClient, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standing, "_MIX", 5)
     monkeypatch.setattr(standing, "MOST_AHEAD", 20)

@@ -15,7 +15,7 @@ import heapq
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Final
@@ -26,8 +26,6 @@ COVERAGE: Final = 0.9
 RESOLUTION_S: Final = 0.05
 #: A class's share of each round of the relay, where low jobs wait.
 _LOW_SHARE: Final = 0.1
-#: What comes while others are worked on is found in so many rounds; more of it than can be done has no end.
-_ROUNDS: Final = 20
 #: So many jobs per slot are placed one by one; what is beyond them flows.
 _PLACED: Final = 8
 #: Outcomes, in effect, below which more distant ones are taken in: of 19 the extremes are a 90 % range.
@@ -83,36 +81,22 @@ class Durations:
 @dataclass(frozen=True, slots=True)
 class Lane:
     """Due jobs of an organization and class that nobody was rung for yet. `cost_s` is what one of them takes; `virtual_s` the
-    work done over the weight, by which the relay takes turns; `come_per_s` is how many more come in a second."""
+    work done over the weight, by which the relay takes turns."""
 
     organization_id: int
     priority: int
-    jobs: float
+    jobs: int
     cost_s: float
     virtual_s: float = 0.0
     weight: float = 1.0
-    come_per_s: float = 0.0
-
-    def after(self, seconds: float) -> Lane:
-        return replace(self, jobs=self.jobs + self.come_per_s * seconds) if self.come_per_s else self
 
 
-def turns_before(mine: Lane, ahead: int, others: Sequence[Lane], slots: float = math.inf) -> tuple[float, float]:
+def turns_before(mine: Lane, ahead: int, others: Sequence[Lane]) -> tuple[float, float]:
     """How many jobs of all lanes get their turn before the one that has `ahead` others before it in its own, and their work in
-    seconds, where `slots` work on them: the longer that takes, the more of others come in between.
+    seconds.
 
     As the relay does it: classes in order, but a tenth for low, and within a class by virtual time.
     """
-    jobs, work_s = _turns_before(mine, ahead, others)
-    for _ in range(_ROUNDS):
-        before_s = work_s
-        jobs, work_s = _turns_before(mine, ahead, [lane.after(before_s / slots) for lane in others])
-        if work_s - before_s < RESOLUTION_S * min(slots, 1.0):
-            break
-    return jobs, work_s
-
-
-def _turns_before(mine: Lane, ahead: int, others: Sequence[Lane]) -> tuple[float, float]:
     place = mine.virtual_s + (ahead + 1) * mine.cost_s / mine.weight
     jobs, work_s = float(ahead), ahead * mine.cost_s
     higher, lower = [], []

@@ -3,7 +3,6 @@ cost what ten thousand do."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +11,6 @@ from uuid import UUID
 
 from agentflow.database import Connection
 from agentflow.jobs.model import PRIORITIES, Job
-from agentflow.jobs.statistics import id_floor
 
 #: Of the jobs before one so many are counted; beyond that it is "more than".
 MOST_AHEAD: Final = 10_000
@@ -21,9 +19,6 @@ _MIX: Final = 500
 _MOST_OF_A_LANE: Final = 1000
 _MOST_LANES: Final = 500
 _MOST_RUNNING: Final = 5000
-#: How many jobs come is counted over the last seconds, and of no more than so many.
-_LATELY_S: Final = 15.0
-_MOST_COME: Final = 3000
 _WORKER_SILENT_S: Final = 60
 #: The lanes (class and organization) in which jobs of the queue wait, by skip scan.
 _LANES: Final = """
@@ -55,8 +50,7 @@ class RunningJob:
 
 @dataclass(frozen=True, slots=True)
 class WaitingLane:
-    """Due jobs of an organization and class that were not rung for; `cost_s` of one as measured lately, where it is known;
-    `come_per_s`, how many were handed in per second lately."""
+    """Due jobs of an organization and class that were not rung for; `cost_s` of one as measured lately, where it is known."""
 
     priority: int
     organization_id: int
@@ -64,7 +58,6 @@ class WaitingLane:
     cost_s: float | None
     virtual_s: float
     weight: float
-    come_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,40 +92,21 @@ def picture(conn: Connection, queue: str) -> Picture:
     ).fetchall()
     lanes = conn.execute(
         _LANES  # noqa: S608 - constants
-        + """, newest as materialized (
-            select j.queue, j.priority, j.organization_id, j.created_at from agentflow.jobs j
-            where j.id >= %(since)s order by j.id desc limit %(come)s
-        ), span as (
-            select greatest(0.1, case when count(*) < %(come)s then %(lately)s
-                else extract(epoch from clock_timestamp() - min(created_at)) end)::float8 as seconds from newest
-        ), come as (
-            select n.priority, n.organization_id, count(*) / s.seconds as per_s from newest n cross join span s
-            where n.queue = %(queue)s group by n.priority, n.organization_id, s.seconds
-        ), known as (
-            select priority, organization_id from lanes union select priority, organization_id from come
-        )
-        select k.priority, k.organization_id, due.jobs, v.cost_s,
-            greatest(coalesce(v.virtual_s, 0), coalesce(a.virtual_s, 0)), coalesce(o.weight, 1), coalesce(c.per_s, 0)
-        from known k cross join lateral (
+        + """
+        select l.priority, l.organization_id, due.jobs, v.cost_s, greatest(coalesce(v.virtual_s, 0), coalesce(c.virtual_s, 0)),
+            coalesce(o.weight, 1)
+        from lanes l cross join lateral (
             select count(*) as jobs from (
-                select from agentflow.jobs j where j.queue = %(queue)s and j.priority = k.priority
-                and j.organization_id = k.organization_id and j.state = 'queued' and j.wake_at <= clock_timestamp() limit %(most)s
+                select from agentflow.jobs j where j.queue = %(queue)s and j.priority = l.priority
+                and j.organization_id = l.organization_id and j.state = 'queued' and j.wake_at <= clock_timestamp() limit %(most)s
             ) x
         ) due
-        left join come c on c.priority = k.priority and c.organization_id = k.organization_id
-        left join agentflow.lanes v on v.queue = %(queue)s and v.organization_id = k.organization_id
-        left join agentflow.lanes a on a.queue = %(queue)s and a.organization_id = 0
-        left join agentflow.organizations o on o.id = k.organization_id
-        where due.jobs > 0 or c.per_s is not null
+        left join agentflow.lanes v on v.queue = %(queue)s and v.organization_id = l.organization_id
+        left join agentflow.lanes c on c.queue = %(queue)s and c.organization_id = 0
+        left join agentflow.organizations o on o.id = l.organization_id
+        where due.jobs > 0
         """,
-        {
-            "queue": queue,
-            "lanes": _MOST_LANES,
-            "most": _MOST_OF_A_LANE,
-            "come": _MOST_COME,
-            "since": id_floor(time.time() - _LATELY_S),
-            "lately": _LATELY_S,
-        },
+        {"queue": queue, "lanes": _MOST_LANES, "most": _MOST_OF_A_LANE},
     ).fetchall()
     sent = conn.execute(
         "select type, count(*) from (select j.type from agentflow.jobs j where j.queue = %s and j.state = 'queued'"

@@ -85,7 +85,7 @@ class Waits:
             lanes = self._lanes(work_s)
             if lanes is not None:
                 mine, others = lanes
-                ahead, work_s = turns_before(mine, place.ahead, others, max(threads, 1.0))
+                ahead, work_s = turns_before(mine, place.ahead, others)
             sent = sum(picture.sent.values())
             sent_s = self._work_s(sent, picture.sent)
             ahead, work_s = ahead + sent, None if work_s is None or sent_s is None else work_s + sent_s
@@ -105,15 +105,7 @@ class Waits:
         if cost_s is None:
             return None
         others = [
-            Lane(
-                w.organization_id,
-                w.priority,
-                w.jobs,
-                max(_LEAST_COST_S, w.cost_s or cost_s),
-                w.virtual_s,
-                w.weight,
-                w.come_per_s,
-            )
+            Lane(w.organization_id, w.priority, w.jobs, max(_LEAST_COST_S, w.cost_s or cost_s), w.virtual_s, w.weight)
             for w in self._picture.lanes
             if (w.priority, w.organization_id) != here
         ]
