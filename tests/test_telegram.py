@@ -84,6 +84,15 @@ def test_an_album_is_one_render_whatever_order_its_parts_come_in(talk: Talk, bac
     assert talk.results == [talk.stored(render)]
 
 
+def test_of_an_album_as_many_are_taken_as_the_workflow_has_places(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_one = talk.system.settings.model_copy(update={"telegram_workflow": "smoke"})
+    monkeypatch.setattr(talk.system, "settings", of_one)
+    talk.says(*talk.ann.album([RED, RED], caption="both"))
+
+    assert [list(job.payload["images"]) for job in talk.jobs("comfy_render")] == [["image"]]
+    assert "Of an album I take the first pictures, no more than 1." in talk.texts
+
+
 def test_an_album_waits_for_a_moment_of_quiet(talk: Talk) -> None:
     first, second = talk.ann.album([RED, RED], caption="both")
     talk.says(first, then=False)

@@ -14,7 +14,7 @@ from agentflow.telegram.client import Refused
 from agentflow.telegram.conversation import correlation_of
 from agentflow.telegram.pictures import NotAPicture
 from agentflow.telegram.requests import Request
-from agentflow.telegram.workflow import IMAGES, render_of
+from agentflow.telegram.workflow import places, render_of
 from agentflow.worker.running import JobContext
 
 logger = log.get(__name__)
@@ -69,9 +69,11 @@ def _handed_in(context: JobContext, request: Request) -> dict[str, Any] | None:
             return None
         payload = {"request_id": str(locked.id)}
         correlation = correlation_of(locked.id)
+        workflow = transaction.system.settings.telegram_workflow
+        names = places(transaction.conn, locked.organization_id, workflow)
         render = NewJob(
             "comfy_render",
-            render_of(transaction.system.settings.telegram_workflow, locked.prompt, keys),
+            render_of(workflow, locked.prompt, names, keys),
             correlation_id=correlation,
             then=(NewJob("telegram_deliver", payload),),
         )
@@ -81,8 +83,8 @@ def _handed_in(context: JobContext, request: Request) -> dict[str, Any] | None:
             logger.error("the bot's render cannot be handed in: see TELEGRAM_WORKFLOW", error=str(error))
             return _refuse(transaction, locked, "failed_refused")
         requests.renders(transaction.conn, locked, job_id)
-        if len(keys) > len(IMAGES):
-            _say(transaction, locked, "too_many", n=len(IMAGES))
+        if len(keys) > len(names):
+            _say(transaction, locked, "too_many", n=len(names))
         transaction.submit(locked.organization_id, NewJob("telegram_follow", payload, correlation_id=correlation))
         return {"render_job_id": str(job_id)}
 

@@ -27,7 +27,7 @@ _SAID: Final[dict[str, tuple[str, str]]] = {
         "Этот файл больше 20 МБ: столько Telegram ботам не отдаёт. Пришлите поменьше, пожалуйста.",
     ),
     "too_many": (
-        "Of an album I take the first {n} pictures.",
+        "Of an album I take the first pictures, no more than {n}.",
         "Из альбома я беру первые картинки, не больше {n}.",
     ),
     "not_a_picture": (
