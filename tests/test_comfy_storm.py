@@ -173,6 +173,7 @@ def _check(two: Studio, servers: list[Comfy], jobs: list[Job]) -> None:
             assert image.getpixel((0, 0)) == tuple(255 - part for part in (color >> 16, color >> 8 & 255, color & 255))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_short_storm_loses_nothing_and_runs_nothing_twice(
     tmp_path: Path, environment: dict[str, str], conn: psycopg.Connection, database_url: str

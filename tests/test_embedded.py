@@ -192,7 +192,7 @@ def end(home: Home) -> None:
 # --- together
 
 
-@pytest.mark.parametrize("rounds", [10])
+@pytest.mark.parametrize("rounds", [3, pytest.param(10, marks=pytest.mark.long)])
 def test_five_processes_that_start_on_an_empty_home_together_share_one_pair_of_servers(
     new_home: Home, rounds: int
 ) -> None:

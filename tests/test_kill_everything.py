@@ -30,6 +30,7 @@ pytestmark = pytest.mark.flaky(reruns=0)  # a job lost once is lost
 AUTH = {"Authorization": f"Bearer {ADMIN_KEY}"}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_what_web_accepted_before_its_death_is_kept_and_sending_it_again_makes_no_second_job(
     environment: dict[str, str], conn: psycopg.Connection, tmp_path: Path

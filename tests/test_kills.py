@@ -62,6 +62,7 @@ def assert_each_ended_once(conn: psycopg.Connection, ids: list[UUID]) -> None:
     assert all(fences[job_id] == attempts for job_id, _, attempts in ends)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_killing_the_worker_again_and_again_loses_nothing(
     environment: dict[str, str],

@@ -206,6 +206,7 @@ def test_picking_up_takes_milliseconds(system: System, running_worker: Process) 
 # ---- kills ----
 
 
+@pytest.mark.long
 def test_killing_the_worker_in_the_middle_loses_nothing(
     environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path
 ) -> None:

@@ -220,6 +220,7 @@ def _and_back(conn: psycopg.Connection, web: System, jobs: list[Job]) -> None:
     assert set(rows) == {(1, 1)}, "something was run twice"
 
 
+@pytest.mark.long
 def test_jobs_go_on_while_redis_is_frozen_killed_or_never_there(
     base: dict[str, str], valkeys: list[Valkey], conn: psycopg.Connection, tmp_path: Path
 ) -> None:
