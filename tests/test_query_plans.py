@@ -63,6 +63,8 @@ def table(request: pytest.FixtureRequest, stack: embedded.Embedded) -> Iterator[
     with core_support.database(stack) as url:
         with psycopg.connect(url, autocommit=True, options="-c synchronous_commit=off") as conn:
             counts = {"finished": finished, "taken": finished + waiting, "total": finished + waiting + running}
+            # Or it is looked at in the middle of the tests, where they take longer than a minute.
+            conn.execute("alter table agentflow.jobs set (autovacuum_enabled = false)")
             conn.execute(FILL, {**counts, "worker": uuid4()})
             conn.execute("insert into agentflow.concurrency_keys select 'k' || n, 1000 from generate_series(0, 3) n")
             if request.param == "large":  # an empty table is planned as it is, before anybody looked at it
