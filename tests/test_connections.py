@@ -315,6 +315,7 @@ def test_an_outage_of_everything_is_a_handful_of_lines(
 # ---- passwords ----
 
 
+@pytest.mark.long
 def test_a_changed_password_is_said_by_name_and_not_asked_for_in_a_hot_loop(
     environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -73,7 +73,7 @@ OUTAGES: dict[str, dict[str, tuple[Callable[[Servers], None], Callable[[Servers]
 @pytest.mark.parametrize(
     ("part", "how"),
     [
-        ("rabbitmq", "stopped"),
+        pytest.param("rabbitmq", "stopped", marks=pytest.mark.long),
         pytest.param("rabbitmq", "frozen", marks=pytest.mark.long),
         pytest.param("rabbitmq", "restarted empty", marks=pytest.mark.long),
         pytest.param("redis", "stopped", marks=pytest.mark.long),
@@ -176,6 +176,7 @@ def test_without_one_worker_its_jobs_go_to_the_other_and_count_once(plant: Plant
 # ---- the other rows ----
 
 
+@pytest.mark.long
 def test_after_an_outage_of_postgres_longer_than_a_lease_only_the_dead_are_rescued(plant: Plant) -> None:
     with Watch(plant) as watch:
         watch.begin()
