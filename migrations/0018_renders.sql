@@ -68,74 +68,18 @@ alter table agentflow.concurrency_keys drop constraint concurrency_keys_slots_ch
 alter table agentflow.concurrency_keys add constraint concurrency_keys_slots_check check (slots between 0 and 1000);
 alter table agentflow.concurrency_keys add column look_again_s real check (look_again_s > 0);
 
--- claim_keyed_1, but for the time until those who wait look again.
+-- claim_keyed_1, and those who have to wait for a key with a time of its own look again after that.
 create function agentflow.claim_keyed_2(p_ids uuid[], p_worker uuid, p_lease interval) returns setof agentflow.jobs
 language plpgsql
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
 as $$
-declare
-    keys text[];
 begin
-    select array_agg(distinct concurrency_key) into keys
-    from agentflow.jobs where id = any (p_ids) and state || '' = 'queued' and concurrency_key is not null;
-    if keys is null then
-        return;
-    end if;
-    perform agentflow.lock_keys_1(keys);              -- the next statement has a snapshot taken after the lock
-
-    return query
-    with used as (
-        select concurrency_key as key, array_agg(slot) as slots
-        from agentflow.jobs where concurrency_key = any (keys) and state = 'running' group by 1
-    ), free as (
-        select k.key, s.slot, row_number() over (partition by k.key order by s.slot) as n
-        from agentflow.concurrency_keys k left join used on used.key = k.key
-        cross join lateral (
-            select s::smallint as slot from generate_series(0, k.slots - 1) s
-            where s::smallint <> all (coalesce(used.slots, '{}'))
-            limit greatest(0, k.slots - coalesce(cardinality(used.slots), 0))
-        ) s
-        where k.key = any (keys)
-    ), wanted as (
-        select concurrency_key as key, queue, count(*) as n
-        from agentflow.jobs where id = any (p_ids) and state || '' = 'queued' and concurrency_key = any (keys) group by 1, 2
-    ), heads as (
-        select h.id, h.key, row_number() over (partition by h.key order by h.run_at, h.id) as n
-        from wanted w cross join lateral (
-            select j.id, j.concurrency_key as key, j.run_at from agentflow.jobs j
-            where j.concurrency_key = w.key and j.queue = w.queue and j.state = 'queued' and j.run_at <= clock_timestamp()
-            order by j.run_at, j.id limit w.n
-        ) h
-    ), taken as materialized (
-        select heads.id, free.slot from heads join free on free.key = heads.key and free.n = heads.n
-    ), locked as materialized (                       -- with those parked below: one pass, in one order
-        select j.id from agentflow.jobs j where j.id = any (p_ids || array(select taken.id from taken))
-        and j.state || '' = 'queued' and j.concurrency_key = any (keys) order by j.id for update
-    )
-    update agentflow.jobs j set state = 'running', attempt = j.attempt + 1, fence = j.fence + 1, worker = p_worker,
-        slot = taken.slot, lease_until = clock_timestamp() + p_lease, started_at = clock_timestamp(),
-        wake_at = null, sent_at = null, sends = 0, wait_reason = null, progress = null, stage = null
-    from taken, locked
-    where j.id = taken.id and locked.id = taken.id and j.state || '' = 'queued' and j.run_at <= clock_timestamp()
-    returning j.*;
-
-    -- Asked for and not taken: parked without a message, with a safety time in case the wake-up is lost with its process. While
-    -- a slot is free the relay rings at once: a younger job's message came first and took the head of the line.
-    with locked as materialized (
-        select id from agentflow.jobs
-        where id = any (p_ids) and state || '' = 'queued' and concurrency_key = any (keys) and run_at <= clock_timestamp()
-        order by id for update
-    ), busy as materialized (
-        select k.key, k.look_again_s from agentflow.concurrency_keys k where k.key = any (keys)
-        and k.slots <= (select count(*) from agentflow.jobs r where r.concurrency_key = k.key and r.state = 'running')
-    )
-    update agentflow.jobs j set sent_at = null, sends = 0,
-        wait_reason = case when j.concurrency_key in (select key from busy) then 'busy' end,
-        wake_at = clock_timestamp() + case when j.concurrency_key in (select key from busy) then coalesce(
-            make_interval(secs => (select b.look_again_s from busy b where b.key = j.concurrency_key) * (0.8 + random() / 5)),
-            interval '60 s' * (1 + random())
-        ) else interval '0' end
-    from locked where j.id = locked.id and j.state || '' = 'queued';
+    return query select * from agentflow.claim_keyed_1(p_ids, p_worker, p_lease);
+    update agentflow.jobs j                           -- of rows that were locked and parked a moment ago, here
+    set wake_at = clock_timestamp() + make_interval(secs => k.look_again_s * (0.8 + random() / 5))
+    from agentflow.concurrency_keys k
+    where j.id = any (p_ids) and j.state || '' = 'queued' and j.wait_reason = 'busy' and k.key = j.concurrency_key
+        and k.look_again_s is not null;
 end $$;
 
 -- A running job needs its key no more, and goes on without it: the next in line is rung. Null when the lease was lost.

@@ -1327,7 +1327,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "3 the fence rises at a keyed claim": (
         test_the_fence_rises_by_one_at_each_claim_and_at_nothing_else,
         {},
-        function("claim_keyed_2", ("fence = j.fence + 1", "fence = j.attempt + 1")),
+        function("claim_keyed_1", ("fence = j.fence + 1", "fence = j.attempt + 1")),
     ),
     "3 the fence never falls": (
         test_the_fence_rises_by_one_at_each_claim_and_at_nothing_else,
@@ -1371,12 +1371,12 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "5 a busy job has a safety time": (
         test_a_waiting_row_is_rung_within_five_minutes_of_being_due,
         {},
-        function("claim_keyed_2", ("interval '60 s' * (1 + random())", "interval '1 h'")),
+        function("claim_keyed_1", ("interval '60 s' * (1 + random())", "interval '1 h'")),
     ),
     "5 a wait is finite": (
         test_a_waiting_row_is_rung_within_five_minutes_of_being_due,
         {},
-        function("claim_keyed_2", ("interval '60 s' * (1 + random())", "interval 'infinity'")),
+        function("claim_keyed_1", ("interval '60 s' * (1 + random())", "interval 'infinity'")),
     ),
     "5 the pause between rings is bounded": (
         test_a_waiting_row_is_rung_within_five_minutes_of_being_due,
@@ -1386,18 +1386,18 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "6 a keyed claim locks its key": (
         test_a_claim_that_meets_another_of_its_key_waits_and_finds_the_slot_taken,
         {},
-        function("claim_keyed_2", _LOCK_KEYS),
+        function("claim_keyed_1", _LOCK_KEYS),
     ),
     "6 a keyed claim locks its key, and no index guards the slot": (
         test_a_claim_that_meets_another_of_its_key_waits_and_finds_the_slot_taken,
         {},
-        both(function("claim_keyed_2", _LOCK_KEYS), without_index("jobs_slot")),
+        both(function("claim_keyed_1", _LOCK_KEYS), without_index("jobs_slot")),
     ),
     "6 a keyed claim counts the slots": (
         test_a_key_gives_out_each_of_its_slots_once,
         {"at_once": True},
         function(
-            "claim_keyed_2",
+            "claim_keyed_1",
             ("generate_series(0, k.slots - 1)", "generate_series(0, k.slots)"),
             ("k.slots - coalesce", "k.slots + 1 - coalesce"),
         ),
@@ -1406,7 +1406,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "6 a job is busy only while no slot is free": (
         test_a_key_with_a_free_slot_lets_nobody_wait_whose_message_was_overtaken,
         {},
-        function("claim_keyed_2", ("k.slots <= (select", "0 <= (select")),
+        function("claim_keyed_1", ("k.slots <= (select", "0 <= (select")),
     ),
     "6 a finish locks the key": (
         test_parking_as_busy_and_freeing_the_slot_cannot_miss_each_other,
@@ -1489,7 +1489,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "10 a message for a keyed job that is not due": (
         test_a_message_for_a_row_that_is_not_waiting_and_due_changes_nothing,
         {"key": "k"},
-        both(function("claim_keyed_2", _DUE), statement(claims, "_CLAIM", _DUE)),
+        both(function("claim_keyed_1", _DUE), statement(claims, "_CLAIM", _DUE)),
     ),
     "10 a message for a running job": (
         test_a_message_for_a_row_that_is_not_waiting_and_due_changes_nothing,
@@ -1561,7 +1561,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "12 a keyed claim locks once": (
         test_a_keyed_claim_locks_the_head_and_those_it_parks_in_one_order,
         {},
-        function("claim_keyed_2", ("p_ids || array(select taken.id from taken)", "array(select taken.id from taken)")),
+        function("claim_keyed_1", ("p_ids || array(select taken.id from taken)", "array(select taken.id from taken)")),
     ),
     "12 taking back sorts its rows": (
         test_rows_are_locked_in_the_order_of_their_ids,
@@ -1576,7 +1576,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "12 a keyed claim locks keys first": (
         test_keys_are_locked_before_rows_and_in_one_order,
         {},
-        function("claim_keyed_2", _LOCK_KEYS),
+        function("claim_keyed_1", _LOCK_KEYS),
     ),
     "12 a finish locks keys first": (
         test_keys_are_locked_before_rows_and_in_one_order,
@@ -1601,7 +1601,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "13 a keyed claim asks the clock": (
         test_a_lease_is_whole_however_long_its_claim_had_to_wait,
         {"key": "k"},
-        function("claim_keyed_2", ("lease_until = clock_timestamp()", "lease_until = now()")),
+        function("claim_keyed_1", ("lease_until = clock_timestamp()", "lease_until = now()")),
     ),
     "13 a heartbeat asks the clock": (
         test_a_renewed_lease_and_a_park_are_counted_from_their_writing,
