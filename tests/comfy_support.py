@@ -12,9 +12,11 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
+import pytest
 
 import actors  # noqa: F401 - declares the product's types
 from agentflow import settings
+from agentflow.comfyui import attempt, sending, sightings
 from agentflow.comfyui.keeper import Keeper
 from agentflow.jobs import settlement
 from agentflow.jobs.intake import NewJob
@@ -188,3 +190,12 @@ def stored(system: System, key: str) -> Path:
     path = system.storage.local_path(key)
     assert path is not None
     return path
+
+
+def judge_quickly(patch: pytest.MonkeyPatch, seconds: float) -> None:
+    """What a real server is given many seconds for, it is given so many here; what comes between is a third of them."""
+    patch.setattr(attempt, "PATIENCE_S", seconds)
+    patch.setattr(attempt, "LITTLE_PATIENCE_S", seconds / 3)
+    patch.setattr(sightings, "STUCK_S", seconds)
+    patch.setattr(sightings, "QUEUE_EVERY_S", seconds / 3)
+    patch.setattr(sending, "LOOK_AFTER_S", (0.0, seconds / 3, seconds))

@@ -10,11 +10,10 @@ import psycopg
 import pytest
 from PIL import Image
 
-from agentflow.comfyui import attempt as attempting
-from agentflow.comfyui import pool, preflight, sending, sightings, supervisor
+from agentflow.comfyui import pool, preflight, supervisor
 from agentflow.comfyui.times import Course, Times
 from agentflow.jobs.model import Verdict
-from tests.comfy_support import Studio, code, node, picture, runs, stored, studio
+from tests.comfy_support import Studio, code, judge_quickly, node, picture, runs, stored, studio
 from tests.comfyui_server import VERSIONS, Comfy, comfyui
 from tests.core_support import read, rows, value
 from tests.one_database import database_url, original
@@ -43,12 +42,7 @@ def impatient(comfy: Comfy, environment: dict[str, str], conn: psycopg.Connectio
 
 @pytest.fixture
 def quick_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes seconds on a real server, for patience, takes less here."""
-    monkeypatch.setattr(attempting, "PATIENCE_S", 0.3)
-    monkeypatch.setattr(attempting, "LITTLE_PATIENCE_S", 0.1)
-    monkeypatch.setattr(sightings, "STUCK_S", 0.3)
-    monkeypatch.setattr(sightings, "QUEUE_EVERY_S", 0.1)
-    monkeypatch.setattr(sending, "LOOK_AFTER_S", (0.0, 0.1, 0.2))
+    judge_quickly(monkeypatch, 0.3)
 
 
 @pytest.fixture
@@ -198,6 +192,10 @@ def test_limits_without_end_are_no_reason_to_know_nothing_of_a_server(
         known = pool.known_nodes(one.system, "default")
 
         assert known is not None and known["TestSleep"]["input"]["required"]["seconds"][1]["max"] is None
+        some = pool.known_nodes(one.system, "default", ["TestSleep", "SaveImage"])
+        assert some == {name: known[name] for name in ("TestSleep", "SaveImage")}
+        # With one that is none of its nodes all are needed: what is near it?
+        assert pool.known_nodes(one.system, "default", ["TestSleep", "TestSlep"]) == known
         assert one.attempt(one.submit(picture(0.1))).outcome == "succeeded"
 
 

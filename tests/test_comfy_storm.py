@@ -12,11 +12,11 @@ import psycopg
 import pytest
 from PIL import Image
 
-from agentflow.comfyui import attempt, sending, sightings, supervisor
+from agentflow.comfyui import supervisor
 from agentflow.jobs import settlement
 from agentflow.jobs.model import Job, Verdict
 from agentflow.worker.running import Running
-from tests.comfy_support import LEASE_S, Studio, job_of, picture, stored, studio
+from tests.comfy_support import LEASE_S, Studio, job_of, judge_quickly, picture, stored, studio
 from tests.comfyui_server import Comfy, comfyui
 from tests.comfyui_worker import Run
 from tests.core_support import claim, read
@@ -50,11 +50,7 @@ FAULTS = {
 
 @pytest.fixture(autouse=True)
 def quick_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt, "PATIENCE_S", 0.5)
-    monkeypatch.setattr(attempt, "LITTLE_PATIENCE_S", 0.3)
-    monkeypatch.setattr(sightings, "STUCK_S", 0.8)
-    monkeypatch.setattr(sightings, "QUEUE_EVERY_S", 0.2)
-    monkeypatch.setattr(sending, "LOOK_AFTER_S", (0.0, 0.2, 0.5))
+    judge_quickly(monkeypatch, 0.6)
     monkeypatch.setattr(supervisor, "_STOP_S", 4.0)
 
 

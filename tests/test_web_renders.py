@@ -35,7 +35,7 @@ BLUE = {
 def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the servers of the pool `default` said last; tests change it."""
     said = nodes("0.33.0", models=True)
-    monkeypatch.setattr(pool, "known_nodes", lambda system, name: said if name == "default" else None)
+    monkeypatch.setattr(pool, "known_nodes", lambda system, name, classes=None: said if name == "default" else None)
     return said
 
 

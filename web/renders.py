@@ -193,7 +193,7 @@ def _checked(call: Call, asked: _Asked) -> RenderRequest:
         raise Refused(422, str(error), errors=faults) from None
     for name, image in asked.body.images.items():  # those that were uploaded were looked at then
         _check_image(call, name, image)
-    nodes = pool.known_nodes(call.system, wanted.pool)
+    nodes = pool.known_nodes(call.system, wanted.pool, graphs.classes_of(prepared.graph))
     if nodes is not None:
         places = [(place.node, place.input) for place in prepared.images]
         _refuse(wanted, preflight.complaints(prepared.graph, nodes, places=places))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from agentflow import log
-from agentflow.comfyui import pool, prompts, sightings
+from agentflow.comfyui import graphs, pool, prompts, sightings
 from agentflow.comfyui.client import Client, Unexpected
 from agentflow.comfyui.prompts import Render
 from agentflow.comfyui.requests import Prepared
@@ -82,7 +82,7 @@ class Attempt:
 
     def nodes(self, client: Client) -> dict[str, Any] | None:
         """What the server said of the classes of nodes in the graph."""
-        classes = {str(each.get("class_type")) for each in self.prepared.graph.values()}
+        classes = graphs.classes_of(self.prepared.graph)
         with self.system.database.connection() as conn:
             return self.system.comfyui.nodes(conn, client.server.name, classes)
 

@@ -44,6 +44,11 @@ class Link:
     output: int
 
 
+def classes_of(graph: Graph) -> set[str]:
+    """The kinds of its nodes."""
+    return {node["class_type"] for node in graph.values()}
+
+
 def parse(value: Any) -> Graph:
     """The value as a graph, unchanged. Raises InvalidGraph. Whether its nodes exist is for the pre-flight to say."""
     if not isinstance(value, dict):

@@ -204,11 +204,21 @@ def nodes_of(conn: Connection, name: str, classes: Collection[str]) -> dict[str,
 
 
 def known_nodes(system: System, pool: str, classes: Collection[str] | None = None) -> dict[str, Any] | None:
-    """The nodes of a pool's server that answered last, those of these classes or all. None: none of them ever did."""
+    """The nodes of a pool's server that answered last. None: none of them ever did.
+
+    With `classes` those alone; all, where one of them is no node of it, since somebody will want to know what is near.
+    """
     with system.database.connection() as conn:
-        row = conn.execute(
-            f"select {_NODES} from agentflow.comfyui_servers s where s.pool = %(pool)s and s.nodes is not null"  # noqa: S608
-            " order by s.well desc, s.seen_at desc limit 1",
-            {"classes": None if classes is None else list(classes), "pool": pool},
-        ).fetchone()
+        found = _known_nodes(conn, pool, classes)
+        if classes is not None and found is not None and not found.keys() >= set(classes):
+            return _known_nodes(conn, pool, None)
+    return found
+
+
+def _known_nodes(conn: Connection, pool: str, classes: Collection[str] | None) -> dict[str, Any] | None:
+    row = conn.execute(
+        f"select {_NODES} from agentflow.comfyui_servers s where s.pool = %(pool)s and s.nodes is not null"  # noqa: S608
+        " order by s.well desc, s.seen_at desc limit 1",
+        {"classes": None if classes is None else list(classes), "pool": pool},
+    ).fetchone()
     return row[0] if row else None
