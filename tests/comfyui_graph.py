@@ -53,7 +53,7 @@ class Validation:
         for output in outputs:
             try:
                 reasons = self._errors(graph, output, seen)
-            except Exception as error:  # noqa: BLE001 - what the real one catches
+            except Exception as error:  # noqa: BLE001 - ComfyUI's validation answers whatever a node's check raises
                 reasons = seen[output] = [_raised(error)]
             if reasons is None:
                 good.append(output)
@@ -118,7 +118,7 @@ class Validation:
     ) -> Errors | None:
         try:
             return self._errors(graph, link[0], seen)
-        except Exception as error:  # noqa: BLE001 - what the real one catches
+        except Exception as error:  # noqa: BLE001 - and whatever that of a node before it raises
             about = {"input_name": name, "input_config": config, "linked_node": link, "exception_message": str(error)}
             raised = _raised(error)
             raised |= {"type": "exception_during_inner_validation", "message": "Exception when validating inner node"}

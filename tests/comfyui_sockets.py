@@ -10,6 +10,7 @@ import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from websockets.exceptions import InvalidState
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request as Handshake
 from websockets.server import ServerProtocol
@@ -127,7 +128,7 @@ class Sockets:
     def _deliver(self, receiver: Socket, payload: bytes, *, binary: bool = False) -> None:
         try:
             receiver.send(payload, binary=binary)
-        except Exception:  # noqa: BLE001 - closing, closed, or too slow: the real one forgets it too
+        except (OSError, InvalidState):  # too slow, closing or closed: the real one forgets it too
             receiver.drop()
 
     def drop(self, id_: str | None = None) -> None:

@@ -16,12 +16,12 @@ from agentflow.knowledge import embedding_models, search, vector_index
 from agentflow.knowledge.search import Filters, Found, Mode, fused
 from agentflow.system import System
 from tests import openrouter_server as faults
-from tests.knowledge_support import ORGANIZATION, Context, add_document, answering, embed, with_server
+from tests.knowledge_support import ORGANIZATION, Context, add_document, answering, embed, remote
 from tests.openrouter_server import ModelServer, model_server
 from tests.web_support import client, problem
 from web import create_app
 
-__all__ = ["client"]
+__all__ = ["client", "remote"]
 
 #: What a text is about, as a direction: so that the tests know what is near to what.
 TOPICS = {"dog": 0, "собак": 0, "puppy": 0, "invoice": 1, "счёт": 1, "payment": 1, "bread": 2, "хлеб": 2, "oven": 2}
@@ -42,13 +42,6 @@ def vendor() -> Iterator[ModelServer]:
     with model_server(openrouter=False) as server:
         server.fault(answering(meaning), times=100_000)
         yield server
-
-
-@pytest.fixture
-def remote(environment: dict[str, str], vendor: ModelServer) -> Iterator[System]:
-    system = with_server(environment, vendor)
-    yield system
-    system.close()
 
 
 def texts(found: Found) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -30,10 +32,8 @@ def set_webhook(url: str, org: str, drop_pending: bool) -> None:
         bot_id, username = _me(system)
         with system.database.transaction() as conn:
             organization = _organization(conn, org)
-            try:
+            with _unless_taken(username):
                 opened = bots.open_endpoint(conn, organization.id, bot_id, username, system.sealer)
-            except bots.Taken:
-                raise Failure(f"@{username} is the bot of another organization", USAGE) from None
         asked = {
             "url": f"{base}/webhooks/telegram/{opened.token}",
             "secret_token": opened.secret,
@@ -66,10 +66,8 @@ def poll(org: str) -> None:
             raise _is_set(username, f"a webhook is set, to {urlsplit(str(address)).netloc}")
         with system.database.transaction() as conn:
             organization = _organization(conn, org)
-            try:
+            with _unless_taken(username):
                 endpoint = bots.connect(conn, organization.id, bot_id, username, system.sealer)
-            except bots.Taken:
-                raise Failure(f"@{username} is the bot of another organization", USAGE) from None
         stopped = threading.Event()
         try:
             polls = Polling(system, polling.door_of(system, organization.id, endpoint.id), stopped)
@@ -105,6 +103,14 @@ def _organization(conn: Connection, org: str) -> Organization:
     if found is None:
         raise Failure(f"there is no organization {org!r}; `agentflow orgs list` shows them", USAGE)
     return found
+
+
+@contextmanager
+def _unless_taken(username: str) -> Iterator[None]:
+    try:
+        yield
+    except bots.Taken:
+        raise Failure(f"@{username} is the bot of another organization", USAGE) from None
 
 
 def _me(system: System) -> tuple[int, str]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from agentflow.comfyui.pictures import HEAD_BYTES, SUFFIXES, media_type
 from agentflow.errors import Permanent
 from agentflow.telegram.requests import Kept, Request
 
 if TYPE_CHECKING:
     from agentflow.worker.running import JobContext
-
-#: Enough to tell what a file is.
-_HEAD_BYTES: Final = 16
 
 
 class NotAPicture(Permanent):
@@ -24,21 +22,13 @@ def fetch(context: JobContext, request: Request, picture: Kept) -> str:
     system = context.system
     with system.telegram.file(context, picture.file_id) as pieces:
         head = b""
-        while len(head) < _HEAD_BYTES and (piece := next(pieces, None)) is not None:
+        while len(head) < HEAD_BYTES and (piece := next(pieces, None)) is not None:
             head += piece
-        suffix, media_type = _what(head)
-        key = f"o/{request.organization_id}/telegram/{request.id}/{picture.message_id}.{suffix}"
-        with system.storage.writer(key, content_type=media_type) as writer:
+        kind = media_type(head)
+        if kind is None:
+            raise NotAPicture("the file is no JPEG, PNG or WebP", code="telegram_not_a_picture")
+        key = f"o/{request.organization_id}/telegram/{request.id}/{picture.message_id}{SUFFIXES[kind]}"
+        with system.storage.writer(key, content_type=kind) as writer:
             for each in itertools.chain([head], pieces):
                 writer.write(each)
     return key
-
-
-def _what(head: bytes) -> tuple[str, str]:
-    if head.startswith(b"\xff\xd8\xff"):
-        return "jpg", "image/jpeg"
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png", "image/png"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "webp", "image/webp"
-    raise NotAPicture("the file is no JPEG, PNG or WebP", code="telegram_not_a_picture")
