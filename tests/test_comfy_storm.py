@@ -50,7 +50,7 @@ FAULTS = {
 
 @pytest.fixture(autouse=True)
 def quick_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge_quickly(monkeypatch, 0.6)
+    judge_quickly(monkeypatch, 0.8)
     monkeypatch.setattr(supervisor, "_STOP_S", 4.0)
 
 
