@@ -17,6 +17,7 @@ from agentflow.database import Database
 from agentflow.errors import Wait
 from agentflow.jobs import callbacks, rules
 from agentflow.jobs.model import Job
+from agentflow.worker.threads import regular
 
 #: Of a process's threads that are not kept for critical jobs, where several organizations share them: no organization has all.
 SHARE: Final = 0.8
@@ -32,7 +33,7 @@ class Admission:
         self._database = database
         self._known = known
         self._calls = calls
-        self._share = max(1, math.ceil((threads - threads // 4) * SHARE))
+        self._share = max(1, math.ceil(regular(threads) * SHARE))
         self._lock = threading.Lock()
         self._began: defaultdict[int, list[float]] = defaultdict(list)  # those that run now, but for critical ones
         self._long: set[int] = set()  # whose last job was no short one

@@ -84,7 +84,7 @@ def share_in_use(picture: Picture) -> float | None:
     running = sum(r.here for r in picture.running)
     organizations = {lane.organization_id for lane in picture.lanes}
     if picture.share < 1 and organizations:
-        allowed = len(organizations) * max(1, math.floor(picture.share * picture.threads[0]))
+        allowed = len(organizations) * max(1, math.floor(picture.share * picture.threads[1]))
         others = sum(r.here and r.organization_id not in organizations for r in picture.running)
         threads = min(threads, allowed + others)
     return min(1.0, running / threads)

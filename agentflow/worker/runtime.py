@@ -8,7 +8,6 @@ import random
 import socket
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -26,12 +25,13 @@ from agentflow.jobs.model import QUEUES, Ring, Settled, State, Verdict
 from agentflow.live import Finished
 from agentflow.system import System
 from agentflow.worker.admission import Admission
-from agentflow.worker.chores import NO_ROOM, Relay, Rescue, Room
+from agentflow.worker.chores import Relay, Rescue
 from agentflow.worker.claimer import ClaimAbandoned, Claimer
 from agentflow.worker.heart import Heart
 from agentflow.worker.observer import Observer
 from agentflow.worker.running import JobContext, Running
 from agentflow.worker.settler import Ended, Settler
+from agentflow.worker.threads import Threads
 from agentflow.worker.watchdog import GRACE_S, Watchdog
 
 logger = log.get(__name__)
@@ -42,8 +42,6 @@ _HURRY_LOOK_S: Final = 0.1
 _REPLACED_AT_MOST_EVERY_S: Final = 60.0
 _UNKNOWN_TYPE_S: Final = 30.0
 _ALONE_RENEW_S: Final = 2.0
-#: What will be begun within so long waits here for its thread; given back it would be away for a second.
-_ASIDE_S: Final = 0.25
 
 
 class Runtime:
@@ -67,25 +65,16 @@ class Runtime:
         self.id: Final = uuid4()
         self.system = system
         self.kind = kind
-        self.threads = threads
         self.queues = tuple(queues)
         self.draining = False
         self.hurried = False
         self._perform = perform
         self._replace = replace
-        self._threads_ready = threads_ready
         self._enqueue = enqueue
-        self._polled: dict[str, int] = {}  # given to the threads, not taken up yet
-        self._polled_regular = 0
+        self.threads = Threads(settings, threads, ready=threads_ready, draining=lambda: self.draining)
         self._started = time.monotonic()
         self._held: dict[tuple[UUID, int], Running] = {}
         self._lock = threading.Lock()
-        self._busy: dict[str, int] = {}
-        self._busy_regular = 0
-        self._aside: deque[DeliveredMessage] = deque()  # met a thread that is kept for critical jobs
-        self._claims = 0
-        self._rate = 0.0
-        self._rated_at = time.monotonic()
         self._empty = threading.Condition(self._lock)
         self._drained = threading.Lock()
         self._all_ended: bool | None = None
@@ -113,7 +102,7 @@ class Runtime:
             publish=system.publisher.ring,
             can_publish=system.broker.can_publish,
             can_hear=system.broker.can_hear,
-            room=self.room,
+            room=self.threads.room,
             deliver=self._deliver,
             draining=lambda: self.draining,
             work_done=self.admission.work_done,
@@ -148,8 +137,8 @@ class Runtime:
 
     def start(self) -> None:
         broker = self.system.broker
-        broker.allowance = self.allowance
-        broker.reserved = self.reserved
+        broker.allowance = self.threads.allowance
+        broker.reserved = self.threads.reserved
         broker.known = registry.known
         broker.give_back = self.give_back
         self.system.publisher.take_back_later = self.relay.owe
@@ -162,7 +151,7 @@ class Runtime:
             part.start()
         if self._renders:
             self.gpus.start()
-        logger.info("worker ready", worker=str(self.id), threads=self.threads, queues=",".join(self.queues))
+        logger.info("worker ready", worker=str(self.id), threads=self.threads.count, queues=",".join(self.queues))
 
     def drain(self, grace_s: float) -> bool:
         """Stop taking work; give running jobs `grace_s`; hand back the rest. True when every job's thread has ended.
@@ -202,9 +191,7 @@ class Runtime:
         return not stuck
 
     def _give_back_aside(self) -> None:
-        with self._lock:
-            messages = [message for message in self._aside if not message.given_back]
-            self._aside.clear()
+        messages = self.threads.take_aside()
         for message in messages:
             message.given_back = True
         self.give_back(messages, 0.0)
@@ -229,8 +216,8 @@ class Runtime:
         if message.given_back:
             metrics.message_dropped("given_back")
             return
-        if not self._enter(message):
-            if self._set_aside(message):
+        if not self.threads.enter(message):
+            if self.threads.set_aside(message):
                 return
             message.given_back = True
             if not message.pass_on():
@@ -260,7 +247,7 @@ class Runtime:
         if running is None:
             metrics.message_dropped("not_claimable")
             return
-        self._claims += 1
+        self.threads.claimed()
         if not self.relay.polling:
             self.relay.wake()
         self.run(running)
@@ -355,41 +342,11 @@ class Runtime:
             running.abandoned = running.settling = True
         self.settler.put(Ended(verdict, running))
 
-    # ---- room ----
-
-    def allowance(self) -> int:
-        """Messages that this process may hold unclaimed: its free threads, and what 50 ms of measured work use up."""
-        if self.draining:
-            return 0
-        busy = sum(self._busy.values())
-        # What was set aside does not stand in the way of critical ones.
-        return max(0, self.threads - busy) + int(self._claims_per_s() * 0.05) + len(self._aside)
-
-    def reserved(self) -> int:
-        """Of those, how many only critical jobs may have."""
-        return max(0, self.threads // 4 - (sum(self._busy.values()) - self._busy_regular))
-
-    def room(self) -> Room:
-        """What may be picked for this process's threads now: as many as are free, and of no type that has its limit."""
-        settings = self.system.settings
-        with self._lock:
-            if self.draining or not self._threads_ready():
-                return NO_ROOM
-            taken = Counter(self._busy)
-            taken.update(self._polled)
-            regular = self.threads - self.threads // 4 - self._busy_regular - self._polled_regular
-            free = self.threads - taken.total()
-        types = [
-            t.name for t in registry.every() if t.process_limit is None or taken[t.name] < t.process_limit(settings)
-        ]
-        return Room(free, free - min(free, max(0, regular)), types)
+    # ---- messages ----
 
     def _deliver(self, rings: Sequence[Ring]) -> None:
         """Put jobs that were picked for this process before its threads."""
-        with self._lock:
-            for ring in rings:
-                self._polled[ring.type] = self._polled.get(ring.type, 0) + 1
-                self._polled_regular += ring.priority != 0
+        self.threads.expect(rings)
         for ring in rings:
             self._enqueue(PolledMessage(ring, self.system.settings.job_queue_name))
 
@@ -416,74 +373,25 @@ class Runtime:
         self.system.ring_everything_again()
         self.relay.wake()
 
-    def _enter(self, message: DeliveredMessage) -> bool:
-        """Whether there is room for one more of its type and class. One thread in four is kept for critical jobs."""
-        name, critical = message.actor_name, message.options.get("priority") == 0
-        limit = registry.get(name).process_limit if registry.known(name) else None
-        with self._lock:
-            if isinstance(message, PolledMessage):
-                self._polled[name] -= 1
-                self._polled_regular -= not critical
-            if self.draining or (limit is not None and self._busy.get(name, 0) >= limit(self.system.settings)):
-                return False
-            if not critical and not self._regular_room():
-                return False
-            self._busy[name] = self._busy.get(name, 0) + 1
-            self._busy_regular += not critical
-            return True
-
-    def _set_aside(self, message: DeliveredMessage) -> bool:
-        """Keep what only lacks a thread that is not kept for critical jobs, while such threads soon become free. The next job
-        that leaves one brings it up again; its consumer gives it back after a second, as any message that nobody claims."""
-        if isinstance(message, PolledMessage):
-            return False
-        with self._lock:
-            while self._aside and self._aside[0].given_back:
-                self._aside.popleft()
-            most = max(self.threads // 4, int(self._rate * _ASIDE_S))
-            if self.draining or self._regular_room() or len(self._aside) >= most:
-                return False
-            self._aside.append(message)
-            return True
-
-    def _regular_room(self) -> bool:
-        return self._busy_regular < self.threads - self.threads // 4
-
     def _leave(self, message: DeliveredMessage) -> None:
-        next_one = None
-        with self._lock:
-            self._busy[message.actor_name] -= 1
-            self._busy_regular -= message.options.get("priority") != 0
-            while next_one is None and self._aside and self._regular_room():
-                next_one = self._aside.popleft()
-                if next_one.given_back:
-                    next_one = None
+        next_one = self.threads.leave(message)
         if next_one is not None:
             self._enqueue(next_one)
         self.system.broker.nudge()
         self.relay.room_made()
 
-    def _claims_per_s(self) -> float:
-        """A moving average over about a second."""
-        now = time.monotonic()
-        if (elapsed := now - self._rated_at) > 0.2:
-            weight = min(1.0, elapsed)
-            self._rate = (1 - weight) * self._rate + weight * self._claims / elapsed
-            self._claims, self._rated_at = 0, now
-        return self._rate
-
     def _facts(self) -> dict[str, Any]:
-        demand = min(1000, max(self.threads, int(self._claims_per_s() * 0.1)))
+        demand = min(1000, max(self.threads.count, int(self.threads.claims_per_s() * 0.1)))
         return {
             "kind": self.kind,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "version": __version__,
             "queues": list(self.queues),
-            "threads": self.threads,
+            "threads": self.threads.count,
             "demand": dict.fromkeys(self.queues, demand),
             "memory_bytes": _resident_bytes(),
-            "busy": sum(self._busy.values()),
+            "busy": self.threads.busy,
         }
 
     # ---- replacing the process ----
