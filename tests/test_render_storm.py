@@ -158,7 +158,7 @@ def ride_out(made: Storm, environment: dict[str, str], conn: psycopg.Connection,
     end = time.monotonic() + within_s
     kills = 0
     while open_jobs(conn) > len(made.colors) / 10:
-        done = open_jobs(conn) - made.random.randint(5, 20)
+        done = max(0, open_jobs(conn) - made.random.randint(5, 20))
         with worker(environment, logs / f"worker-{kills}.log"):
             eventually(lambda done=done: open_jobs(conn) <= done, within_s=end - time.monotonic())
             time.sleep(made.random.uniform(0, 0.5))  # the block's end kills -9
