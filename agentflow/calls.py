@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -18,6 +19,11 @@ from agentflow.limits import Bucket, Limits, Window
 
 #: So many seconds after midnight those that waited for it are back, one after the other.
 _MORNING_S: Final = 60.0
+#: A parked job takes about so long from its time to its call; it is told to come so much sooner, that no place stays empty …
+_ON_ITS_WAY_S: Final = 0.04
+#: … and who is early waits out what is left: parking again would take longer than this.
+_NOT_WORTH_PARKING_S: Final = 0.08
+_MOST_TRIES: Final = 3
 #: How long a service that says "too often", and no more, is left alone by all.
 _NOT_SAID_S: Final = 1.0
 
@@ -52,11 +58,12 @@ class Calls:
         for one of them would stand in the line of all.
         """
         self.within_budget(organization_id)
-        seconds = self._limits.take(within, f"{holder}:within") if within else 0.0
+        seconds = self._take(within, f"{holder}:within") if within else 0.0
         if seconds <= 0:
-            seconds = self._limits.take(self._buckets(service, organization_id), holder)
+            seconds = self._take(self._buckets(service, organization_id), holder)
         if seconds > 0:
-            raise Wait(seconds, "limit", message=f"{service.provider} may not be called more often")
+            early = max(seconds - _ON_ITS_WAY_S, 0.0)
+            raise Wait(early, "limit", message=f"{service.provider} may not be called more often")
 
     def within_budget(self, organization_id: int) -> None:
         """Raises Wait. Asks the database only for organizations that had reached a budget within the last seconds."""
@@ -80,6 +87,14 @@ class Calls:
     def exhausted(self, service: Service, for_s: float) -> None:
         """The service said, with a good answer, that the credential has none left for so long."""
         self._limits.close(_credential(service), for_s)
+
+    def _take(self, buckets: Sequence[Bucket], holder: str) -> float:
+        for _ in range(_MOST_TRIES):
+            seconds = self._limits.take(buckets, holder)
+            if not 0 < seconds <= _NOT_WORTH_PARKING_S:
+                break
+            time.sleep(seconds)
+        return seconds
 
     def _buckets(self, service: Service, organization_id: int) -> list[Bucket]:
         windows = self._known.now().limit_of(organization_id, service.provider, service.windows)

@@ -102,7 +102,14 @@ alter table agentflow.jobs add column head_start_s smallint not null default 0
 create index jobs_ahead on agentflow.jobs (queue, priority, organization_id, head_start_s, wake_at)
     where state = 'queued' and head_start_s > 0;
 
--- The first due jobs with each head start, of these types (null: of any).
+-- Jobs that come back from the line of a limit come before all others of their class and organization: their place is now. In
+-- the order of time thousands that have none yet would be first, and the service would be called by nobody until each has one.
+create function agentflow.back_1(p_reason text) returns boolean language sql immutable parallel safe
+as $$ select coalesce(p_reason in ('limit', 'rate_limit', 'model_limit'), false) $$;
+create index jobs_back on agentflow.jobs (queue, priority, organization_id, wake_at)
+    where state = 'queued' and agentflow.back_1(wait_reason);
+
+-- The first due jobs that are back, and those with each head start, of these types (null: of any).
 create function agentflow.ahead_1(
     p_queue text, p_priority smallint, p_organization bigint, p_types text[], p_moment timestamptz, p_limit integer
 ) returns table (id uuid, type text, wake_at timestamptz, turn_at timestamptz)
@@ -126,9 +133,15 @@ as $$
         select j.id, j.type, j.wake_at from agentflow.jobs j
         where j.queue = p_queue and j.priority = p_priority and j.organization_id = p_organization
             and j.state = 'queued' and j.head_start_s > 0 and j.head_start_s = s.head_start_s
-            and j.wake_at <= p_moment and (p_types is null or j.type = any (p_types))
+            and j.wake_at <= p_moment and (p_types is null or j.type = any (p_types)) and not agentflow.back_1(j.wait_reason)
         order by j.wake_at limit p_limit
     ) h
+    union all
+    (select j.id, j.type, j.wake_at, j.wake_at - interval '1 day' from agentflow.jobs j
+        where j.queue = p_queue and j.priority = p_priority and j.organization_id = p_organization
+            and j.state = 'queued' and agentflow.back_1(j.wait_reason)
+            and j.wake_at <= p_moment and (p_types is null or j.type = any (p_types))
+        order by j.wake_at limit p_limit)
 $$;
 
 -- The relay (relay_2) with budgets and head starts: organizations that have used up a budget are passed over. Head starts order an
@@ -167,6 +180,8 @@ begin
     select exists (select from agentflow.pauses where kind = 'type') or exists (select from agentflow.caps where type <> ''),
         exists (select from agentflow.budgets), exists (
             select from agentflow.jobs j where j.queue = p_queue and j.state = 'queued' and j.head_start_s > 0
+        ) or exists (
+            select from agentflow.jobs j where j.queue = p_queue and j.state = 'queued' and agentflow.back_1(j.wait_reason)
         ), clock_timestamp()
     into ruled, budgeted, ahead, moment;
     if ruled then
@@ -212,11 +227,11 @@ begin
             from mine m cross join (values (0::smallint), (1::smallint), (2::smallint)) c(priority) cross join lateral (
                 select q.*, row_number() over (order by q.turn_at) as turn from (
                     select d.id, d.type, d.wake_at, d.wake_at as turn_at from (
-                        select j.id, j.type, j.wake_at, j.head_start_s from agentflow.jobs j
+                        select j.id, j.type, j.wake_at, j.head_start_s, j.wait_reason from agentflow.jobs j
                         where j.queue = p_queue and j.priority = c.priority and j.organization_id = m.id
                             and j.state = 'queued' and j.wake_at <= moment
                         order by j.wake_at limit least(room, m.own_room)
-                    ) d where d.head_start_s = 0
+                    ) d where d.head_start_s = 0 and not agentflow.back_1(d.wait_reason)
                     union all
                     select a.id, a.type, a.wake_at, a.turn_at
                     from agentflow.ahead_1(p_queue, c.priority, m.id, null, moment, least(room, m.own_room)) a where ahead
@@ -311,6 +326,8 @@ begin
     select exists (select from agentflow.pauses where kind = 'type') or exists (select from agentflow.caps where type <> ''),
         exists (select from agentflow.budgets), exists (
             select from agentflow.jobs j where j.queue = p_queue and j.state = 'queued' and j.head_start_s > 0
+        ) or exists (
+            select from agentflow.jobs j where j.queue = p_queue and j.state = 'queued' and agentflow.back_1(j.wait_reason)
         ), clock_timestamp()
     into ruled, budgeted, ahead, moment;
     if ruled then
@@ -332,11 +349,11 @@ begin
         from lanes l cross join lateral (
             select q.id, q.type, q.wake_at, row_number() over (order by q.turn_at) as turn from (
                 select d.id, d.type, d.wake_at, d.wake_at as turn_at from (
-                    select j.id, j.type, j.wake_at, j.head_start_s from agentflow.jobs j
+                    select j.id, j.type, j.wake_at, j.head_start_s, j.wait_reason from agentflow.jobs j
                     where j.queue = p_queue and j.priority = l.priority and j.organization_id = l.organization_id
                         and j.state = 'queued' and j.wake_at <= moment and j.type = any (p_types)
                     order by j.wake_at limit p_room
-                ) d where d.head_start_s = 0
+                ) d where d.head_start_s = 0 and not agentflow.back_1(d.wait_reason)
                 union all
                 select a.id, a.type, a.wake_at, a.turn_at
                 from agentflow.ahead_1(p_queue, l.priority, l.organization_id, p_types, moment, p_room) a where ahead

@@ -1,4 +1,5 @@
-"""Head starts: within a class and an organization jobs come as if they had been due so many seconds sooner."""
+"""Who comes before others of its class and organization: jobs with a head start, as if they had been due so many seconds sooner,
+and those that are back from the line of an outside service's limit."""
 
 from __future__ import annotations
 
@@ -32,6 +33,13 @@ def due(
         "update agentflow.jobs set sent_at = null, sends = 0, wake_at = now() - make_interval(secs => %s) where id = %s",
         (ago_s, job.id),
     )
+    return job
+
+
+def back(conn: Connection, ago_s: float, reason: str, head_start_s: HeadStart = 0) -> Job:
+    """A job that was parked for this, until so many seconds ago."""
+    job = due(conn, ago_s, head_start_s)
+    conn.execute("update agentflow.jobs set wait_reason = %s where id = %s", (reason, job.id))
     return job
 
 
@@ -105,6 +113,30 @@ def test_a_head_start_takes_no_turn_from_another_organization(conn: Connection, 
 
     assert len(others & set(turns[:10])) >= 4
     assert {*turns} == ahead | others
+
+
+@pytest.mark.parametrize("reason", ["limit", "rate_limit", "model_limit"])
+def test_who_is_back_from_the_line_of_a_limit_comes_before_those_who_have_no_place_yet(
+    conn: Connection, how: str, reason: str
+) -> None:
+    fresh, ahead = due(conn, 500), due(conn, 2, 600)
+    later, sooner, not_yet = (back(conn, ago_s, reason) for ago_s in (1, 3, -60))
+    critical = due(conn, 0, priority=0)
+
+    assert order(conn, how) == [job.id for job in (critical, sooner, later, ahead, fresh)]
+    assert records.get(conn, None, not_yet.id).state == "queued"  # type: ignore[union-attr]
+
+
+def test_who_is_back_with_a_head_start_comes_once(conn: Connection, how: str) -> None:
+    fresh, both = due(conn, 900), back(conn, 1, "limit", head_start_s=5)
+
+    assert order(conn, how) == [both.id, fresh.id]
+
+
+def test_who_waited_for_something_else_comes_in_the_order_of_time(conn: Connection, how: str) -> None:
+    fresh, busy = due(conn, 5), back(conn, 1, "busy")
+
+    assert order(conn, how) == [fresh.id, busy.id]
 
 
 def test_the_table_and_the_code_know_the_same_head_starts(conn: Connection) -> None:

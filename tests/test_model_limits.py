@@ -13,6 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from agentflow.calls import Service
 from agentflow.errors import Wait
 from agentflow.jobs import records, rules
 from agentflow.jobs.intake import NewJob
@@ -205,3 +206,16 @@ def test_an_own_limit_holds_beside_the_operators_and_never_instead_of_it(conn: C
     assert operators_for_one == ((Window(80, 60),), tuple(operators))
     with pytest.raises(rules.OperatorsRule):
         rules.set_limit(conn, ONE, "openrouter", [], own=True)
+
+
+def test_a_moment_is_waited_out_and_who_waits_longer_comes_a_little_early(system: System) -> None:
+    at_once, later = Service("test", "one", (Window(1, 0.05),)), Service("test", "two", (Window(1, 60),))
+
+    for n in range(5):
+        system.calls.permit(at_once, ONE, f"call {n}")  # parking would take longer than the wait
+    system.calls.permit(later, TWO, "call")
+    with pytest.raises(Wait) as parked:
+        system.calls.permit(later, TWO, "another")
+
+    assert parked.value.reason == "limit"
+    assert parked.value.seconds < 60.05 - 0.03

@@ -212,10 +212,14 @@ def _relay(conn: Connection) -> Act:
 
 
 def _some_ahead(conn: Connection) -> None:
-    """Of each class some have a head start, and there is a budget to be held."""
+    """Of each class some have a head start, others are back from the line of a limit, and there is a budget to be held."""
     conn.execute(
         "update agentflow.jobs set head_start_s = 60 where id in"
         " (select id from agentflow.jobs where state = 'queued' and sent_at is null order by id desc limit 300)"
+    )
+    conn.execute(
+        "update agentflow.jobs set wait_reason = 'limit' where id in"
+        " (select id from agentflow.jobs where state = 'queued' and sent_at is null order by id limit 300)"
     )
     conn.execute("insert into agentflow.budgets (organization_id, measure, per_day) values (0, 'usd', 1)")
     conn.execute(
@@ -265,7 +269,7 @@ def _retention(conn: Connection) -> Act:
 
 
 PKEY, LINE, SLOT, READY, SENT = "jobs_pkey", "jobs_line", "jobs_slot", "jobs_ready", "jobs_sent"
-LIST, RUNNING, PARENT, AHEAD = "jobs_list", "jobs_running", "jobs_parent", "jobs_ahead"
+LIST, RUNNING, PARENT, AHEAD, BACK = "jobs_list", "jobs_running", "jobs_parent", "jobs_ahead", "jobs_back"
 #: statement -> how it is made, whether its plans are kept (in a function) or made each time, and the indexes that they may use.
 #: Of a key the running jobs are few, and found by the index of all running ones as well as by that of the slots.
 HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
@@ -274,12 +278,12 @@ HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
     "finish": (_settle, True, {PKEY}),
     "finish with a key": (_settle_keyed, True, {PKEY, LINE, SLOT, RUNNING}),
     "heartbeat": (_heartbeat, True, {PKEY, RUNNING}),
-    "relay": (_relay, True, {PKEY, READY, SENT, AHEAD}),
-    "relay with head starts and budgets": (_relay_ahead, True, {PKEY, READY, SENT, AHEAD}),
-    "poll": (_poll, True, {PKEY, READY, SENT, AHEAD}),
-    "poll with head starts and budgets": (_poll_ahead, True, {PKEY, READY, SENT, AHEAD}),
+    "relay": (_relay, True, {PKEY, READY, SENT, AHEAD, BACK}),
+    "relay with head starts and budgets": (_relay_ahead, True, {PKEY, READY, SENT, AHEAD, BACK}),
+    "poll": (_poll, True, {PKEY, READY, SENT, AHEAD, BACK}),
+    "poll with head starts and budgets": (_poll_ahead, True, {PKEY, READY, SENT, AHEAD, BACK}),
     "usage": (_record_usage, True, {PKEY}),
-    "poll for what nobody claimed": (_poll_again, True, {PKEY, READY, SENT, AHEAD}),
+    "poll for what nobody claimed": (_poll_again, True, {PKEY, READY, SENT, AHEAD, BACK}),
     "rescue": (_rescue, True, {PKEY, RUNNING}),
     "submit": (_submit, False, {READY, SENT}),
     "submit many": (_submit_many, False, {READY, SENT}),

@@ -41,6 +41,8 @@ from tests.openrouter_server import KEY, completion, error
 
 ORGANIZATION = 1
 WARM_UP, LEARNING = 0.2, 0.5
+#: Who was not told the limit finds it by meeting it: so small a share of the calls.
+MOST_FEELERS = 0.01
 
 
 class Vendor:
@@ -105,7 +107,8 @@ def main() -> None:
     figures["kept"] = {
         "no refusal after the warm-up": steady["refused"] == 0,
         "nine tenths of the rate are used": steady["share_of_the_rate"] >= 0.9,
-        "a lowered limit is followed": lowered["refused"] == 0 and lowered["share_of_the_rate"] >= 0.9,
+        "a lowered limit is followed": lowered["share_of_the_rate"] >= 0.9
+        and lowered["refused"] <= MOST_FEELERS * lowered["let_through_per_s"] * lowered["seconds"],
         "parked jobs have no message": at_rest["messages"] == 0,
         "parked jobs hold no thread": at_rest["threads_at_work"] == 0,
         "parked jobs cost less than 1 % of a core": at_rest["more_than_idle_percent_of_a_core"] < 1,
