@@ -92,6 +92,7 @@ def stop(within_s: float) -> None:
 
     logging.getLogger().removeHandler(_started.errors)
     sentry_sdk.get_client().close(timeout=max(0.0, within_s))
+    sentry_sdk.get_global_scope().set_client(None)
     _started = None
 
 

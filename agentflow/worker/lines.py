@@ -17,8 +17,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
-import psycopg
-
 from agentflow import log, redaction
 from agentflow.database import Database, Unavailable
 from agentflow.jobs import lines
@@ -141,6 +139,7 @@ class Writer(logging.Handler):
         self._some = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="job-lines", daemon=True)
+        self.failures = 0  # since the database was there last
 
     def start(self) -> None:
         logging.getLogger().addHandler(self)
@@ -192,14 +191,16 @@ class Writer(logging.Handler):
                 if full := sorted({each.job.id for each, new in batch if each.written(new)}):
                     lines.trim(conn, full)
         except Unavailable:
+            self.failures += 1
             with self._waiting_lock:
                 self._waiting = {**waiting, **self._waiting}
             self._some.set()
             return False
-        except psycopg.Error:
+        except Exception:  # whatever it is, the next lines are worth a try
             logger.exception("lines of jobs could not be kept", jobs=len(batch))
-        except Exception:
-            logger.exception("lines of jobs could not be kept, for a reason that is not foreseen", jobs=len(batch))
+            for each, new in batch:
+                each.written(new)
+        self.failures = 0
         return True
 
 
