@@ -25,23 +25,22 @@ from agentflow.redaction import Redactor
 from agentflow.system import System
 from agentflow.worker.lines import Writer, collected
 from agentflow.worker.running import Running
+from tests.log_support import configured_log
 from tests.processes import eventually, worker
 from tests.web_support import claim, client, count, problem
 
-__all__ = ["client"]
+__all__ = ["client", "configured_log"]
 
 CALLERS = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 @pytest.fixture
-def writer(system: System) -> Iterator[Writer]:
+def writer(system: System, configured_log: None) -> Iterator[Writer]:
     """Of this process. What it has is written when it stops."""
     writer = Writer(system.database, Redactor(["known-to-us"]))
-    logging.getLogger().setLevel(logging.INFO)
     writer.start()
     yield writer
     writer.stop(30.0)
-    logging.getLogger().setLevel(logging.WARNING)
 
 
 def taken(system: System, conn: psycopg.Connection, **payload: Any) -> Running:
@@ -92,7 +91,7 @@ def test_the_lines_of_a_job_are_kept_with_it_and_those_of_its_child_and_every_li
     assert {line["trace"] for line in said if line.get("job_id") == follower} == {CALLERS}
 
 
-def test_a_job_that_logs_nothing_costs_nothing(system: System, conn: psycopg.Connection) -> None:
+def test_a_job_that_logs_nothing_costs_nothing(system: System, conn: psycopg.Connection, configured_log: None) -> None:
     class Untouched(Database):
         def connection(self) -> Any:
             raise AssertionError("nobody asked for this")

@@ -26,8 +26,11 @@ from scheduler.calendar import Done, Entry, every
 from tests import sentry_sink, web_support
 from tests.calendar_support import calendar
 from tests.connection_support import KINDS, Servers
+from tests.log_support import configured_log
 from tests.processes import ROOT, eventually, free_port, started, worker
 from tests.sentry_sink import Sink
+
+__all__ = ["configured_log"]
 
 #: Each stands where it may be found by accident.
 SECRETS = {
@@ -50,7 +53,7 @@ def sink() -> Iterator[Sink]:
 
 
 @pytest.fixture
-def reporting(sink: Sink, environment: dict[str, str]) -> Iterator[Sink]:
+def reporting(sink: Sink, environment: dict[str, str], configured_log: None) -> Iterator[Sink]:
     """This process reports."""
     failures._allowance = failures.Allowance(failures.AT_ONCE, failures.PER_S)
     sentry.start(settings.load({**environment, "SENTRY_DSN": sink.dsn}), "test")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple
 from uuid import UUID
-
-from psycopg.types.json import Jsonb
 
 from agentflow.database import Connection
 from agentflow.jobs.model import Job
@@ -66,7 +65,7 @@ def write(conn: Connection, lines: Sequence[tuple[UUID, Line]]) -> None:
             [line.level for _, line in ordered],
             [line.logger for _, line in ordered],
             [line.message for _, line in ordered],
-            [Jsonb(line.fields) if line.fields else None for _, line in ordered],
+            [json.dumps(line.fields) if line.fields else None for _, line in ordered],
             [line.bytes for _, line in ordered],
         ),
     )
