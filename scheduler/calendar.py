@@ -64,6 +64,7 @@ def every(seconds: int) -> Every:
 
 @dataclass(frozen=True, slots=True)
 class Every:
+    """A `Due` that says itself how often."""
 
     seconds: int
 
