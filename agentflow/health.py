@@ -224,7 +224,11 @@ def report(system: System, service: str) -> tuple[dict[str, Any], bool]:
         "uptime": round(time.monotonic() - health.started, 1),
         **{name: each.view() for name, each in connections.items()},
         "jobs": metrics.jobs(),
-        "degraded": [*([stuck] if stuck else []), *(f"{name}: {connections[name].last_error}" for name in wrong), *complaints],
+        "degraded": [
+            *([stuck] if stuck else []),
+            *(f"{name}: {connections[name].last_error}" for name in wrong),
+            *complaints,
+        ],
     }
     return document, connections["database"].connected and not health.draining and not stuck
 

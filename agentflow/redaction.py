@@ -21,23 +21,27 @@ REDACTED: Final = "[redacted]"
 _SHORTEST: Final = 6
 _DEEPEST: Final = 20
 
-_NAMES: Final = (
-    r"[a-z0-9_.-]*(?:password|passwd|passphrase|secret|credential|authorization|signature|cookie|api[_-]?key|apikey"
-    r"|access[_-]?key|private[_-]?key|client[_-]?key|encryption[_-]?key|token)[a-z0-9_]*"
-    r"|(?:auth|pwd|sig|dsn|session|x-[a-z-]*key)"
+#: With whatever before them (`db_password`), and letters after them. The others are whole words.
+_WORDS: Final = (
+    r"password|passwd|passphrase|secret|credential|authorization|signature|cookie|api[_-]?key|access[_-]?key"
+    r"|private[_-]?key|client[_-]?key|encryption[_-]?key|token"
 )
-_NAME: Final = re.compile(rf"(?:{_NAMES})\Z", re.IGNORECASE)
+_NAMES: Final = rf"(?:(?:{_WORDS})[a-z0-9_]*|\b(?:auth|pwd|sig|dsn|session(?:_?id)?))"
+_NAME: Final = re.compile(rf"{_NAMES}\Z", re.IGNORECASE)
 #: Counted, not secret: what models' usage is named by.
 _COUNTED: Final = re.compile(r"(?:^|_)tokens?_(?:in|out|count|limit)\Z|(?:^|_)tokens\Z", re.IGNORECASE)
 _NAMED: Final = re.compile(
-    rf"""(["']?\b(?:{_NAMES})["']?\s*(?:=>|[=:])\s*)"""
+    rf"""({_NAMES}["']?\s*(?:=>|[=:])\s*)"""
     r"""(?:"(?:[^"\\]|\\.)+"|'(?:[^'\\]|\\.)+'|(?:bearer|basic)\s+[^\s"',;&)\]}]+|[^\s"',;&)\]}]+)""",
     re.IGNORECASE,
 )
 _SHAPES: Final = (
-    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@\"']+@", re.IGNORECASE), rf"\1{REDACTED}@"),  # user:password in a URL
+    (
+        re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://)[^\s/@\"']+@", re.IGNORECASE),
+        rf"\1{REDACTED}@",
+    ),  # user:password in a URL
     (re.compile(r"\b(bearer|basic)\s+[a-z0-9+/_.=~-]{8,}", re.IGNORECASE), rf"\1 {REDACTED}"),
-    (re.compile(r"\b[1-9][0-9]{5,18}:[A-Za-z0-9_-]{30,200}"), REDACTED),  # a Telegram bot's token
+    (re.compile(r"(?<![0-9])[1-9][0-9]{5,18}:[A-Za-z0-9_-]{30,200}"), REDACTED),  # a Telegram bot's token
     (re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"), REDACTED),  # a JSON Web Token
     (re.compile(r"\b(?:sk|pk|rk|af|whsec|sb_secret|xox[a-z]|gh[a-z])[_-][A-Za-z0-9_+/=-]{12,}"), REDACTED),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), REDACTED),
@@ -75,7 +79,9 @@ class Redactor:
             return REDACTED
         if isinstance(value, Mapping):
             return {
-                self.text(str(name)): REDACTED if content is not None and is_secret(str(name)) else self.value(content, depth + 1)
+                self.text(str(name)): REDACTED
+                if content is not None and is_secret(str(name))
+                else self.value(content, depth + 1)
                 for name, content in value.items()
             }
         if isinstance(value, list | tuple | set | frozenset):
@@ -85,7 +91,7 @@ class Redactor:
 
 def is_secret(name: str) -> bool:
     """Whether what stands under this name opens something."""
-    return _NAME.match(name) is not None and _COUNTED.search(name) is None
+    return _NAME.search(name) is not None and _COUNTED.search(name) is None
 
 
 def secrets_in(value: Any, depth: int = 0) -> set[str]:
@@ -133,5 +139,5 @@ def _passwords(text: str) -> set[str]:
 
 
 def _keep_the_name(match: re.Match[str]) -> str:
-    name = re.match(r"""["']?([\w.-]+)""", match.group(1))
-    return match.group(0) if name and _COUNTED.search(name.group(1)) else f"{match.group(1)}{REDACTED}"
+    name = re.match(r"[\w-]+", match.group(1))
+    return match.group(0) if name and _COUNTED.search(name.group()) else f"{match.group(1)}{REDACTED}"

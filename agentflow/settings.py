@@ -272,7 +272,7 @@ class Settings(BaseModel):
     )
     sentry_monitors: Literal["all", "scheduler", "none"] = Field(
         "all",
-        description="Check-ins: of each entry of the calendar, or (on a small plan, which has one monitor) of the scheduler alone",
+        description="Who checks in: each entry of the calendar, or (on a small plan, with one monitor) the scheduler alone",
     )
 
     @property

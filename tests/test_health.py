@@ -275,9 +275,7 @@ def test_loops_that_wait_for_a_database_that_is_away_are_not_stuck(
     loop.stop()
 
 
-def test_a_calendar_that_does_not_come_a_step_further_is_stuck(
-    system: System, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_calendar_that_does_not_come_a_step_further_is_stuck(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "STUCK_ANSWERS", 0.001)
     inside, let_go = threading.Event(), threading.Event()
 

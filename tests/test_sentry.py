@@ -23,9 +23,13 @@ from agentflow.sentry import failures, lines
 from agentflow.system import System
 from agentflow.worker.runtime import Runtime
 from scheduler.calendar import Done, Entry, every
-from tests import sentry_sink, web_support
+from tests import (
+    sentry_sink,
+    watched_worker,  # noqa: F401 - registers its types
+    web_support,
+)
 from tests.calendar_support import calendar
-from tests.connection_support import KINDS, Servers
+from tests.connection_support import Servers
 from tests.log_support import configured_log
 from tests.processes import ROOT, eventually, free_port, started, worker
 from tests.sentry_sink import Sink
@@ -90,7 +94,7 @@ def test_a_failed_job_is_one_event_in_the_trace_of_the_request_that_handed_it_in
     environment["SENTRY_PROFILES_SAMPLE_RATE"] = "1"
     environment["OPENROUTER_API_KEY"] = SECRETS["header"]
     with (
-        web_support.gunicorn(environment, tmp_path) as web,
+        web_support.gunicorn(environment, tmp_path, app="tests.watched_web:app") as web,
         worker(environment, tmp_path / "worker.log", types="tests.watched_worker") as process,
     ):
 
@@ -152,9 +156,10 @@ def test_an_outage_of_every_server_is_no_event_and_what_fails_after_it_is(
     with servers.behind() as middlemen:
         environment |= {**servers.environment(), "SENTRY_DSN": sink.dsn}
         with worker(environment, tmp_path / "worker.log", types="tests.watched_worker") as process:
+            process.wait_for("RabbitMQ connection ready", within_s=60)
             for middleman in middlemen.values():
                 middleman.refuse()
-            for server in KINDS:
+            for server in ("Postgres", "RabbitMQ"):
                 process.wait_for(f"{server} connection lost", within_s=60)
             for middleman in middlemen.values():
                 middleman.listen()

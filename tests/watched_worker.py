@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
 
 import actors
 from agentflow import log
@@ -43,11 +41,7 @@ def talk(context: JobContext, payload: Talk) -> None:
     for number in range(payload.lines):
         logger.info(f"line {number} " + "x" * payload.width)
     if payload.child:
-        context.run_child("tests.watched_worker:in_child")
-
-
-def in_child(*, report: Callable[[float, str | None], None]) -> Any:
-    logging.getLogger("native").info("said in the child")
+        context.run_child("tests.watched_child:talk")
 
 
 actors.worker.declare_actors()

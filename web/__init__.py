@@ -69,7 +69,15 @@ def create_app(system: System) -> Flask:
     app.after_request(_end)
     problems.install(app)
     groups = (
-        *(jobs.routes, job_logs.routes, callbacks.routes, videos.routes, knowledge.routes, graph.routes, artefacts.routes),
+        *(
+            jobs.routes,
+            job_logs.routes,
+            callbacks.routes,
+            videos.routes,
+            knowledge.routes,
+            graph.routes,
+            artefacts.routes,
+        ),
         *(search.routes, embedding_models.routes),
         *(renders.routes, workflows.routes),
         *(endpoints.routes, webhook_events.routes, webhooks.routes),

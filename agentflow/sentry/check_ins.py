@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, Literal
+from typing import Literal
 
 from agentflow.sentry.process import started
 
@@ -43,14 +43,13 @@ def _check_in(
     from sentry_sdk.crons import capture_checkin
 
     minutes = max(1, round(every_s / 60))
-    value, unit = (minutes // 1440, "day") if minutes % 1440 == 0 else (minutes, "minute")
     return capture_checkin(
         monitor_slug=f"agentflow-{name.replace('.', '-').replace('_', '-')}",
         check_in_id=id_,
         status=status,
         duration=duration_s,
         monitor_config={
-            "schedule": {"type": "interval", "value": value, "unit": unit},  # type: ignore[typeddict-item]
+            "schedule": {"type": "interval", "value": minutes, "unit": "minute"},
             "checkin_margin": max(5, minutes // 10),  # minutes, as all of these
             "max_runtime": 30,
             "failure_issue_threshold": 1 if minutes >= 60 else 2,

@@ -53,7 +53,9 @@ def start(settings: Settings, process: str, *, flask: bool = False) -> None:
     import sentry_sdk
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # profiles of transactions: what is to follow knows no share of them
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # profiles of transactions: what is to follow knows no share of them
         sentry_sdk.init(
             dsn=settings.sentry_dsn.get_secret_value(),
             environment=settings.sentry_environment or settings.agentflow_env,
@@ -69,6 +71,7 @@ def start(settings: Settings, process: str, *, flask: bool = False) -> None:
             trace_propagation_targets=[],  # Kommo, OpenRouter and callers' servers get no headers of ours
             include_local_variables=False,  # they hold tokens, and people's texts
             max_request_body_size="never",
+            max_value_length=8192,
             max_breadcrumbs=0,  # a job's own lines take their place
             auto_session_tracking=False,
             before_send=_scrubbed,
@@ -77,9 +80,7 @@ def start(settings: Settings, process: str, *, flask: bool = False) -> None:
         )
     sentry_sdk.get_global_scope().set_tag("process", process)
     errors = Errors()
-    _started = Started(
-        redaction.of(settings), settings.sentry_monitors, settings.sentry_traces_sample_rate, errors
-    )
+    _started = Started(redaction.of(settings), settings.sentry_monitors, settings.sentry_traces_sample_rate, errors)
     logging.getLogger().addHandler(errors)
 
 
@@ -132,7 +133,6 @@ def _rate(context: Mapping[str, Any]) -> float:
     if parent is not None:
         return float(parent)
     return _started.traces_rate if _started is not None else 0.0
-
 
 
 def _scrubbed(event: Any, hint: Mapping[str, Any]) -> Any:

@@ -128,7 +128,9 @@ def _listen(running: Running, messages: IO[str], on_note: OnNote | None) -> dict
         if "progress" in message:
             running.report(*message["progress"])
         elif "log" in message:
-            level, name, text = message["log"]  # as if this thread had said it: with the job's id, and kept with the job
+            level, name, text = message[
+                "log"
+            ]  # as if this thread had said it: with the job's id, and kept with the job
             logging.getLogger(name).log(level, "%s", text)
         elif "note" in message:
             if on_note is not None and running.stop_reason is None:
@@ -180,7 +182,7 @@ def main() -> None:
     arguments = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_at_end_of_input, daemon=True).start()
 
-    logging.basicConfig(level=logging.INFO, handlers=[_ToParent(out)])
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ToParent(out)])
 
     def report(fraction: float, stage: str | None = None) -> None:
         out.write(json.dumps({"progress": [fraction, stage]}) + "\n")

@@ -4,6 +4,7 @@ process, about once a second. A job that logs nothing costs nothing; what a kill
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import sys
@@ -61,7 +62,7 @@ class Lines:
     def add(self, record: logging.LogRecord) -> None:
         fields = dict(record.msg) if isinstance(record.msg, dict) else {}
         message = str(fields["event"]) if "event" in fields else record.getMessage()
-        message = storable(self._redactor.text(message))[:_MESSAGE_CHARACTERS]
+        message = storable(self._redactor.text(message[: 2 * _MESSAGE_CHARACTERS]))[:_MESSAGE_CHARACTERS]
         if error := _traceback(fields.get("exc_info") or record.exc_info):
             fields["exception"] = error
         extra = self._extra({name: value for name, value in fields.items() if name not in _BOUND})
@@ -100,7 +101,7 @@ class Lines:
             return over
 
     def breadcrumbs(self) -> list[dict[str, Any]]:
-        """In Sentry's form."""
+        """In Sentry's form. Copies: its SDK writes into what it is given."""
         with self._lock:
             return [
                 {
@@ -108,7 +109,7 @@ class Lines:
                     "level": line.level_name,
                     "category": line.logger,
                     "message": line.message,
-                    "data": line.fields,
+                    "data": copy.deepcopy(line.fields),
                 }
                 for line in list(self.kept)[-100:]
             ]

@@ -153,8 +153,9 @@ class Runtime:
         broker.on_emptied = self._ring_everything_again
         broker.on_ready = broker.on_unrung = self.relay.wake
         metrics.known_types(registry.every())
-        for part in (*self._loops, self.watchdog):
-            part.start()
+        for loop in self._loops:
+            loop.start()
+        self.watchdog.start()
         self.lines.start()
         health.of(self.system).watch(self.stuck)
         health.of(self.system).also(self.failing)
@@ -280,8 +281,8 @@ class Runtime:
         """Perform a claimed job and hand over its verdict."""
         job = running.job
         if not registry.known(job.type):  # the head of a line, of a type that only newer workers know
-            verdict = Verdict(*running.key, "handback", delay_s=_UNKNOWN_TYPE_S, reason="unknown_type")
-            self.settler.put(Ended(verdict, running))
+            unknown = Verdict(*running.key, "handback", delay_s=_UNKNOWN_TYPE_S, reason="unknown_type")
+            self.settler.put(Ended(unknown, running))
             return
         pickup_s, trace = _pickup_s(running), traces.of_job(job.id, job.trace)
         bound = structlog.contextvars.bound_contextvars(
@@ -291,7 +292,7 @@ class Runtime:
             attempt=job.attempt,
             trace=traces.id_of(trace),
         )
-        verdict = None
+        verdict: Verdict | None = None
         with bound, traces.following(trace):
             metrics.job_started(job.type, job.queue, pickup_s)
             try:
