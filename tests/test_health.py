@@ -249,6 +249,7 @@ def test_a_loop_that_waits_for_work_is_not_stuck(system: System, monkeypatch: py
     loop.stop()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_loop_whose_thread_has_ended_is_stuck(system: System) -> None:
     class Ends(Stalled):
         def step(self, conn: BoundedConnection) -> float:
