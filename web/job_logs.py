@@ -15,7 +15,7 @@ from web import jobs
 from web.api import Call, Query, Routes, View
 from web.problems import invalid
 
-routes = Routes("jobs")
+routes = Routes("logs")
 
 
 class LogQuery(Query):
