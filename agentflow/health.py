@@ -32,6 +32,10 @@ CACHE_S: Final = 2.0
 #: A check that takes longer counts as failed; it goes on in its thread and its answer is used when it comes.
 PATIENCE_S: Final = 1.5
 
+#: A loop is stuck when one round of it takes so many times as long as the database may take for one answer: a restart would not
+#: help against a database that is slow or away, and each of a round's few waits for it has an end.
+STUCK_ANSWERS: Final = 10
+
 NOT_CONFIGURED: Final = "not configured"
 
 
@@ -97,7 +101,7 @@ class Check:
 
 
 class Health:
-    """The health of one process. A worker sets `stuck` (a sentence) and `draining`; both are read at each answer."""
+    """The health of one process. Who knows that it is stuck says so in a sentence: by `stuck`, or when asked (`watch`)."""
 
     def __init__(self, system: System) -> None:
         self.draining = False
@@ -106,6 +110,7 @@ class Health:
         self._system = weakref.ref(system)
         self._schema_checked = False
         self._redis: redis.Redis | None = None
+        self._watched: list[Callable[[], str | None]] = []
         self._also: list[Callable[[], Iterable[str]]] = []
         self.database = Check("database", self._look_at_database)
         self.redis = Check("redis", self._look_at_redis)
@@ -114,6 +119,13 @@ class Health:
     def also(self, ask: Callable[[], Iterable[str]]) -> None:
         """From now on `ask` is asked, too: for sentences on what does not go well, none when all does."""
         self._also.append(ask)
+
+    def watch(self, ask: Callable[[], str | None]) -> None:
+        """From now on `ask` is asked whether something is stuck that a restart would help: a sentence, or None."""
+        self._watched.append(ask)
+
+    def why_stuck(self) -> str | None:
+        return self.stuck or next((said for ask in self._watched if (said := ask())), None)
 
     def complaints(self) -> list[str]:
         return [sentence for ask in self._also for sentence in ask()]
@@ -196,10 +208,10 @@ def report(system: System, service: str) -> tuple[dict[str, Any], bool]:
     """The document of /health, and whether this process should get traffic. Takes 1.5 s at most and raises nothing."""
     health = of(system)
     connections = health.connections()
-    complaints = health.complaints()
+    complaints, stuck = health.complaints(), health.why_stuck()
     wrong = [name for name, each in connections.items() if not each.connected and each.last_error != NOT_CONFIGURED]
     status = "ok"
-    if health.stuck:
+    if stuck:
         status = "stuck"
     elif health.draining:
         status = "draining"
@@ -212,16 +224,21 @@ def report(system: System, service: str) -> tuple[dict[str, Any], bool]:
         "uptime": round(time.monotonic() - health.started, 1),
         **{name: each.view() for name, each in connections.items()},
         "jobs": metrics.jobs(),
-        "degraded": [*(f"{name}: {connections[name].last_error}" for name in wrong), *complaints],
+        "degraded": [
+            *([stuck] if stuck else []),
+            *(f"{name}: {connections[name].last_error}" for name in wrong),
+            *complaints,
+        ],
     }
-    return document, connections["database"].connected and not health.draining and not health.stuck
+    return document, connections["database"].connected and not health.draining and not stuck
 
 
 def answer(system: System, service: str, path: str) -> tuple[int, dict[str, Any]] | None:
     """Status and document for `/health`, `/health/live`, `/health/ready`; None for any other path."""
     health = of(system)
     if path == "/health/live":
-        return (503, {"status": "stuck", "reason": health.stuck}) if health.stuck else (200, {"status": "live"})
+        stuck = health.why_stuck()
+        return (503, {"status": "stuck", "reason": stuck}) if stuck else (200, {"status": "live"})
     if path == "/health/ready":
         document, ready = report(system, service)
         return (200 if ready else 503), {"ready": ready, **document}

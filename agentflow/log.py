@@ -15,6 +15,7 @@ _NOISY = {
     "httpx2": logging.WARNING,
     "httpcore2": logging.WARNING,
     "apscheduler": logging.ERROR,  # what it warns of is a look that takes longer than the time to the next
+    "urllib3": logging.CRITICAL,  # Sentry's SDK: each attempt to connect; agentflow/sentry/ says it now and then
     "psycopg.pool": logging.CRITICAL,  # each attempt to connect; agentflow/presence.py says it once
 }
 

@@ -41,6 +41,7 @@ def _split_list(value: Any) -> Any:
 StrList = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Calls = Annotated[int, Field(ge=1, le=1_000_000)]
 Tier = Literal["embedded", "database only", "starter", "production"]
 
@@ -257,6 +258,23 @@ class Settings(BaseModel):
         "https://api.telegram.org", description="Another address of the Bot API, such as that of a server of your own"
     )
 
+    sentry_dsn: SecretStr | None = Field(
+        None, description="Where Sentry takes errors, traces and check-ins: `https://key@o1.ingest.sentry.io/2`"
+    )
+    sentry_environment: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
+        None, description="What Sentry calls this installation (default: `AGENTFLOW_ENV`)"
+    )
+    sentry_traces_sample_rate: Share = Field(
+        1.0, description="Share of requests and attempts that are traced; `0.05` on a small plan, `0`: none"
+    )
+    sentry_profiles_sample_rate: Share = Field(
+        0.1, description="Share of those that are profiled as well; `0` on a small plan"
+    )
+    sentry_monitors: Literal["all", "scheduler", "none"] = Field(
+        "all",
+        description="Who checks in: each entry of the calendar, or (on a small plan, with one monitor) the scheduler alone",
+    )
+
     @property
     def embedded_database(self) -> bool:
         return self.database_url is None
@@ -374,6 +392,8 @@ class Settings(BaseModel):
             )
         if self.telegram_bot_token is not None and not _BOT_TOKEN.fullmatch(self.telegram_bot_token.get_secret_value()):
             raise SettingsError("TELEGRAM_BOT_TOKEN", "is a number, a colon and letters, as @BotFather shows it")
+        if self.sentry_dsn is not None and not _DSN.fullmatch(self.sentry_dsn.get_secret_value()):
+            raise SettingsError("SENTRY_DSN", "is https://key@host/number, as Sentry shows it under Client Keys")
         if self.admin_api_key is not None and len(self.admin_api_key.get_secret_value()) < 16:
             raise SettingsError("ADMIN_API_KEY", "must have at least 16 characters")
         return self
@@ -410,6 +430,8 @@ _SCHEMES: dict[str, tuple[str, ...]] = {
 
 #: It becomes a part of URLs.
 _BOT_TOKEN = re.compile(r"[1-9][0-9]{0,18}:[A-Za-z0-9_-]{8,200}")
+
+_DSN = re.compile(r"https?://[^\s:/@]+(?::[^\s/@]*)?@[^\s/@]+/(?:[^\s?#]*/)?[0-9]+/?")
 
 _SENSIBLE: dict[str, tuple[float, float, str]] = {
     "job_concurrency": (1, 100, "threads share one interpreter; more processes carry more"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from agentflow import log, probe, settings
+from agentflow import log, probe, sentry, settings
 from agentflow.database import Unavailable
 from agentflow.embedded import EmbeddedError
 from agentflow.schema import SchemaError
@@ -14,6 +14,8 @@ from agentflow.system import System
 from scheduler import schedule
 
 logger = log.get(__name__)
+#: At the end, for sending what Sentry was not sent yet.
+_REPORT_S = 2.0
 
 
 def main() -> int:
@@ -24,6 +26,7 @@ def main() -> int:
         print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - before there is a log
         return 2
     log.configure(read, "scheduler")
+    sentry.start(read, "scheduler")
     import actors  # noqa: F401 - makes their job types known; with wrong settings it would end the process in its own words
 
     told = Inbox()
@@ -43,6 +46,7 @@ def main() -> int:
     running.shutdown(wait=False)
     if served is not None:
         served.close()
+    sentry.stop(_REPORT_S)
     system.close()
     return 0
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from agentflow import log, metrics
+from agentflow import log, metrics, sentry
 from agentflow.database import Connection, Unavailable
 from agentflow.jobs.intake import InvalidJob
 from agentflow.jobs.registry import UnknownType
@@ -51,14 +51,25 @@ class Entry:
     watch: Callable[[Connection], dict[str, str]] | None = None
     asks: bool = False
 
+    @property
+    def every_s(self) -> int | None:
+        """Where it is due at regular times."""
+        return self.due.seconds if isinstance(self.due, Every) else None
 
-def every(seconds: int) -> Due:
+
+def every(seconds: int) -> Every:
     """At each multiple of so many seconds since 1970: the same for all schedulers, whenever they started."""
+    return Every(seconds)
 
-    def due(_conn: Connection, now: datetime) -> list[Tick]:
-        return [Tick("", latest(now, seconds))]
 
-    return due
+@dataclass(frozen=True, slots=True)
+class Every:
+    """A `Due` that says itself how often."""
+
+    seconds: int
+
+    def __call__(self, _conn: Connection, now: datetime) -> list[Tick]:
+        return [Tick("", latest(now, self.seconds))]
 
 
 def latest(now: datetime, seconds: int) -> datetime:
@@ -83,7 +94,7 @@ class Calendar:
         self._at_once = at_once
         self._claimed: dict[tuple[str, str], datetime] = {}
         self._asked_at = float("-inf")
-        self._looked_at = time.monotonic()
+        self._looked_at = self._turned_at = time.monotonic()
         self._lock = threading.Lock()
         self._working: set[str] = set()
         self._alarms: dict[str, str] = {}
@@ -93,16 +104,24 @@ class Calendar:
         try:
             found, fired = self._due(), 0
             for tick, entry in found.entries:
+                self._turned_at = time.monotonic()
                 self._do(entry, tick)
             while found.schedules and fired < _MOST_AT_ONCE and firing.fire_due(self._system):
+                self._turned_at = time.monotonic()
                 fired += 1
             if fired:
                 metrics.ticked(ticks.USER, "submitted", fired)
         except Unavailable as error:
             logger.debug("the calendar was not looked at: the database is away", error=str(error).strip())
             return False
+        finally:
+            self._turned_at = time.monotonic()
         self._looked_at = time.monotonic()
         return True
+
+    def stuck_s(self) -> float:
+        """Seconds since it came a step further, with the database or without."""
+        return time.monotonic() - self._turned_at
 
     def silent_s(self) -> float:
         """Seconds since the last look that found the database."""
@@ -146,6 +165,7 @@ class Calendar:
         return _Found([(tick, found[tick]) for tick in new if tick in unclaimed], schedules)
 
     def _due_of(self, entry: Entry, conn: Connection, now: datetime) -> list[Tick]:
+        self._turned_at = time.monotonic()
         try:
             found = list(entry.due(conn, now))
             up = entry.watch(conn) if entry.watch is not None else {}
@@ -182,7 +202,7 @@ class Calendar:
             if mine:
                 with self._lock:
                     self._working.add(entry.name)
-                self._at_once(self._work, entry.work, tick)
+                self._at_once(self._work, entry.work, tick, entry.every_s)
         self._know(tick)
 
     def _know(self, tick: Tick) -> None:
@@ -202,9 +222,12 @@ class Calendar:
                 ticks.end(transaction.conn, tick, outcome, facts={"error": str(error)})
         metrics.ticked(tick.schedule, outcome)
 
-    def _work(self, work: Callable[[System], Done], tick: Tick) -> None:
+    def _work(self, work: Callable[[System], Done], tick: Tick, every_s: int | None) -> None:
         try:
-            outcome, facts = self._worked(work, tick)
+            with sentry.watched(tick.schedule, every_s) as wrong:
+                outcome, facts = self._worked(work, tick)
+                if outcome == "failed":
+                    wrong.append(str(facts.get("error")))
             with self._system.database.connection() as conn:
                 ticks.end(conn, tick, outcome, facts=facts)
             metrics.ticked(tick.schedule, outcome)

@@ -13,8 +13,8 @@ from typing import Any, Final
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
-from agentflow import health
-from agentflow.database import Connection
+from agentflow import health, sentry
+from agentflow.database import ANSWER_TIMEOUT_S, Connection
 from agentflow.jobs import budgets, retention
 from agentflow.jobs.retention import Keep
 from agentflow.kommo import runs
@@ -32,6 +32,7 @@ HEARTBEAT_EVERY_S: Final = 5
 LOOK_EVERY_S: Final = 1
 #: What has not looked for so long is stuck, or has no database.
 _SILENT_S: Final = 30.0
+_CHECK_IN_EVERY_S: Final = 60
 _CLEAN_UP_S: Final = 600
 _DAY_S: Final = 86_400
 _USAGE_DAYS: Final = 400
@@ -133,13 +134,23 @@ class Running(BackgroundScheduler):  # type: ignore[misc]
         self.calendar = Calendar(system, listed, self._at_once)
         self.add_job(self.calendar.look, IntervalTrigger(seconds=LOOK_EVERY_S), next_run_time=datetime.now(UTC))
         self.add_job(system.heartbeat, IntervalTrigger(seconds=HEARTBEAT_EVERY_S))
+        self.add_job(self._check_in, IntervalTrigger(seconds=_CHECK_IN_EVERY_S), next_run_time=datetime.now(UTC))
         health.of(system).also(self.degraded)
+        health.of(system).watch(self.stuck)
 
     def degraded(self) -> Iterable[str]:
         """Sentences on what is not well."""
         if (silent_s := self.calendar.silent_s()) > _SILENT_S:
             yield f"the calendar was not looked at for {silent_s:.0f} s"
         yield from self.calendar.alarms()
+
+    def stuck(self) -> str | None:
+        if (seconds := self.calendar.stuck_s()) > health.STUCK_ANSWERS * ANSWER_TIMEOUT_S:
+            return f"the calendar has not come a step further for {seconds:.0f} s"
+        return None
+
+    def _check_in(self) -> None:
+        sentry.calendar_turns(self.calendar.silent_s() < _SILENT_S, _CHECK_IN_EVERY_S)
 
     def _at_once(self, function: Any, *arguments: Any) -> None:
         """In a thread of the scheduler's pool."""

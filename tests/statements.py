@@ -97,6 +97,8 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     ),
     "with old as materialized (select e.id from agentflow.webhook_events": "retention of webhooks",
     "with old as materialized (select endpoint_id, entity from": "retention of the states of their entities",
+    "insert into agentflow.job_logs (job_id, organization_id": "lines of a process's jobs: the organization is the job's row's",
+    "with placed as (select job_id, fence, n, row_number() over newest": "the cap of each of those jobs' lines",
     "from agentflow.telegram_bots where bot_id = %s": "whose bot this is: the organization is the answer",
     "select id from agentflow.telegram_requests where created_at <": "retention of what the bot was asked for",
     "delete from agentflow.telegram_pictures where request_id = any": "the same: its pictures",

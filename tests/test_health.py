@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import queue
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
 import psycopg
 import pytest
 
 from agentflow import health, probe, settings
+from agentflow.database import BoundedConnection
 from agentflow.probe import Probe
+from agentflow.schedules.ticks import Tick
 from agentflow.system import System
-from tests.processes import eventually
+from agentflow.worker.loops import Loop
+from scheduler import schedule
+from scheduler.calendar import Entry
+from tests.processes import eventually, free_port, worker
 from tests.web_support import AUTH, client
 
 __all__ = ["client"]
@@ -181,3 +188,136 @@ def test_the_api_shows_the_same_without_a_key(client: object, system: System) ->
     health.of(system).draining = True
     assert stranger.get("/health/ready").status_code == 503
     assert stranger.get("/").headers["Location"] == "/docs"
+
+
+# ---- stuck ----
+
+
+class Stalled(Loop):
+    """Waits in its round, as for a lock that nobody gives back."""
+
+    def __init__(self, system: System) -> None:
+        super().__init__("stalled", system.database, answer_timeout_s=30.0)
+        self.inside, self.let_go = threading.Event(), threading.Event()
+
+    def step(self, conn: BoundedConnection) -> float:
+        self.inside.set()
+        self.let_go.wait(60)
+        return 60.0
+
+
+def test_a_loop_that_does_not_come_out_of_its_round_makes_its_process_dead_until_it_does(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "STUCK_ANSWERS", 0.001)
+    loop = Stalled(system)
+    health.of(system).watch(loop.stuck)
+    loop.start()
+    assert loop.inside.wait(30)
+
+    eventually(lambda: live(system)[0] == 503)
+    assert "the loop 'stalled' has been in one round for" in live(system)[1]["reason"]
+    document, ready = health.report(system, "worker")
+    assert (document["status"], ready) == ("stuck", False)
+    assert document["degraded"] == [live(system)[1]["reason"]]
+
+    loop.let_go.set()
+    eventually(lambda: live(system) == (200, {"status": "live"}))
+    loop.stop()
+    assert live(system)[0] == 200
+
+
+def test_a_loop_that_waits_for_work_is_not_stuck(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "STUCK_ANSWERS", 0.001)
+    work: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    class Waiting(Stalled):
+        def step(self, conn: BoundedConnection) -> float:
+            self.waiting(work.get)
+            return super().step(conn)
+
+    loop = Waiting(system)
+    loop.start()
+    eventually(lambda: loop._conn is not None)
+    time.sleep(0.2)
+    assert loop.stuck() is None
+
+    work.put(1)
+    assert loop.inside.wait(30)
+    eventually(loop.stuck)
+    loop.let_go.set()
+    loop.stop()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_loop_whose_thread_has_ended_is_stuck(system: System) -> None:
+    class Ends(Stalled):
+        def step(self, conn: BoundedConnection) -> float:
+            raise SystemExit
+
+    loop = Ends(system)
+    assert loop.stuck() is None
+    loop.start()
+
+    assert eventually(loop.stuck) == "the loop 'stalled' has ended"
+
+
+def test_loops_that_wait_for_a_database_that_is_away_are_not_stuck(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "STUCK_ANSWERS", 0.01)
+    system = System(settings.load({**environment, "DATABASE_URL": "postgresql://x@127.0.0.1:1/x"}), "test")
+    loop = Stalled(system)
+    loop.start()
+
+    eventually(lambda: loop.failures >= 3)
+
+    assert loop.stuck() is None
+    loop.stop()
+
+
+def test_a_calendar_that_does_not_come_a_step_further_is_stuck(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "STUCK_ANSWERS", 0.001)
+    inside, let_go = threading.Event(), threading.Event()
+
+    def due(_conn: object, _now: object) -> list[Tick]:
+        inside.set()
+        let_go.wait(60)
+        return []
+
+    running = schedule.start(system, [Entry("held", due)])
+    assert inside.wait(30)
+
+    eventually(lambda: live(system)[0] == 503)
+    assert "the calendar has not come a step further" in live(system)[1]["reason"]
+    monkeypatch.setattr(health, "STUCK_ANSWERS", 10)
+    let_go.set()
+    eventually(lambda: live(system)[0] == 200)
+    running.shutdown(wait=False)
+
+
+def test_a_worker_whose_heart_hangs_says_so_and_goes_on_answering(
+    environment: dict[str, str], system: System, tmp_path: Path
+) -> None:
+    hang = tmp_path / "hang"
+    environment |= {"HANG_WHEN": str(hang), "PORT": str(port := free_port())}
+    with worker(environment, tmp_path / "worker.log", types="tests.hanging_worker"):
+
+        def alive() -> int:
+            return httpx2.get(f"http://127.0.0.1:{port}/health/live", timeout=30).status_code
+
+        eventually(lambda: alive() == 200, within_s=60)
+        hang.touch()
+        eventually(lambda: alive() == 503, within_s=60)
+
+        said = httpx2.get(f"http://127.0.0.1:{port}/health", timeout=30).json()
+        assert said["status"] == "stuck" and "the loop 'heart' has been in one round" in said["degraded"][0]
+        assert httpx2.get(f"http://127.0.0.1:{port}/health/ready", timeout=30).status_code == 503
+        hang.unlink()
+        eventually(lambda: alive() == 200, within_s=60)
+
+
+def live(system: System) -> tuple[int, dict[str, str]]:
+    answer = health.answer(system, "worker", "/health/live")
+    assert answer is not None
+    return answer

@@ -251,7 +251,7 @@ def snapshot(conn: psycopg.Connection) -> list[int]:
     )
     tables += (*graph_support.TABLES, "graph_types")
     tables += ("pauses", "caps", "rate_limits", "budgets")
-    tables += ("webhook_endpoints", "webhook_credentials", "webhook_events", "chunks", "workflows")
+    tables += ("job_logs", "webhook_endpoints", "webhook_credentials", "webhook_events", "chunks", "workflows")
     return [count(conn, table) for table in tables]
 
 

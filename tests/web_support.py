@@ -127,10 +127,10 @@ class Web:
 
 
 @contextmanager
-def gunicorn(environment: dict[str, str], tmp_path: Path, **more: str) -> Iterator[Web]:
+def gunicorn(environment: dict[str, str], tmp_path: Path, *, app: str = "web.wsgi:app", **more: str) -> Iterator[Web]:
     port = free_port()
     process = Process(
-        [str(BIN / "gunicorn"), "-c", "web/gunicorn_config.py", "web.wsgi:app"],
+        [str(BIN / "gunicorn"), "-c", "web/gunicorn_config.py", app],
         {**environment, "PORT": str(port), "PYTHONPATH": ".", **more},
         tmp_path / f"web-{port}.log",
     )

@@ -14,7 +14,7 @@ from typing import Final
 from flask import Flask, Response, g, request
 from werkzeug.routing import BaseConverter
 
-from agentflow import metrics
+from agentflow import metrics, sentry, traces
 from agentflow.comfyui.versions import NO_NAME
 from agentflow.system import System
 from web import (
@@ -26,6 +26,7 @@ from web import (
     embedding_models,
     endpoints,
     graph,
+    job_logs,
     jobs,
     knowledge,
     organizations,
@@ -68,7 +69,15 @@ def create_app(system: System) -> Flask:
     app.after_request(_end)
     problems.install(app)
     groups = (
-        *(jobs.routes, callbacks.routes, videos.routes, knowledge.routes, graph.routes, artefacts.routes),
+        *(
+            jobs.routes,
+            job_logs.routes,
+            callbacks.routes,
+            videos.routes,
+            knowledge.routes,
+            graph.routes,
+            artefacts.routes,
+        ),
         *(search.routes, embedding_models.routes),
         *(renders.routes, workflows.routes),
         *(endpoints.routes, webhook_events.routes, webhooks.routes),
@@ -83,6 +92,7 @@ def create_app(system: System) -> Flask:
 
 def _begin() -> None:
     g.began = time.monotonic()
+    traces.begin(sentry.trace_of_request(request.headers.get("traceparent")))
 
 
 def _end(response: Response) -> Response:

@@ -17,7 +17,7 @@ from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
 
-from agentflow import health, log, metrics
+from agentflow import health, log, metrics, sentry
 from agentflow.database import Unavailable
 from agentflow.embedded import EmbeddedError
 from agentflow.jobs import registry
@@ -31,6 +31,8 @@ logger = log.get(__name__)
 #: sending in the middle of a head or a body, and on one who stopped reading: each would hold a thread.
 SOCKET_TIMEOUT_S: Final = 30
 HEARTBEAT_S: Final = 5.0
+#: At the end, for sending what Sentry was not sent yet.
+REPORT_S: Final = 2.0
 _HEAD: Final = re.compile(rb"HTTP/1\.1 (\d{3}) ([^\r\n]*)\r\n(.*?)\r\n\r\n", re.DOTALL)
 _DETAILS: Final = {
     400: "this is no HTTP request that can be understood",
@@ -121,6 +123,7 @@ def start(worker: Any) -> None:
     if system is None:
         return
     log.configure(system.settings, "web")
+    sentry.start(system.settings, "web", flask=True)
     for warning in system.settings.warnings():
         logger.warning(warning)
     try:
@@ -142,6 +145,7 @@ def stop(worker: Any) -> None:
     system = _system_of(worker)
     if system is not None:
         health.of(system).draining = True
+        sentry.stop(REPORT_S)
         system.close()
 
 

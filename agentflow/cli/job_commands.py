@@ -15,7 +15,7 @@ from rich.markup import escape
 from agentflow.cli import output
 from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure, one_line
-from agentflow.jobs import intake, records, registry, statistics
+from agentflow.jobs import intake, lines, records, registry, statistics
 from agentflow.jobs.estimates import Estimate
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Attempt, Job, State
@@ -85,6 +85,25 @@ def show(job_id: str, as_json: bool) -> None:
         if content:
             console.print(f"\n[bold]{name}[/bold]")
             console.print(_shortened(content), markup=False, soft_wrap=True)
+
+
+def logs(job_id: str, level: str, as_json: bool) -> None:
+    with connected() as system, system.database.connection() as conn:
+        found = lines.of(conn, _find(system, job_id), least=cast(lines.Level, level))
+    if as_json:
+        for line in found:
+            said = {**dataclasses.asdict(line), "level": line.level_name}
+            print(json.dumps({name: said[name] for name in said if name not in ("place", "bytes")}, default=str))
+        return
+    console = output.console()
+    for line in found:
+        fields = " ".join(f"{name}={value}" for name, value in line.fields.items() if name != "exception")
+        text = f"{line.at:%Y-%m-%d %H:%M:%S} {line.level_name:<8} {line.attempt}  {line.message}  {fields}".rstrip()
+        console.print(text, markup=False, soft_wrap=True)
+        if "exception" in line.fields:
+            console.print(str(line.fields["exception"]).rstrip(), markup=False, soft_wrap=True)
+    if not found:
+        print("its code has logged nothing" + (f" of level {level} or above" if level != "info" else ""))
 
 
 def cancel(job_id: str) -> None:

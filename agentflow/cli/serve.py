@@ -22,7 +22,7 @@ from gunicorn import sock  # type: ignore[import-untyped]
 from gunicorn.app.base import Application  # type: ignore[import-untyped]
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 
-from agentflow import health, log, settings
+from agentflow import health, log, sentry, settings
 from agentflow.cli import running, servers
 from agentflow.cli.errors import CANNOT_START, Failure, one_line
 from agentflow.database import Unavailable
@@ -214,6 +214,7 @@ class Worker(server.Worker):
     def load_wsgi(self) -> None:
         read = self.app.read
         log.configure(read, "up")
+        sentry.start(read, "up", flask=True)
         self.system = system = System(read, "up")
         try:
             system.join_embedded()
@@ -256,6 +257,7 @@ class Worker(server.Worker):
         # HTTP is done; the worker has been draining since the same signal.
         self._stop_asked.set()
         self._drained.wait(self.system.settings.shutdown_grace + STOP_MARGIN_S)
+        sentry.stop(server.REPORT_S)
         self.system.close()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -102,9 +102,9 @@ def replay(conn: Connection, organization_id: int | None, subject_id: UUID | Non
     old = job_from_row(row)
     made = conn.execute(
         "insert into agentflow.jobs as j (id, organization_id, type, queue, priority, payload, max_attempts, time_limit_s,"  # noqa: S608 - constants
-        " correlation_id, parent_id, retry_of, wake_at, sent_at, sends)"
+        " correlation_id, parent_id, retry_of, trace, wake_at, sent_at, sends)"
         " select %(new)s, o.organization_id, o.type, o.queue, o.priority, o.payload || %(more)s, o.max_attempts, o.time_limit_s,"
-        " o.correlation_id, o.parent_id, o.id, clock_timestamp() + interval '30 s', clock_timestamp(), 1"
+        " o.correlation_id, o.parent_id, o.id, o.trace, clock_timestamp() + interval '30 s', clock_timestamp(), 1"
         " from agentflow.jobs o where o.id = %(old)s and o.organization_id = %(organization)s"
         f" returning {JOB_COLUMNS}",
         {

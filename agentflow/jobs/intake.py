@@ -18,6 +18,7 @@ from uuid import UUID
 from pydantic import ValidationError
 from uuid6 import uuid7
 
+from agentflow import traces
 from agentflow.database import Connection
 from agentflow.jobs import registry, unique
 from agentflow.jobs.model import HEAD_STARTS, JOB_COLUMNS, PRIORITIES, HeadStart, Job, Priority, Ring, job_from_row
@@ -342,7 +343,7 @@ def _replace(conn: Connection, organization_id: int, job_id: UUID, p: Prepared) 
         " max_attempts = %(max_attempts)s,"
         " time_limit_s = %(time_limit)s, run_at = %(run_at)s, wake_at = %(run_at)s, sent_at = null, sends = 0,"
         " wait_reason = null, concurrency_key = %(key)s, then_jobs = %(then)s, callback_url = %(callback)s,"
-        " correlation_id = %(correlation)s"
+        " correlation_id = %(correlation)s, trace = %(trace)s"
         " where j.id = %(id)s and j.organization_id = %(organization)s and j.state || '' = 'queued' and j.fence = 0"
         f" returning {JOB_COLUMNS}",
         {
@@ -358,6 +359,7 @@ def _replace(conn: Connection, organization_id: int, job_id: UUID, p: Prepared) 
             "then": p.then_jobs,
             "callback": p.new.callback_url,
             "correlation": p.new.correlation_id,
+            "trace": traces.carried(),
         },
     ).fetchone()
     return job_from_row(row) if row else None
@@ -418,10 +420,10 @@ with input as materialized (
     from input i join room r on r.queue = i.queue and r.priority = i.priority
 )
 insert into agentflow.jobs as j (id, organization_id, type, queue, priority, payload, max_attempts, time_limit_s, run_at,
-    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, head_start_s, batch_id, wake_at, sent_at,
-    sends)
+    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, head_start_s, batch_id, trace,
+    wake_at, sent_at, sends)
 select id, %(organization)s, type, queue, priority, payload, max_attempts, time_limit_s, coalesce(run_at, clock_timestamp()),
-    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, head_start_s, %(batch)s,
+    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, head_start_s, %(batch)s, %(trace)s,
     case when now then clock_timestamp() + interval '30 s' else coalesce(run_at, clock_timestamp()) end,
     case when now then clock_timestamp() end, now::integer
 from placed order by n
@@ -440,6 +442,7 @@ def _insert(
         {
             "organization": organization_id,
             "batch": batch_id,
+            "trace": traces.carried(),
             "ring": ring,
             "ids": [p.id for p in prepared],
             "types": [p.new.type for p in prepared],

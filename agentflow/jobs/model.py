@@ -56,6 +56,7 @@ class Job:
     parent_id: UUID | None
     retry_of: UUID | None
     batch_id: UUID | None
+    trace: str | None  # see agentflow/traces.py
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None

@@ -16,6 +16,11 @@ def is_storable(text: str) -> bool:
     return ("\\u0000" not in text and "\\ud" not in text.lower()) or not storable_json(text)[1]
 
 
+def storable(text: str) -> str:
+    """A plain text with U+FFFD in place of what cannot be stored."""
+    return _UNSTORABLE.sub("\ufffd", text)
+
+
 def storable_json(text: str) -> tuple[str, bool]:
     """A JSON text with U+FFFD in place of what cannot be stored, and whether anything was replaced."""
     if "\\u0000" not in text and "\\ud" not in text.lower() and not _UNSTORABLE.search(text):
@@ -30,7 +35,7 @@ def storable_json(text: str) -> tuple[str, bool]:
 
 def _cleaned(value: Any) -> Any:
     if isinstance(value, str):
-        return _UNSTORABLE.sub("\ufffd", value)
+        return storable(value)
     if isinstance(value, list):
         return [_cleaned(item) for item in value]
     if isinstance(value, dict):

@@ -1,14 +1,15 @@
 """Native and heavy work in a process that can be killed.
 
 A Python thread in the middle of a C call cannot be stopped, and a crash there takes the whole worker along. So such work runs as
-`python -m agentflow.worker.child module:function FD`: arguments come as JSON on standard input, progress, notes and the result go
-back as JSON lines on FD. It has no secrets in its environment, and dies with its parent.
+`python -m agentflow.worker.child module:function FD`: arguments come as JSON on standard input, progress, notes, what is logged
+and the result go back as JSON lines on FD. It has no secrets in its environment, and dies with its parent.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -38,6 +39,7 @@ _ENVIRONMENT: Final = (
 _NICE: Final = 5  # the worker's own threads renew leases: they come first
 _PR_SET_PDEATHSIG: Final = 1
 _STDERR_TAIL: Final = 4000
+_LOGGED_CHARACTERS: Final = 4000
 
 
 OnNote = Callable[[Any], None]
@@ -125,6 +127,11 @@ def _listen(running: Running, messages: IO[str], on_note: OnNote | None) -> dict
             continue  # cut off by its death
         if "progress" in message:
             running.report(*message["progress"])
+        elif "log" in message:
+            level, name, text = message[
+                "log"
+            ]  # as if this thread had said it: with the job's id, and kept with the job
+            logging.getLogger(name).log(level, "%s", text)
         elif "note" in message:
             if on_note is not None and running.stop_reason is None:
                 on_note(message["note"])
@@ -175,6 +182,8 @@ def main() -> None:
     arguments = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_at_end_of_input, daemon=True).start()
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ToParent(out)])
+
     def report(fraction: float, stage: str | None = None) -> None:
         out.write(json.dumps({"progress": [fraction, stage]}) + "\n")
 
@@ -192,6 +201,21 @@ def main() -> None:
     out.write(json.dumps(answer) + "\n")
     out.flush()
     os._exit(0)  # no waiting for native threads
+
+
+class _ToParent(logging.Handler):
+    """What is logged here belongs to the job, which the parent knows."""
+
+    def __init__(self, out: IO[str]) -> None:
+        super().__init__()
+        self._out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)[:_LOGGED_CHARACTERS]
+            self._out.write(json.dumps({"log": [record.levelno, record.name, text]}) + "\n")
+        except Exception:  # noqa: BLE001 - as logging wants it: whoever logs must not fail by it
+            self.handleError(record)
 
 
 def _described(error: Exception) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Claimer(Loop):
         self._answer(found, started, rest=True)
 
     def _collect(self) -> list[_Request]:
-        first = self._requests.get()
+        first = self.waiting(self._requests.get)
         batch = [first] if first is not None else []
         while len(batch) < _BATCH:
             try:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
-from agentflow import log
+from agentflow import health, log
 from agentflow.database import BoundedConnection, Database, Unavailable
 
 logger = log.get(__name__)
+T = TypeVar("T")
 
 _BACKOFF_MOST_S = 5.0
 
@@ -26,6 +30,7 @@ class Loop:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.failures = 0
+        self._in_round_since: float | None = None
 
     def start(self) -> None:
         self._thread.start()
@@ -46,13 +51,32 @@ class Loop:
     def step(self, conn: BoundedConnection) -> float:
         raise NotImplementedError
 
+    def waiting(self, get: Callable[[], T]) -> T:
+        """For a round that waits until there is something to do: meanwhile it is not stuck."""
+        self._in_round_since = None
+        try:
+            return get()
+        finally:
+            self._in_round_since = time.monotonic()
+
+    def stuck(self) -> str | None:
+        """A sentence, once a round takes far longer than a database that is away could hold it up, or the thread is gone."""
+        since = self._in_round_since
+        if since is not None and (seconds := time.monotonic() - since) > health.STUCK_ANSWERS * self._answer_timeout_s:
+            return f"the loop {self.name!r} has been in one round for {seconds:.0f} s"
+        if self._thread.ident is not None and not self._thread.is_alive() and not self.stopping:
+            return f"the loop {self.name!r} has ended"
+        return None
+
     def failed(self, error: Exception) -> None:
         """Called at each round that the database refused, with the first one logged already."""
 
     def _run(self) -> None:
         while not self._stop.is_set():
             self._wake.clear()
+            self._in_round_since = time.monotonic()
             pause_s = self._one_round()
+            self._in_round_since = None
             if pause_s > 0:
                 self._wake.wait(pause_s)
         self._disconnect()

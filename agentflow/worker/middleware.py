@@ -20,7 +20,7 @@ import dramatiq
 from dramatiq.middleware import CurrentMessage, Middleware
 from pydantic import BaseModel, ValidationError
 
-from agentflow import log
+from agentflow import log, sentry
 from agentflow.database import Unavailable
 from agentflow.errors import JobError, Permanent, Transient, Wait
 from agentflow.jobs import registry
@@ -28,6 +28,7 @@ from agentflow.jobs.model import Verdict
 from agentflow.jobs.text import storable_json
 from agentflow.limits import Bucket, Window
 from agentflow.system import System
+from agentflow.worker import lines
 from agentflow.worker.running import JobContext, Running, Stopped
 
 logger = log.get(__name__)
@@ -61,6 +62,7 @@ class Retries(Layer):
             return self.verdict_for_wait(running, error)
         except Permanent as error:
             logger.info("failed for good", error=str(error), code=error.code)
+            _keep_cause(running, error)
             return Verdict(*running.key, "failed", error=described(error))
         except Exception as error:  # noqa: BLE001 - the one place where a job's errors end
             return self._again(running, error, job.attempt >= job.max_attempts)
@@ -69,6 +71,8 @@ class Retries(Layer):
         delay_s = retry_delay_s(running)
         if isinstance(error, Transient):
             delay_s = max(delay_s, error.retry_after_s or 0.0)
+        if last:
+            _keep_cause(running, error)
         say = logger.error if last else logger.warning
         say(
             "out of attempts" if last else "will be tried again",
@@ -183,7 +187,8 @@ def perform(around: list[Layer], running: Running, context: JobContext) -> Verdi
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise Permanent(f"payload.{where}: {first['msg']}", code="invalid_payload") from None
-        return job_type.function(context, payload)
+        with lines.collected(running):
+            return job_type.function(context, payload)
 
     call: Call = function
     for layer in reversed(around):
@@ -236,6 +241,12 @@ class Lifecycle(Middleware):
             logger.critical("the worker could not start", error=str(error), exc_info=not isinstance(error, OSError))
             threading.Timer(5.0, os._exit, (1,)).start()  # in case threads that run already keep it alive
             raise SystemExit(1) from error
+
+
+def _keep_cause(running: Running, error: Exception) -> None:
+    """Until it is settled: only then it is known that the job has failed for good."""
+    if sentry.wants_failures():
+        running.cause = error
 
 
 def retry_delay_s(running: Running) -> float:

@@ -12,13 +12,14 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import dramatiq
 
-from agentflow import health, log, probe, settings
+from agentflow import health, log, probe, sentry, settings
 from agentflow.broker import DeliveredMessage, queue_name
 from agentflow.embedded import EmbeddedError
 from agentflow.jobs import registry
@@ -33,6 +34,9 @@ logger = log.get(__name__)
 
 USAGE = 2
 CANNOT_START = 3
+#: For sending what Sentry was not sent yet; in what the drain has left of its grace.
+_REPORT_MOST_S = 2.0
+_REPORT_LEAST_S = 0.5
 
 
 class UnknownQueue(ValueError):
@@ -68,6 +72,7 @@ class WorkerProcess:
         self._parent = parent
         self._on_ready = on_ready
         self._is_ready = False
+        self._told_at: float | None = None
         self.broker = system.new_broker(
             # Lifecycle first: it must be up before any other sees a message. CurrentMessage hands the wrapper its message.
             # The four of the product wrap the job's function themselves (middleware.layers), in the order given there.
@@ -99,6 +104,7 @@ class WorkerProcess:
     def start_system(self) -> None:
         """In a process of its own: logging, signals, embedded servers, schema. Exits with one clear line when that fails."""
         log.configure(self.system.settings, "worker")
+        sentry.start(self.system.settings, "worker")
         master = multiprocessing.parent_process()
         parent = self._parent or (master.pid if master is not None else None)
         Signals(stop=self._drain_early, hurry=self.hurry, parent=parent)
@@ -163,6 +169,7 @@ class WorkerProcess:
     def _drain_early(self) -> None:
         """Dramatiq's main loop looks once a second whether it was told to stop; messages and grace do not wait for that."""
         health.of(self.system).draining = True
+        self._told_at = time.monotonic()
         if self.runtime is not None and self._is_ready:
             self.runtime.drain(self.system.settings.shutdown_grace)
 
@@ -174,7 +181,11 @@ class WorkerProcess:
     def shutdown(self) -> None:
         if self.runtime is None:
             return
-        all_ended = self.runtime.drain(self.system.settings.shutdown_grace)
+        grace_s = self.system.settings.shutdown_grace
+        all_ended = self.runtime.drain(grace_s)
+        if self._serve_probe:  # else there is more in this process, which ends later
+            left_s = grace_s - (time.monotonic() - self._told_at) if self._told_at is not None else grace_s
+            sentry.stop(min(_REPORT_MOST_S, max(_REPORT_LEAST_S, left_s)))
         if self._probe is not None:
             self._probe.close()
         if not all_ended:

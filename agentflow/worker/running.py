@@ -20,7 +20,9 @@ from agentflow.limits import Bucket
 from agentflow.live import Claim, Progress
 
 if TYPE_CHECKING:
+    from agentflow.sentry import Attempt
     from agentflow.system import System
+    from agentflow.worker.lines import Lines
 
 logger = log.get(__name__)
 
@@ -62,6 +64,10 @@ class Running:
         self._killers: list[Callable[[], None]] = []
         self._spent: dict[str, float] = {}
         self._spent_saved: dict[str, float] = {}
+        self.lines: Lines | None = None  # made by the first one that its code logs
+        #: For Sentry: why the last attempt failed, and where that stands in its trace.
+        self.cause: BaseException | None = None
+        self.seen: Attempt | None = None
 
     @property
     def limit_s(self) -> float:

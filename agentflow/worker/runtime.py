@@ -8,14 +8,14 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
 
 import structlog
 
-from agentflow import __version__, log, metrics
+from agentflow import __version__, health, log, metrics, redaction, sentry, traces
 from agentflow.broker import DeliveredMessage, PolledMessage
 from agentflow.comfyui.keeper import Keeper
 from agentflow.database import Unavailable
@@ -28,6 +28,8 @@ from agentflow.worker.admission import Admission
 from agentflow.worker.chores import Relay, Rescue
 from agentflow.worker.claimer import ClaimAbandoned, Claimer
 from agentflow.worker.heart import Heart
+from agentflow.worker.lines import Writer
+from agentflow.worker.loops import Loop
 from agentflow.worker.observer import Observer
 from agentflow.worker.running import JobContext, Running
 from agentflow.worker.settler import Ended, Settler
@@ -42,6 +44,9 @@ _HURRY_LOOK_S: Final = 0.1
 _REPLACED_AT_MOST_EVERY_S: Final = 60.0
 _UNKNOWN_TYPE_S: Final = 30.0
 _ALONE_RENEW_S: Final = 2.0
+_REPORT_S: Final = 2.0
+#: Rounds of a loop in a row, before health says so.
+_FAILING: Final = 3
 
 
 class Runtime:
@@ -122,6 +127,7 @@ class Runtime:
             look_again_s=settings.worker_gpu_lock_timeout,
             ring=lambda conn, ids: system.publisher.ring(records.rings_for(conn, ids)),
         )
+        self.lines = Writer(system.database, redaction.of(settings))
         self.watchdog = Watchdog(
             held=self.held,
             publish=system.publisher.progress,
@@ -147,11 +153,29 @@ class Runtime:
         broker.on_emptied = self._ring_everything_again
         broker.on_ready = broker.on_unrung = self.relay.wake
         metrics.known_types(registry.every())
-        for part in (self.heart, self.claimer, self.settler, self.relay, self.rescue, self.watchdog):
-            part.start()
+        for loop in self._loops:
+            loop.start()
+        self.watchdog.start()
+        self.lines.start()
+        health.of(self.system).watch(self.stuck)
+        health.of(self.system).also(self.failing)
         if self._renders:
             self.gpus.start()
         logger.info("worker ready", worker=str(self.id), threads=self.threads.count, queues=",".join(self.queues))
+
+    @property
+    def _loops(self) -> tuple[Loop, ...]:
+        return self.heart, self.claimer, self.settler, self.relay, self.rescue
+
+    def stuck(self) -> str | None:
+        """What would be well again in a fresh process."""
+        return next((said for loop in self._loops if (said := loop.stuck())), None)
+
+    def failing(self) -> Iterator[str]:
+        """Loops that go on failing, while the database is there or not."""
+        for loop in self._loops:
+            if loop.failures >= _FAILING:
+                yield f"{loop.name}: failed {loop.failures} times in a row"
 
     def drain(self, grace_s: float) -> bool:
         """Stop taking work; give running jobs `grace_s`; hand back the rest. True when every job's thread has ended.
@@ -182,6 +206,7 @@ class Runtime:
         for running in stuck:
             self._give_up(running, Verdict(*running.key, "handback"))
         self.settler.flush(_HAND_BACK_S / 2)
+        self.lines.stop(timeout_s=hand_back_s / 4)
         for part in (self.relay, self.rescue, self.settler, self.heart, *([self.gpus] if self._renders else [])):
             part.stop(timeout_s=1.0)
         self.watchdog.stop()
@@ -256,20 +281,30 @@ class Runtime:
         """Perform a claimed job and hand over its verdict."""
         job = running.job
         if not registry.known(job.type):  # the head of a line, of a type that only newer workers know
-            verdict = Verdict(*running.key, "handback", delay_s=_UNKNOWN_TYPE_S, reason="unknown_type")
-            self.settler.put(Ended(verdict, running))
+            unknown = Verdict(*running.key, "handback", delay_s=_UNKNOWN_TYPE_S, reason="unknown_type")
+            self.settler.put(Ended(unknown, running))
             return
-        with structlog.contextvars.bound_contextvars(job_id=str(job.id), job_type=job.type, attempt=job.attempt):
-            metrics.job_started(job.type, job.queue, _pickup_s(running))
+        pickup_s, trace = _pickup_s(running), traces.of_job(job.id, job.trace)
+        bound = structlog.contextvars.bound_contextvars(
+            job_id=str(job.id),
+            job_type=job.type,
+            organization=job.organization_id,
+            attempt=job.attempt,
+            trace=traces.id_of(trace),
+        )
+        verdict: Verdict | None = None
+        with bound, traces.following(trace):
+            metrics.job_started(job.type, job.queue, pickup_s)
             try:
-                with self.admission.admitted(job):
+                with self.admission.admitted(job), sentry.attempt(job, pickup_s) as running.seen:
                     verdict = self._perform(running, JobContext(running, self.system))
+                    running.seen.ended(verdict.outcome)
             except (Wait, *Unavailable) as error:
-                verdict = _parked(running, error)
+                verdict = verdict or _parked(running, error)
             except BaseException as error:
                 logger.exception("a job came to no verdict")
                 said = json.dumps({"code": "internal", "message": f"{type(error).__name__}: {error}"})
-                verdict = Verdict(*running.key, "retry", delay_s=30.0, reason="retry", error=said)
+                verdict = verdict or Verdict(*running.key, "retry", delay_s=30.0, reason="retry", error=said)
         with self._lock:
             if running.abandoned:
                 return  # settled while this thread was thought to be stuck
@@ -300,6 +335,8 @@ class Runtime:
         self.admission.done(running.job, seconds)
         if state == "succeeded":
             self.observer.ended(running.job.type, seconds)
+        elif state == "failed":
+            _report(running, verdict)
         if state is None:
             metrics.lease_lost()
             logger.warning(
@@ -328,11 +365,27 @@ class Runtime:
 
     def _after_rescue(self, settled: Settled) -> None:
         metrics.rescued(len(settled.states))
+        self._report_lost(settled)
         self.system.publisher.ring(settled.rings)
         self.system.publisher.finished(
             [Finished(id_, queue, type_, state, None, None) for id_, queue, type_, state in settled.finished]
         )
         self.relay.wake()
+
+    def _report_lost(self, settled: Settled) -> None:
+        """Jobs that have failed since too many workers died under them."""
+        lost = [id_ for id_, _, _, state in settled.finished if state == "failed"]
+        if not lost or not sentry.wants_failures():
+            return
+        try:
+            with self.system.database.connection() as conn:
+                found = [records.get(conn, records.EVERY_ORGANIZATION, id_) for id_ in lost]
+        except Unavailable:
+            logger.debug("failed jobs are not reported: the database is away")
+            return
+        for job in found:
+            if job is not None:
+                sentry.job_failed(job, job.error)
 
     def _give_up(self, running: Running, verdict: Verdict) -> None:
         """Settle a job whose thread does not end."""
@@ -406,7 +459,20 @@ class Runtime:
             logger.error("replaced less than a minute ago: staying down until then", seconds=round(young_s))
             time.sleep(young_s)
         time.sleep(random.uniform(0, 2.0))  # so that a bad input does not take all processes down in step
+        sentry.stop(_REPORT_S)
         self._replace()
+
+
+def _report(running: Running, verdict: Verdict) -> None:
+    """Tell Sentry of a job that has failed for good."""
+    sentry.job_failed(
+        running.job,
+        json.loads(verdict.error) if verdict.error else None,
+        cause=running.cause,
+        trace=running.seen.context if running.seen is not None else None,
+        lines=running.lines.breadcrumbs() if running.lines is not None else (),
+    )
+    running.cause = None  # and with it whatever its frames hold
 
 
 def _parked(running: Running, error: Exception) -> Verdict:

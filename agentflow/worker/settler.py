@@ -82,7 +82,7 @@ class Settler(Loop):
         return 0.0
 
     def _collect(self) -> list[Ended]:
-        first = self._ended.get()
+        first = self.waiting(self._ended.get)
         batch = [first] if first is not None else []
         while len(batch) < _BATCH:
             try:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
 
 import psycopg
 import redis
-from pydantic import SecretStr
 from rich.console import Console
 from rich.markup import escape
 
 from agentflow import embedded
 from agentflow.cli.errors import one_line
+from agentflow.redaction import secrets_of
 from agentflow.settings import Settings
 from agentflow.storage import StorageError
 
@@ -42,7 +41,7 @@ class Report:
         self.checks = self.wrong = 0
         self._console = console
         self._name = ""
-        self._secrets = sorted(_secrets(read), key=len, reverse=True)
+        self._secrets = sorted(secrets_of(read), key=len, reverse=True)
 
     def run(self, name: str, look: Callable[[], str | Remark]) -> bool:
         before = self.wrong
@@ -86,20 +85,3 @@ class Report:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
-
-
-def _secrets(read: Settings) -> set[str]:
-    """Whatever must not be printed, should a library quote it in an error: secrets, and passwords inside of URLs."""
-    found = set()
-    for name in type(read).model_fields:
-        value = getattr(read, name)
-        if not isinstance(value, SecretStr):
-            continue
-        text = value.get_secret_value()
-        for url in (text, *text.split(",")) if "://" in text else ():  # one, or a list of them
-            with suppress(ValueError):
-                password = urlsplit(url.strip()).password
-                if password:
-                    found |= {password, unquote(password)}
-        found.add(text)
-    return {secret for secret in found if len(secret) >= 3}

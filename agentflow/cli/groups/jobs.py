@@ -37,6 +37,17 @@ def show_job(job: object, as_json: bool) -> None:
     job_commands.show(str(job), as_json)
 
 
+@jobs.command("logs")
+@click.argument("job", metavar="ID", type=click.UUID)
+@click.option("--level", type=click.Choice(["info", "warning", "error", "critical"]), default="info", show_default=True)
+@options.AS_LINES
+def logs_of_job(job: object, level: str, as_json: bool) -> None:
+    """What the code of a job logged, the oldest line first."""
+    from agentflow.cli import job_commands
+
+    job_commands.logs(str(job), level, as_json)
+
+
 @jobs.command("cancel")
 @click.argument("job", metavar="ID", type=click.UUID)
 def cancel_job(job: object) -> None:
