@@ -9,25 +9,25 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
 
 import structlog
 
-from agentflow import __version__, log, metrics
+from agentflow import __version__, container, log, metrics
 from agentflow.broker import DeliveredMessage, PolledMessage
 from agentflow.comfyui.keeper import Keeper
-from agentflow.database import Unavailable
-from agentflow.errors import Wait
+from agentflow.database import BoundedConnection, Unavailable
+from agentflow.errors import Permanent, Wait
 from agentflow.jobs import dispatch, leases, records, registry
-from agentflow.jobs.model import QUEUES, Ring, Settled, State, Verdict
+from agentflow.jobs.model import USUAL_QUEUES, Ring, Settled, State, Verdict
 from agentflow.live import Finished
 from agentflow.system import System
 from agentflow.worker.admission import Admission
 from agentflow.worker.chores import Relay, Rescue
 from agentflow.worker.claimer import ClaimAbandoned, Claimer
 from agentflow.worker.heart import Heart
+from agentflow.worker.memory import Memory
 from agentflow.worker.observer import Observer
 from agentflow.worker.running import JobContext, Running
 from agentflow.worker.settler import Ended, Settler
@@ -54,7 +54,7 @@ class Runtime:
         *,
         kind: str,
         threads: int,
-        queues: Sequence[str] = QUEUES,
+        queues: Sequence[str] = USUAL_QUEUES,
         perform: Callable[[Running, JobContext], Verdict],
         replace: Callable[[], None],
         threads_ready: Callable[[], bool],
@@ -107,6 +107,7 @@ class Runtime:
             draining=lambda: self.draining,
             work_done=self.admission.work_done,
         )
+        self.memory = Memory(system, self.id, spare=system.embeddings.rest, woken=self.relay.wake)
         self.observer = Observer(system.outlooks, system.rules, self.queues, busy=lambda: bool(self._held))
         self.rescue = Rescue(
             system.database,
@@ -114,7 +115,7 @@ class Runtime:
             lease_s=lease_s,
             max_crashes=crashes,
             after=self._after_rescue,
-            besides=self.observer.step,
+            besides=self._besides,
         )
         self.gpus = Keeper(
             system.database,
@@ -126,6 +127,7 @@ class Runtime:
             held=self.held,
             publish=system.publisher.progress,
             stuck=self._replace_process,
+            look=self.memory.look,
             grace_s=stuck_grace_s,
         )
 
@@ -185,6 +187,7 @@ class Runtime:
         for part in (self.relay, self.rescue, self.settler, self.heart, *([self.gpus] if self._renders else [])):
             part.stop(timeout_s=1.0)
         self.watchdog.stop()
+        self.memory.close()
         self._retire()
         self.system.publisher.close()
         logger.info("stopped", handed_back=len(stuck))
@@ -262,10 +265,13 @@ class Runtime:
         with structlog.contextvars.bound_contextvars(job_id=str(job.id), job_type=job.type, attempt=job.attempt):
             metrics.job_started(job.type, job.queue, _pickup_s(running))
             try:
-                with self.admission.admitted(job):
-                    verdict = self._perform(running, JobContext(running, self.system))
+                with self.admission.admitted(job), self.memory.admitted(running):
+                    verdict = self._perform(running, JobContext(running, self.system, self.memory))
+                verdict = self.memory.settled(running, verdict)
             except (Wait, *Unavailable) as error:
                 verdict = _parked(running, error)
+            except Permanent as error:
+                verdict = _refused(running, error)
             except BaseException as error:
                 logger.exception("a job came to no verdict")
                 said = json.dumps({"code": "internal", "message": f"{type(error).__name__}: {error}"})
@@ -286,6 +292,10 @@ class Runtime:
         with self._lock:
             self._held[running.key] = running
         self.watchdog.wake()
+
+    def _besides(self, conn: BoundedConnection) -> None:
+        self.memory.step(conn)
+        self.observer.step(conn)
 
     def _settled(self, ended: Ended, state: State | None) -> None:
         """A verdict is written, or came too late (None). Called from the settler's thread."""
@@ -390,7 +400,7 @@ class Runtime:
             "queues": list(self.queues),
             "threads": self.threads.count,
             "demand": dict.fromkeys(self.queues, demand),
-            "memory_bytes": _resident_bytes(),
+            "memory_bytes": container.resident_bytes() or None,
             "busy": self.threads.busy,
         }
 
@@ -415,6 +425,13 @@ def _parked(running: Running, error: Exception) -> Verdict:
     return Retries.verdict_for_wait(running, error)
 
 
+def _refused(running: Running, error: Permanent) -> Verdict:
+    from agentflow.worker.middleware import described
+
+    logger.error("cannot be run here", error=str(error), code=error.code)
+    return Verdict(*running.key, "failed", error=described(error))
+
+
 def _overdue_verdict(running: Running) -> Verdict:
     from agentflow.worker.middleware import Retries
 
@@ -426,8 +443,3 @@ def _pickup_s(running: Running) -> float:
     return max(0.0, (job.started_at - job.run_at).total_seconds()) if job.started_at else 0.0
 
 
-def _resident_bytes() -> int | None:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux
-        return None
