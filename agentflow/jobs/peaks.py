@@ -86,9 +86,9 @@ class Peaks:
         self._learned = Learned({})
         self._read_at = -math.inf
 
-    def note(self, type_: str, input_bytes: int | None, peak_bytes: int, weight: int = 1) -> None:
+    def note(self, type_: str, input_bytes: int | None, peak_bytes: int) -> None:
         with self._lock:
-            self._noted[Noted(type_, size_class(input_bytes), peak_class(peak_bytes))] += weight
+            self._noted[Noted(type_, size_class(input_bytes), peak_class(peak_bytes))] += 1
 
     def need(self, type_: str, input_bytes: int | None, guess: int) -> int:
         return self._learned.need(type_, input_bytes, guess)
@@ -144,5 +144,5 @@ def _quantile(weights: Mapping[int, float]) -> int | None:
     for number in sorted(weights):
         below += weights[number]
         if below >= _QUANTILE * total:
-            return class_bytes(number)
-    raise AssertionError("not reached")
+            break
+    return class_bytes(number)

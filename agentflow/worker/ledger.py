@@ -23,8 +23,6 @@ from agentflow import log
 
 logger = log.get(__name__)
 
-#: A job that has waited so long for memory keeps what becomes free: others may not overtake it any more.
-PATIENCE_S: Final = 20.0
 _MOST_WAITING: Final = 500
 
 
@@ -70,14 +68,9 @@ class State:
         """The job that has waited longest."""
         return min(self.waiting, key=lambda waiting: waiting.since, default=None)
 
-    def kept_for(self, now: float) -> Waiting | None:
-        """The same, once that is too long."""
-        first = self.first()
-        return first if first is not None and now - first.since >= PATIENCE_S else None
-
-    def hold(self, owner: str, job: str, need: int) -> None:
+    def hold(self, owner: str, job: str, need: int, pids: Sequence[int] = ()) -> None:
         self.leave(job)
-        self.held.append(Held(owner, job, need))
+        self.held.append(Held(owner, job, need, list(pids)))
 
     def wait(self, job: str, need: int, now: float) -> Waiting:
         """Note that a job waits, as it may have before. The caller says until when."""

@@ -22,7 +22,8 @@ from agentflow.errors import OUT_OF_MEMORY, OutOfMemory, Permanent, Wait
 from agentflow.jobs import dispatch, large, leases, registry
 from agentflow.jobs.model import LARGE, Job, Verdict
 from agentflow.jobs.peaks import Peaks
-from agentflow.worker.ledger import PATIENCE_S, Ledger, State
+from agentflow.worker.ledger import Ledger, State
+from agentflow.worker.room import Asked, Never, Room, decide, that_fit
 from agentflow.worker.work import Work
 
 if TYPE_CHECKING:
@@ -41,10 +42,6 @@ _MORE: Final = 1.25
 _SAMPLE_S: Final = 0.2
 #: Under this much even light jobs wait, while heavy ones are there to end.
 _LEAST_FREE: Final = 8 << 20
-#: Alone in a container that nothing leaves any more, such as a local model that fell asleep 300 s after its last text.
-_GIVE_UP_S: Final = 360.0
-_FIRST_S, _LEAST_S, _MOST_S = 3.0, 5.0, 120.0
-_LATE_S: Final = 60.0
 _MOST_SIZES: Final = 1000
 
 
@@ -89,7 +86,7 @@ class Memory:
             size = declared.input_bytes(self._system, job)
         running.work = work = Work(job.type, size, self)
         need = self._need(job, size)
-        work.counted = need >= LIGHT and self._is_on
+        work.counted = self._is_on and max(need, _killed_with(job)) >= LIGHT
         if work.counted:
             self._take(job, need)
         elif self._is_on:
@@ -125,7 +122,7 @@ class Memory:
         if work is None:
             return verdict
         if work.killed is not None:
-            self.peaks.note(work.type, work.input_bytes, round(work.peak * _MORE), weight=3)
+            self.peaks.note(work.type, work.input_bytes, round(work.peak * _MORE))
             if verdict.outcome == "retry" and json.loads(verdict.error or "{}").get("code") == OUT_OF_MEMORY:
                 return self._killed(running, verdict)
         elif verdict.outcome == "succeeded":
@@ -141,10 +138,7 @@ class Memory:
 
     def _need(self, job: Job, size: int | None) -> int:
         declared = registry.get(job.type).memory
-        need = self.peaks.need(job.type, size, declared.guess(size) if declared is not None else 0)
-        if job.error is not None and job.error.get("code") == OUT_OF_MEMORY:
-            need = max(need, round(job.error.get("peak_bytes", 0) * _MORE))
-        return need
+        return self.peaks.need(job.type, size, declared.guess(size) if declared is not None else 0)
 
     def _ask_lightly(self, job: Job) -> None:
         now = time.monotonic()
@@ -172,50 +166,25 @@ class Memory:
             state.forget_late(now)
             before = state.of(self.ledger.owner, key)
             state.release(self.ledger.owner, key)
-            refused = self._decide(state, job, need, now)
-            if refused is None:
-                state.hold(self.ledger.owner, key, need)
-                if before is not None:
-                    state.held[-1].pids = before.pids
+            room = self._room(state)
+            answer = decide(state, Asked(key, need, round(_killed_with(job) * _MORE)), room, now)
+            if answer is None:
+                state.hold(self.ledger.owner, key, need, before.pids if before is not None else ())
         self._name_killed()
-        if refused is None:
-            return
-        if isinstance(refused, TooLarge):
+        if isinstance(answer, Never):
+            refused = TooLarge(job.type, need, room.memory.limit, answer.most)
             self._move(job, refused)
             raise refused
-        self._spare()
-        said = f"{megabytes(need)} of memory are not free"
-        raise Wait(refused, REASON, message=said, because=_earlier_kill(job))
+        if answer is not None:
+            self._spare()
+            said = f"{megabytes(need)} of memory are not free"
+            raise Wait(answer * random.uniform(0.7, 1.3), REASON, message=said, because=_earlier_kill(job))
 
-    def _decide(self, state: State, job: Job, need: int, now: float) -> float | TooLarge | None:
-        """None: it may start. Else in how many seconds to look again, or that it is no use."""
+    def _room(self, state: State) -> Room:
         memory = self._container.memory()
-        if memory is None:
-            return None
-        key = str(job.id)
-        free = memory.limit - memory.pinned
-        first = state.kept_for(now)
-        others_first = first is not None and first.job != key
-        kept = first.need if first is not None and others_first else 0
-        if need <= free - state.growth(container.resident_bytes) - self._reserve - kept:
-            return None
-        # What the worker processes themselves hold never becomes free; of what else is there, nobody knows.
-        most = memory.limit - self._reserve - sum(container.private_bytes(pid) for pid in state.pids)
-        if need > most:
-            state.leave(key)
-            return TooLarge(job.type, need, memory.limit, most)
-        waiting = state.wait(key, need, now)
-        if not state.held and not others_first:
-            if now - waiting.since >= PATIENCE_S and need <= free:
-                return None  # nobody is there to make more room: the reserve is for this, too
-            if now - waiting.since >= _GIVE_UP_S:
-                state.leave(key)
-                return TooLarge(job.type, need, memory.limit, max(0, free - self._reserve))
-        # Whoever leaves wakes those that fit; this is for what is freed otherwise. The more wait, the less often each looks.
-        is_next = waiting is state.first()
-        pause_s = _FIRST_S if is_next else min(_MOST_S, _LEAST_S + len(state.waiting) / 2)
-        waiting.until = now + 2 * pause_s + _LATE_S
-        return pause_s * random.uniform(0.7, 1.3)
+        assert memory is not None  # noqa: S101 - else nothing is counted
+        processes = sum(container.private_bytes(pid) for pid in state.pids)
+        return Room(memory, processes, self._reserve, container.resident_bytes)
 
     def _release(self, job: Job) -> None:
         now = time.monotonic()
@@ -223,7 +192,7 @@ class Memory:
             self._explain(state, dead)
             state.release(self.ledger.owner, str(job.id))
             state.forget_late(now)
-            fit = self._that_fit(state)
+            fit = that_fit(state, self._room(state), now)
         self._name_killed()
         if not fit:
             return
@@ -233,19 +202,6 @@ class Memory:
         except Unavailable:
             return  # they look again by themselves
         self._woken()
-
-    def _that_fit(self, state: State) -> list[str]:
-        """Those that wait and would fit now, the first ones first; all that come after one that does not may, too."""
-        memory = self._container.memory()
-        if memory is None or not state.waiting:
-            return []
-        left = memory.limit - memory.pinned - state.growth(container.resident_bytes) - self._reserve
-        fit = []
-        for waiting in sorted(state.waiting, key=lambda w: w.since):
-            if waiting.need <= left:
-                fit.append(waiting.job)
-                left -= waiting.need
-        return fit
 
     def _move(self, job: Job, why: Permanent) -> None:
         """Raises Wait where the job goes on in the large queue."""
@@ -349,10 +305,16 @@ def megabytes(number: int) -> str:
 
 
 def _earlier_kill(job: Job) -> OutOfMemory | None:
-    """What the row says of it stays there while the job waits."""
+    """What the row says of it, and is to say while the job waits."""
     if job.error is None or job.error.get("code") != OUT_OF_MEMORY:
         return None
-    return OutOfMemory(job.error.get("message", ""), peak_bytes=job.error.get("peak_bytes", 0))
+    return OutOfMemory(job.error.get("message", ""), peak_bytes=_killed_with(job))
+
+
+def _killed_with(job: Job) -> int:
+    """What the job had when the kernel killed it last; 0 where it did not."""
+    error = job.error or {}
+    return int(error.get("peak_bytes", 0)) if error.get("code") == OUT_OF_MEMORY else 0
 
 
 __all__ = ["KILLS", "LIGHT", "REASON", "Memory", "TooLarge", "megabytes"]
