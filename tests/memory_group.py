@@ -34,8 +34,10 @@ class MemoryGroup:
         return int(found[1])
 
     @property
-    def is_empty(self) -> bool:
-        return not (self.folder / "cgroup.procs").read_text().strip()
+    def most_charged(self) -> int:
+        """Bytes, caches of files among them."""
+        name = "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes"
+        return int((self.folder / name).read_text())
 
 
 @contextmanager
