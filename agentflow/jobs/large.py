@@ -32,9 +32,10 @@ def move(conn: Connection, job: Job) -> bool:
     )
 
 
-def attempts_ended(conn: Connection, job_id: UUID, code: str) -> int:
-    """How many attempts of a job ended with the error of this code."""
+def tries_ended(conn: Connection, job_id: UUID, code: str) -> int:
+    """How many attempts of a job were to be made again for an error of this code. Parking may show it, too, and is none."""
     row = conn.execute(
-        "select count(*) from agentflow.attempts where job_id = %s and error ->> 'code' = %s", (job_id, code)
+        "select count(*) from agentflow.attempts where job_id = %s and outcome = 'retry' and error ->> 'code' = %s",
+        (job_id, code),
     ).fetchone()
     return int(row[0]) if row else 0

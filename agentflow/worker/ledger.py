@@ -123,12 +123,11 @@ class Ledger:
     @contextmanager
     def open(self) -> Iterator[tuple[State, Sequence[UUID]]]:
         """The state, to be changed in place, and the workers that were found dead. Nobody else has it open meanwhile: be short."""
-        folder = self._folder
-        if folder is None:
+        folder, lock = self._folder, self._lock_file()
+        if folder is None or lock is None:
             with self._private_lock:
                 yield self._private, ()
             return
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = _read(folder / "state.json")
@@ -141,6 +140,18 @@ class Ledger:
                 logger.warning("what jobs may still take could not be noted", error=str(error))
         finally:
             os.close(lock)
+
+    def _lock_file(self) -> int | None:
+        """None: each process is alone."""
+        if self._folder is None or self._alive is None:
+            return None
+        try:
+            os.utime(self._alive)  # whoever clears temporary folders takes what is old
+            return os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            logger.warning("the ledger of the container's memory is gone", error=str(error))
+            self._folder = None
+            return None
 
     def _strike_out_dead(self, folder: Path, state: State) -> list[UUID]:
         dead = [owner for owner in state.owners if owner != self.owner and _is_dead(folder / owner)]

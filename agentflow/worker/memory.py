@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
@@ -83,7 +83,8 @@ class Memory:
         declared = registry.get(job.type).memory
         size = self._sizes.get(job.id)
         if size is None and declared is not None:
-            size = declared.input_bytes(self._system, job)
+            with suppress(KeyError, ValueError, TypeError):  # a payload that its function will refuse
+                size = declared.input_bytes(self._system, job)
         running.work = work = Work(job.type, size, self)
         need = self._need(job, size)
         work.counted = self._is_on and max(need, _killed_with(job)) >= LIGHT
@@ -221,15 +222,11 @@ class Memory:
                     held.pids.append(pid)
 
     def ended(self, running: Running, pid: int) -> None:
-        work = running.work
-        if work is None or not (work.counted or work.killed):
-            return
-        with self.ledger.open() as (state, _):
-            held = state.of(self.ledger.owner, str(running.job.id))
-            if held is not None and pid in held.pids:
-                held.pids.remove(pid)
-            if work.killed is not None and state.explained is not None:
-                state.explained += 1
+        if running.work is not None and running.work.counted:
+            with self.ledger.open() as (state, _):
+                held = state.of(self.ledger.owner, str(running.job.id))
+                if held is not None and pid in held.pids:
+                    held.pids.remove(pid)
 
     # ---- kills ----
 
@@ -240,6 +237,9 @@ class Memory:
     def killed(self, peak: int) -> OutOfMemory:
         """The kernel killed a process of the job's for want of memory."""
         metrics.killed_for_memory("child")
+        with self.ledger.open() as (state, _):
+            if state.explained is not None:
+                state.explained += 1
         memory = self._container.memory()
         of = f" of {megabytes(memory.limit)}" if memory is not None else ""
         return OutOfMemory(f"killed by the kernel: out of memory, peak {megabytes(peak)}{of}", peak_bytes=peak)
@@ -248,8 +248,8 @@ class Memory:
         job = running.job
         try:
             with self._system.database.connection() as conn:
-                kills = 1 + large.attempts_ended(conn, job.id, OUT_OF_MEMORY)
-                if kills < (2 * KILLS if job.queue == LARGE else KILLS):
+                kills = 1 + large.tries_ended(conn, job.id, OUT_OF_MEMORY)
+                if kills < KILLS:
                     return verdict
                 moved = large.move(conn, job)
         except Unavailable:
