@@ -167,7 +167,8 @@ class _Process:
         with self._lock:
             if not self._is_over(os.WNOHANG):
                 self.was_killed = True
-                os.killpg(self.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self) -> None:
         self._is_over(0)
