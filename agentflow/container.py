@@ -105,7 +105,8 @@ class Container:
 
     def _of_processes(self) -> int:
         """What all that can be seen hold but files: in a container whose groups are hidden no others can be seen."""
-        return sum(private_bytes(int(entry), self._root) for entry in os.listdir(self._root / "proc") if entry.isdigit())
+        pids = [int(entry.name) for entry in (self._root / "proc").iterdir() if entry.name.isdigit()]
+        return sum(private_bytes(pid, self._root) for pid in pids)
 
 
 def limit_bytes() -> int | None:
@@ -169,7 +170,7 @@ def _groups(root: Path) -> list[_Group]:
             folder = top / _below(path or "/", mounted)
             if not folder.is_dir():  # another namespace's name for it: what is mounted is the container's own
                 folder = top
-            groups = [_Group(each, version) for each in (folder, *folder.parents) if each.is_relative_to(top)]  # type: ignore[arg-type]
+            groups = [_Group(each, version) for each in (folder, *folder.parents) if each.is_relative_to(top)]
             if any(group.used() is not None for group in groups):
                 return groups
     return []

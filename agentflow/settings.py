@@ -157,10 +157,12 @@ class Settings(BaseModel):
         60, description="Seconds between two canaries (a ping through each queue, timed); `0`: none"
     )
     memory_limit_mb: Annotated[int, Field(ge=64)] | None = Field(
-        None, description="Memory of the container in MB, for platforms that hide its control group; unset: what that says"
+        None,
+        description="Memory of the container in MB, for platforms that hide its control group; unset: what that says",
     )
     memory_reserve_mb: Annotated[int, Field(ge=0)] = Field(
-        48, description="MB of it that no job is counted on to leave free: for light jobs, and for what grows unforeseen"
+        48,
+        description="MB of it that no job is counted on to leave free: for light jobs, and for what grows unforeseen",
     )
     memory_admission: bool = Field(
         True, description="Jobs start only if they fit into the memory that is left; `false`: the kernel decides"

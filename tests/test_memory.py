@@ -189,17 +189,15 @@ def test_classes_of_peaks_are_a_quarter_of_an_octave(number: int) -> None:
 
 def room(*, used: int, limit: int = 512, processes: int = 100, has: dict[int, int] | None = None) -> Room:
     resident = {pid: mb * MB for pid, mb in (has or {}).items()}
-    return Room(
-        Memory(limit * MB, used * MB, used * MB), processes * MB, 48 * MB, lambda pid: resident.get(pid, 0)
-    )
+    return Room(Memory(limit * MB, used * MB, used * MB), processes * MB, 48 * MB, lambda pid: resident.get(pid, 0))
 
 
 def test_what_runs_may_still_grow_and_nobody_gets_what_it_will_take() -> None:
     state = State(held=[Held("me", "a", 200 * MB, [7])])
+    there = room(used=150, has={7: 50})  # 512 - 150 - (200 - 50) - 48 = 164
 
-    assert decide(state, Asked("b", 120 * MB), room(used=150, has={7: 50}), 0.0) is not None  # 512 - 150 - 150 - 48 = 164
-    assert decide(State(held=state.held), Asked("c", 170 * MB), room(used=150, has={7: 50}), 0.0) is not None
-    assert decide(state, Asked("b", 160 * MB), room(used=150, has={7: 50}), 0.0) is None
+    assert decide(state, Asked("b", 165 * MB), there, 0.0) is not None
+    assert decide(state, Asked("b", 164 * MB), there, 0.0) is None
 
 
 def test_what_fits_into_no_container_of_this_size_is_not_parked_for_ever() -> None:
@@ -335,13 +333,24 @@ def test_a_closed_ledger_leaves_nothing_and_names_nobody(tmp_path: Path) -> None
 # ---- rows ----
 
 REASONS = ("memory", "limit")
-FACTS = {"kind": "worker", "host": "h", "pid": 1, "version": "1", "threads": 1, "demand": {}, "memory_bytes": 1, "busy": 0}
+FACTS = {
+    "kind": "worker",
+    "host": "h",
+    "pid": 1,
+    "version": "1",
+    "threads": 1,
+    "demand": {},
+    "memory_bytes": 1,
+    "busy": 0,
+}
 
 
 def test_parked_jobs_are_woken_and_others_left_alone(conn: psycopg.Connection) -> None:
     worker = uuid4()
     jobs = [claimed(conn, worker) for _ in range(2)]
-    settle(conn, worker, *(verdict(job, "wait", 600.0, reason=reason) for job, reason in zip(jobs, REASONS, strict=True)))
+    settle(
+        conn, worker, *(verdict(job, "wait", 600.0, reason=reason) for job, reason in zip(jobs, REASONS, strict=True))
+    )
 
     dispatch.wake_parked(conn, [job.id for job in jobs], "memory")
 

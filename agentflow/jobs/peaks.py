@@ -21,8 +21,8 @@ NO_SIZE: Final = -1
 _LEAST_CLASS: Final = 0
 _MB: Final = 1 << 20
 _QUANTILE: Final = 0.95
-#: So much has to be measured before it goes before the first guess.
-_ENOUGH: Final = 3.0
+#: So much has to be measured before it goes before the first guess: three times within some days.
+_ENOUGH: Final = 2.5
 _HALF_AFTER_DAYS: Final = 14.0
 _FORGOTTEN: Final = 0.05
 _FRESH_S: Final = 30.0
@@ -46,7 +46,7 @@ def peak_class(peak_bytes: int) -> int:
 
 def class_bytes(number: int) -> int:
     """The most that a peak of this class may be; nothing for the least class."""
-    return 0 if number <= _LEAST_CLASS else math.ceil(_MB * 2 ** (number / 4))
+    return 0 if number <= _LEAST_CLASS else int(_MB * 2 ** (number / 4))
 
 
 class Learned:
@@ -70,9 +70,7 @@ class Learned:
             return guess if found is None else found
         if (known := self._needs.get((type_, wanted))) is not None:
             return known
-        smaller = [
-            need for (t, size), need in self._needs.items() if t == type_ and size < wanted and need is not None
-        ]
+        smaller = [need for (t, size), need in self._needs.items() if t == type_ and size < wanted and need is not None]
         return max([guess, *smaller])
 
 

@@ -1,7 +1,7 @@
 """What the jobs of all worker processes of one container may still take: a small file that they share, under a lock.
 
-A process that dies leaves nothing behind: it holds a lock of its own while it lives, which the kernel takes back, and whoever opens
-the ledger next strikes out what was the dead one's. Where no file can be shared each process has a ledger of its own.
+A process that dies leaves nothing behind: it holds a lock of its own while it lives, which the kernel takes back, and whoever
+opens the ledger next strikes out what was the dead one's. Where no file can be shared each process has a ledger of its own.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Ledger:
 
     @contextmanager
     def open(self) -> Iterator[tuple[State, Sequence[UUID]]]:
-        """The state, to be changed in place, and the workers that were found dead. Nobody else has it open meanwhile: be short."""
+        """The state, to be changed in place, and the workers that were found dead. Be short: nobody else can open it."""
         folder, lock = self._folder, self._lock_file()
         if folder is None or lock is None:
             with self._private_lock:

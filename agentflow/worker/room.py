@@ -17,8 +17,8 @@ _LATE_S: Final = 60.0
 
 
 class Asked(NamedTuple):
-    """What a job is taken to need, in bytes. `after_kill`: what it needs beside others after the kernel has killed it; alone it is
-    tried all the same."""
+    """What a job is taken to need, in bytes. `after_kill`: what it needs beside others after the kernel has killed it; alone it
+    is tried all the same."""
 
     job: str
     need: int
@@ -45,7 +45,7 @@ class Room(NamedTuple):
 
 
 def decide(state: State, asked: Asked, room: Room, now: float) -> float | Never | None:
-    """None: the job may start. Else in about how many seconds it looks again, and it is noted as waiting; or that it is no use."""
+    """None: the job may start. Else it is noted as waiting, and looks again in about so many seconds; or that is no use."""
     free = room.memory.limit - room.memory.pinned
     # What the processes themselves hold never becomes free; of what else is there, nobody knows.
     most = room.memory.limit - room.reserve - room.processes

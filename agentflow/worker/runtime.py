@@ -441,5 +441,3 @@ def _overdue_verdict(running: Running) -> Verdict:
 def _pickup_s(running: Running) -> float:
     job = running.job
     return max(0.0, (job.started_at - job.run_at).total_seconds()) if job.started_at else 0.0
-
-

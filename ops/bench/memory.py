@@ -2,11 +2,11 @@
 
     .venv/bin/python ops/bench/memory.py [--minutes 10] [--limit 512] [--without-minutes 10]
 
-Starts `agentflow worker` in a memory control group of the kernel's (root, and a writable /sys/fs/cgroup); Postgres and Valkey stand
-outside, as on platforms. Three 1080p films and three documents are kept in work or waiting at all times, and two pings come each
-second. Counted are the kernel's kills, the most that was charged to the group, what became of the jobs, and how long pings took.
-Without admission (MEMORY_ADMISSION=false) the run ends with the first kill. Writes ops/bench/results/memory.json; ends with status
-1 when the kernel killed with admission.
+Starts `agentflow worker` in a memory control group of the kernel's (root, and a writable /sys/fs/cgroup); Postgres and Valkey
+stand outside, as on platforms. Three 1080p films and three documents are kept in work or waiting at all times, and two pings
+come each second. Counted are the kernel's kills, the most that was charged to the group, what became of the jobs, and how long
+pings took. Without admission (MEMORY_ADMISSION=false) the run ends with the first kill. Writes ops/bench/results/memory.json;
+ends with status 1 when the kernel killed with admission.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ WORDS = 12_000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--without-minutes", type=float, default=10.0, help="at most so long without admission; 0: not at all")
+    parser.add_argument(
+        "--without-minutes", type=float, default=10.0, help="at most so long without admission; 0: not at all"
+    )
     parser.add_argument("--limit", type=int, default=512, help="MB")
     parser.add_argument("--out", type=Path, default=ROOT / "ops/bench/results/memory.json")
     options = parser.parse_args()
@@ -100,14 +102,18 @@ def load(system: System, group: MemoryGroup, film: Path, minutes: float, *, unti
     waited = 0
     while (now := time.monotonic()) < began + 60 * minutes and not (until_kill and group.kills):
         number += 1
-        open_ = counts(system, "select type, count(*) from agentflow.jobs where state in ('queued', 'running') group by 1")
+        open_ = counts(
+            system, "select type, count(*) from agentflow.jobs where state in ('queued', 'running') group by 1"
+        )
         for _ in range(open_.get("analyze_video", 0), KEPT_OPEN):
             hand_in_film(system, film)
         for _ in range(open_.get("generate_embeddings", 0), KEPT_OPEN):
             hand_in_text(system, number)
         for _ in range(PINGS_PER_S):
             system.submit(ORGANIZATION, NewJob("ping", {}))
-        parked = "select 'memory', count(*) from agentflow.jobs where state = 'queued' and wait_reason = 'memory' group by 1"
+        parked = (
+            "select 'memory', count(*) from agentflow.jobs where state = 'queued' and wait_reason = 'memory' group by 1"
+        )
         waited += counts(system, parked).get("memory", 0)
         time.sleep(max(0.0, now + 1.0 - time.monotonic()))
     pings_s = [
@@ -153,7 +159,7 @@ def learned(system: System) -> dict[str, int]:
 
 
 def counts(system: System, query: str) -> dict[str, int]:
-    return {name: number for name, number in rows(system, query)}
+    return dict(rows(system, query))
 
 
 def rows(system: System, query: str) -> list[Any]:
@@ -181,8 +187,23 @@ def hand_in_film(system: System, film: Path) -> None:
 def hand_in_text(system: System, number: int) -> None:
     """Words that no document had before: each chunk wants its vector."""
     chance = random.Random(number * 1000 + random.randrange(1000))
-    known = ["ferry", "harbour", "ice", "паром", "порт", "winter", "captain", "ledger", "машина", "engine", "letter", "snow"]
-    text = " ".join(f"{chance.choice(known)}{'.' if n % 12 == 0 else ''} {chance.randrange(10**6)}" for n in range(WORDS // 2))
+    known = [
+        "ferry",
+        "harbour",
+        "ice",
+        "паром",
+        "порт",
+        "winter",
+        "captain",
+        "ledger",
+        "машина",
+        "engine",
+        "letter",
+        "snow",
+    ]
+    text = " ".join(
+        f"{chance.choice(known)}{'.' if n % 12 == 0 else ''} {chance.randrange(10**6)}" for n in range(WORDS // 2)
+    )
     key = documents.upload_key(ORGANIZATION, "text.txt")
     system.storage.put_bytes(key, text.encode())
     source = Source(storage_key=key, filename="text.txt", size_bytes=len(text.encode()))
