@@ -8,11 +8,13 @@ from pathlib import Path
 
 
 def eat(*, megabytes: int, until: str | None, report: Callable[[float, str | None], None]) -> int:
-    """Hold so much, until a file is there."""
+    """Hold so much, until a file is there. Leaves one beside it when it is full."""
     held = bytearray()
     for _ in range(megabytes):
         held += b"x" * (1 << 20)
     report(0.5, "full")
-    while until is not None and not Path(until).exists():
-        time.sleep(0.02)
+    if until is not None:
+        Path(f"{until}.full").touch()
+        while not Path(until).exists():
+            time.sleep(0.02)
     return len(held) >> 20

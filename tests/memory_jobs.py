@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import actors
 from agentflow.jobs.model import Job
 from agentflow.jobs.registry import Memory, Payload, RetryClass, job
 from agentflow.system import System
@@ -31,3 +32,6 @@ def hungry(context: JobContext, payload: Hungry) -> dict[str, Any]:
     if payload.in_child:
         return {"megabytes": context.run_child("tests.memory_child:eat", **wanted)}
     return {"megabytes": memory_child.eat(**wanted, report=context.progress)}
+
+
+actors.worker.declare_actors()

@@ -54,7 +54,7 @@ def test_a_job_waits_until_another_ones_memory_is_free(
     gate = tmp_path / "gate"
     with worker(group, environment, tmp_path / "log"):
         first = hungry(system, 120, said_mb=150, until=str(gate))
-        eventually(lambda: read(system, first.id).progress == 0.5)
+        eventually((tmp_path / "gate.full").exists)
 
         second = hungry(system, 120, said_mb=150)
         light = submit(system, "ping")

@@ -51,7 +51,8 @@ class TooLarge(Permanent):
     def __init__(self, type_: str, need: int, limit: int, most: int) -> None:
         super().__init__(
             f"A {type_} like this one is expected to need {megabytes(need)} of memory, and of the container's"
-            f" {megabytes(limit)} at most {megabytes(most)} are there for it: run a worker with more memory for the queue `{LARGE}`.",
+            f" {megabytes(limit)} at most {megabytes(most)} are there for it: run a worker with more memory for the queue"
+            f" `{LARGE}`.",
             code="needs_more_memory",
         )
 
