@@ -29,7 +29,8 @@ import av
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from agentflow import embedded, schema, settings, videos  # noqa: E402 - found by the path above
+import actors  # noqa: E402, F401 - found by the path above; makes the types known
+from agentflow import embedded, schema, settings, videos  # noqa: E402
 from agentflow.jobs.intake import NewJob  # noqa: E402
 from agentflow.knowledge import documents  # noqa: E402
 from agentflow.knowledge.documents import Source  # noqa: E402
