@@ -78,6 +78,13 @@ _dropped = Counter("agentflow_messages_dropped", "Messages that led to no claim"
 _time_limits = Counter("agentflow_time_limits", "Attempts ended by their time limit", ("job_type",), registry=REGISTRY)
 _lost_leases = Counter("agentflow_lost_leases", "Attempts whose lease another process took", registry=REGISTRY)
 
+_memory_kills = Counter(
+    "agentflow_memory_kills",
+    "Processes that the kernel killed for want of memory: child (of a job), worker",
+    ("process",),
+    registry=REGISTRY,
+)
+
 _http_requests = Counter(
     "agentflow_http_requests", "Requests answered", ("method", "route", "status"), registry=REGISTRY
 )
@@ -131,6 +138,8 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "O
 
 def known_types(types: Iterable[JobType]) -> None:
     """Show these types with zeros from the start: a counter that appears with its first failure hides that failure."""
+    for process in ("child", "worker"):
+        _memory_kills.labels(process)
     for each in types:
         for metric in (_jobs, _completed, _failed, _processing, _duration):
             metric.labels(each.name, each.queue)
@@ -211,6 +220,10 @@ def time_limit(job_type: str) -> None:
 
 def lease_lost(jobs: int = 1) -> None:
     _lost_leases.inc(jobs)
+
+
+def killed_for_memory(process: str) -> None:
+    _memory_kills.labels(process).inc()
 
 
 def http_answered(method: str, route: str, status: int, seconds: float) -> None:

@@ -157,6 +157,17 @@ class Settings(BaseModel):
     canary_interval: Annotated[int, Field(ge=0)] = Field(
         60, description="Seconds between two canaries (a ping through each queue, timed); `0`: none"
     )
+    memory_limit_mb: Annotated[int, Field(ge=64)] | None = Field(
+        None,
+        description="Memory of the container in MB, for platforms that hide its control group; unset: what that says",
+    )
+    memory_reserve_mb: Annotated[int, Field(ge=0)] = Field(
+        48,
+        description="MB of it that no job is counted on to leave free: for light jobs, and for what grows unforeseen",
+    )
+    memory_admission: bool = Field(
+        True, description="Jobs start only if they fit into the memory that is left; `false`: the kernel decides"
+    )
     webhook_max_bytes: Annotated[int, Field(ge=1024, le=32 << 20)] = Field(
         4 << 20, description="Largest body of a webhook, in bytes"
     )

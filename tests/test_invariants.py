@@ -1636,7 +1636,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "13 a lease too far ahead": (
         test_a_lease_too_far_ahead_counts_as_over,
         {},
-        function("rescue_1", ("or lease_until > clock_timestamp() + 2 * p_lease", "")),
+        function("rescue_2", ("or j.lease_until > clock_timestamp() + 2 * p_lease", "")),
     ),
     "14 a finish looks whether it is cancelled": (
         test_a_job_asked_to_end_never_waits_again,
@@ -1675,7 +1675,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
         f"15 the rescuer is {word}": (
             test_only_a_worker_whose_heartbeats_came_through_for_half_a_lease_rescues,
             {"why": why},
-            function("rescue_1", (condition, "true")),
+            function("rescue_2", (condition, "true")),
         )
         for word, why, condition in (
             ("alive", "stopped", "stopped_at is null"),
@@ -1686,7 +1686,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "15 the rescuer is known": (
         test_only_a_worker_whose_heartbeats_came_through_for_half_a_lease_rescues,
         {"why": "unknown"},
-        function("rescue_1", ("id = p_worker and", "")),
+        function("rescue_2", ("id = p_worker and", "")),
     ),
     "15 a gap counts": (
         test_a_gap_between_heartbeats_makes_a_worker_start_anew,

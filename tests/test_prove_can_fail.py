@@ -57,7 +57,7 @@ def test_without_the_rescue(tmp_path: Path) -> None:
     made = proven(
         tmp_path,
         "kill_worker",
-        without=lambda conn: mutate_function(conn, "rescue_1", ("if ids is null then", "if true then")),
+        without=lambda conn: mutate_function(conn, "rescue_2", ("if ids is null then", "if true then")),
     )
 
     assert made["wrong"]["stuck"] > 0

@@ -101,7 +101,7 @@ def test_an_unknown_queue_stops_the_command_with_one_line(
         assert process.popen.wait(60) == 2
         said = [line for line in process.text().splitlines() if "gpux" in line]
 
-    assert said == ["agentflow: -Q: there is no queue 'gpux'; the queues are default, heavy, gpu"]
+    assert said == ["agentflow: -Q: there is no queue 'gpux'; the queues are default, heavy, gpu, large"]
     assert "Traceback" not in process.text()
 
 

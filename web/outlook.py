@@ -18,8 +18,9 @@ _FARTHEST_S: Final = 10 * 365 * 86_400.0
 class WaitingView(View):
     reason: str = Field(
         description="`due`: it is next when its turn comes; `busy`: as many run as may at once (of its concurrency key, its"
-        " organization or its type); `scheduled`, `retry`, `limit`, `budget`, `memory` and others: until `until`; `paused`: until"
-        " somebody resumes it; `unserved`: no worker serves its queue"
+        " organization or its type); `memory`: no worker has as much memory free as it needs; it is woken when one has;"
+        " `scheduled`, `retry`, `limit`, `budget` and others: until `until`; `paused`: until somebody resumes it;"
+        " `unserved`: no worker serves its queue"
     )
     position: int | None = Field(
         description="In its line, from 1: that of its organization and class, or of its concurrency key; null before `until`"

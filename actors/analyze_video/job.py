@@ -20,9 +20,11 @@ from actors.analyze_video import understanding
 from actors.analyze_video.keeping import STORE_SHARE, Keeping
 from agentflow import USER_AGENT, fetch, videos
 from agentflow.errors import Permanent
-from agentflow.jobs.registry import Payload, job
+from agentflow.jobs.model import Job
+from agentflow.jobs.registry import Memory, Payload, job
 from agentflow.knowledge import documents
 from agentflow.storage import NotStored
+from agentflow.system import System
 from agentflow.videos import Video
 from agentflow.worker.running import JobContext
 
@@ -30,6 +32,8 @@ _DOWNLOAD_SHARE = 0.2
 # Where the local analysis ends: with models, without.
 _LOCAL_END, _LOCAL_END_ALONE = 0.6, 0.98
 _DOWNLOAD_LIMIT_S = 1800.0
+#: Of 1080p, however long.
+_GUESS_BYTES = 300 << 20
 
 
 class AnalyzeVideo(Payload):
@@ -42,12 +46,19 @@ def folder(organization_id: int, job_id: UUID, payload: AnalyzeVideo) -> str:
     return f"o/{organization_id}/videos/{payload.video_id}/{job_id}"
 
 
+def _size_of(system: System, running: Job) -> int | None:
+    with system.database.connection() as conn:
+        video = videos.get(conn, running.organization_id, UUID(running.payload["video_id"]))
+    return video.size_bytes if video is not None else None
+
+
 @job(
     "analyze_video",
     payload=AnalyzeVideo,
     queue="heavy",
     time_limit_s=3600.0,
     process_limit=lambda settings: settings.video_concurrency,
+    memory=Memory(guess=lambda _size: _GUESS_BYTES, input_bytes=_size_of),
     files=folder,
 )
 def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
@@ -63,6 +74,7 @@ def analyze_video(context: JobContext, payload: AnalyzeVideo) -> dict[str, Any]:
         out.mkdir()
         with Keeping(context, prefix, out) as keeping:
             analysis = _earlier(context, prefix) or _analyzed(context, video, Path(scratch), keeping)
+            context.memory_done()
             analysis |= _understood(context, analysis, out, prefix)
     if payload.index:
         _index(context, video)
@@ -85,6 +97,7 @@ def _index(context: JobContext, video: Video) -> None:
 def _analyzed(context: JobContext, video: Video, folder: Path, keeping: Keeping) -> dict[str, Any]:
     """What this machine finds, its files in storage."""
     source, share = _source(context, video, folder)
+    context.sized(source.stat().st_size)
     settings = context.system.settings
     end = _LOCAL_END if understanding.wanted(context.system.models) else _LOCAL_END_ALONE
     analysis: dict[str, Any] = context.run_child(

@@ -18,15 +18,19 @@ from actors.generate_embeddings import chunks as cutting
 from actors.generate_embeddings import sources
 from agentflow import log
 from agentflow.errors import Permanent, Wait
-from agentflow.jobs.registry import Payload, job
+from agentflow.jobs.model import Job
+from agentflow.jobs.registry import Memory, Payload, job
 from agentflow.knowledge import documents, vectors
 from agentflow.knowledge.chunks import Chunk
 from agentflow.knowledge.documents import Busy, Content, Document, Replaced
+from agentflow.system import System
 from agentflow.worker.running import JobContext
 
 #: Where each step ends, as a share of the whole.
 _FETCHED, _READ, _STORED = 0.05, 0.3, 0.32
 _BUSY_S: Final = 5.0
+_ENCODER_BYTES: Final = 180 << 20
+_READER_BYTES, _READER_MOST_BYTES, _UNPACKED = 80 << 20, 300 << 20, 5
 
 logger = log.get(__name__)
 
@@ -35,12 +39,24 @@ class GenerateEmbeddings(Payload):
     document_id: UUID
 
 
+def _size_of(system: System, running: Job) -> int | None:
+    with system.database.connection() as conn:
+        found = documents.get(conn, running.organization_id, UUID(running.payload["document_id"]))
+    return found.size_bytes if found is not None else None
+
+
+def _guess(size: int | None) -> int:
+    """The reader, which unpacks, and then the local model, if nobody uses it yet."""
+    return max(_ENCODER_BYTES, min(_READER_MOST_BYTES, _READER_BYTES + _UNPACKED * (size or 0)))
+
+
 @job(
     "generate_embeddings",
     payload=GenerateEmbeddings,
     queue="heavy",
     time_limit_s=3600.0,
     process_limit=lambda settings: settings.document_concurrency,
+    memory=Memory(guess=_guess, input_bytes=_size_of),
 )
 def generate_embeddings(context: JobContext, payload: GenerateEmbeddings) -> dict[str, Any]:
     """Read a document, cut it into chunks, and compute the vectors that they lack."""
@@ -85,6 +101,7 @@ def _stored(context: JobContext, document: Document) -> dict[str, Any]:
             with context.system.database.connection() as conn:
                 documents.unchanged(conn, document.organization_id, document.id, context.job.id)
             return {"outcome": "unchanged", "version": document.version, "chunks": document.chunk_count}
+        context.sized(size_bytes)
         found = context.run_child(
             "actors.generate_embeddings.child:read",
             source=str(local.path),

@@ -33,7 +33,8 @@ _REASONS: Final = {
     "limit": "a limit of calls",
     "budget": "the next day's budget",
     "paused": "somebody to resume it (`agentflow rules`)",
-    "memory": "memory",
+    "memory": "room in a worker's memory",
+    "large": "a worker with more memory (`agentflow worker -Q large`)",
     "unserved": "a worker: none serves its queue",
 }
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, NoReturn
 
-from agentflow import log, probe, settings
+from agentflow import container, log, probe, settings
 from agentflow.cli import servers
 from agentflow.cli.errors import CANNOT_START, USAGE, WRONG, Failure
 from agentflow.cli.worker_health import WorkerHealth
@@ -138,6 +138,8 @@ class Supervisor:
         self._stopping_since: float | None = None
         self._any_was_ready = False
         self._status = 0
+        self._container = container.of(read)
+        self._memory_kills = self._container.kills()
 
     def run(self) -> int:
         for heard in (*_TOLD, signal.SIGCHLD):
@@ -181,6 +183,8 @@ class Supervisor:
 
     def _died(self, child: Child, pid: int, status: int) -> None:
         said = {"number": child.number, "worker_pid": pid, **_how(status)}
+        if status == -signal.SIGKILL and self._kernel_killed():
+            said["cause"] = "killed by the kernel: out of memory"
         said["lived_s"] = round(time.monotonic() - child.started, 1)
         self._any_was_ready = self._any_was_ready or child.ready
         if self._stopping_since is not None:
@@ -197,6 +201,11 @@ class Supervisor:
             return
         logger.warning("a worker process died", **said, again_in_s=pause_s)
         self._due[child] = time.monotonic() + pause_s
+
+    def _kernel_killed(self) -> bool:
+        """Whether the container's counter has risen since a process died last."""
+        before, self._memory_kills = self._memory_kills, self._container.kills()
+        return before is not None and (self._memory_kills or 0) > before
 
     def _end_with(self, status: int) -> None:
         self._status = status

@@ -58,6 +58,17 @@ def take_back(conn: Connection, ids: Sequence[UUID], delay_s: float) -> None:
     )
 
 
+def wake_parked(conn: Connection, ids: Sequence[UUID], reason: str) -> None:
+    """What these jobs were parked for is over: they are due. Those with a concurrency key come by their line."""
+    conn.execute(
+        "with locked as materialized (select id from agentflow.jobs where id = any (%s) and state || '' = 'queued'"
+        " and wait_reason = %s and concurrency_key is null order by id for update)"
+        " update agentflow.jobs j set wait_reason = null, run_at = least(j.run_at, clock_timestamp()),"
+        " wake_at = least(j.wake_at, clock_timestamp()) from locked where j.id = locked.id and j.state || '' = 'queued'",
+        (sorted(set(ids)), reason),
+    )
+
+
 def ring_everything_again(conn: Connection, batch: int = 5_000) -> int:
     """Bring forward the next ring of every job that was sent: the broker is a new or an emptied one. Returns how many.
 

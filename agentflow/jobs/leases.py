@@ -51,7 +51,7 @@ def rescue(conn: Connection, worker: UUID, *, limit: int, lease_s: float, max_cr
     Nothing is taken while another process is at it, or unless this worker's own heartbeats came through for half a lease.
     """
     rows = conn.execute(
-        "select * from agentflow.rescue_1(%s, %s, make_interval(secs => %s), %s)", (worker, limit, lease_s, max_crashes)
+        "select * from agentflow.rescue_2(%s, %s, make_interval(secs => %s), %s)", (worker, limit, lease_s, max_crashes)
     ).fetchall()
     return settled_from_rows(rows)
 
@@ -70,6 +70,11 @@ def announce_worker(conn: Connection, worker: UUID, facts: dict[str, Any], *, le
         " else w.well_since end",
         {**facts, "id": worker, "lease": lease_s, "demand": Jsonb(facts["demand"])},
     )
+
+
+def killed_for_memory(conn: Connection, workers: Sequence[UUID]) -> None:
+    """Say of these workers that the kernel killed them, for who rescues their jobs."""
+    conn.execute("update agentflow.workers set out_of_memory = true where id = any (%s)", (list(workers),))
 
 
 def retire_worker(conn: Connection, worker: UUID) -> None:

@@ -19,7 +19,10 @@ PRIORITIES: Final[tuple[Priority, ...]] = ("critical", "default", "low")
 #: relay; the table's CHECK has the same.
 HEAD_STARTS: Final[tuple[HeadStart, ...]] = (0, 5, 15, 30, 60, 120, 300, 600)
 #: One short queue at the broker for each kind of worker.
-QUEUES: Final = ("default", "heavy", "gpu")
+QUEUES: Final = ("default", "heavy", "gpu", "large")
+#: For jobs that need more memory than other workers have: served by those that are told to, no type's own.
+LARGE: Final = "large"
+USUAL_QUEUES: Final = tuple(queue for queue in QUEUES if queue != LARGE)
 
 
 @dataclass(frozen=True, slots=True)

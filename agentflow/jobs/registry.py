@@ -13,7 +13,7 @@ from uuid import UUID
 
 from pydantic import BaseModel
 
-from agentflow.jobs.model import HEAD_STARTS, HeadStart, Priority
+from agentflow.jobs.model import HEAD_STARTS, HeadStart, Job, Priority
 from agentflow.jobs.unique import Unique
 from agentflow.settings import Settings
 
@@ -50,6 +50,15 @@ class Rate:
     per_s: int
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a type takes before that was measured. `guess` gives bytes by the size of the input, or of one whose size nobody knows
+    (None); `input_bytes` looks that up, before anything else is done for the job: by system and job."""
+
+    guess: Callable[[int | None], int]
+    input_bytes: Callable[[Any, Job], int | None] = lambda _system, _job: None
+
+
 class Payload(BaseModel):
     """A job's arguments: ids and small JSON. Unknown fields and wrong types are refused, so that a mistake is not a silent
     default. Checked as JSON (`model_validate_json`), where a string may be an id or a time."""
@@ -81,6 +90,7 @@ class JobType:
     head_start_s: HeadStart
     concurrency: Callable[[Any], tuple[str, int | None] | None]
     process_limit: Callable[[Settings], int] | None
+    memory: Memory | None
     rate: Rate | None
     unique: Callable[[Any], Unique | None]
     repeatable: bool
@@ -115,6 +125,7 @@ def job(
     head_start_s: HeadStart = 0,
     concurrency: Callable[[P], tuple[str, int | None] | None] = no_concurrency,
     process_limit: Callable[[Settings], int] | None = None,
+    memory: Memory | None = None,
     rate: Rate | None = None,
     unique: Callable[[P], Unique | None] = lambda _: None,
     repeatable: bool = True,
@@ -143,6 +154,7 @@ def job(
             head_start_s=head_start_s,
             concurrency=concurrency,
             process_limit=process_limit,
+            memory=memory,
             rate=rate,
             unique=unique,
             repeatable=repeatable,

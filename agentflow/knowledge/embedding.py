@@ -108,6 +108,10 @@ class Embeddings:
     def encoder_pid(self) -> int | None:
         return self._encoder.pid
 
+    def rest(self) -> None:
+        """Give back the memory of the local model while nobody uses it."""
+        self._encoder.rest()
+
     def close(self) -> None:
         self._encoder.close()
         for models in self._models.values():

@@ -29,6 +29,8 @@ _MOST_CHARACTERS: Final = 20_000
 _ANSWER_S: Final = 120.0
 _IDLE_S: Final = 300.0
 _CHECK_S: Final = 0.5
+#: Between two batches of one document.
+_SOON_S: Final = 5.0
 
 
 class Encoder:
@@ -38,6 +40,8 @@ class Encoder:
         self._nice = nice
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
+        self._asked = 0
+        self._answered_at = 0.0
         # The only thread that talks to the child: those of jobs are interrupted in the middle of anything.
         self._turns = ThreadPoolExecutor(1, thread_name_prefix="encoder")
 
@@ -46,6 +50,7 @@ class Encoder:
 
         Raises Transient when the child died or hung; the next call starts another.
         """
+        self._asked += 1
         asked: Future[list[str]] = self._turns.submit(self._exchange, [text[:_MOST_CHARACTERS] for text in texts])
         try:
             while True:
@@ -54,11 +59,27 @@ class Encoder:
                     return asked.result(_CHECK_S)
         finally:
             asked.cancel()
+            self._asked -= 1
+            self._answered_at = time.monotonic()
 
     @property
     def pid(self) -> int | None:
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
+
+    def rest(self) -> None:
+        """Give back its memory, unless it is in use: the next text starts it again."""
+        if self.pid is not None and not self._in_use():
+            with suppress(RuntimeError):  # closed meanwhile
+                self._turns.submit(self._end_if_idle)
+
+    def _in_use(self) -> bool:
+        return self._asked > 0 or time.monotonic() - self._answered_at < _SOON_S
+
+    def _end_if_idle(self) -> None:
+        if self._process is not None and not self._in_use():
+            self._process.kill()
+            self._process.wait()
 
     def close(self) -> None:
         self._closed = True
@@ -117,6 +138,7 @@ class Encoder:
 
 def main() -> None:
     child.die_with_parent()
+    child.die_first()
     os.nice(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints

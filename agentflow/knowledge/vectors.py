@@ -264,7 +264,12 @@ def _patiently(
 ) -> list[Vector | Refused]:
     for further in range(_TRIES - 1, -1, -1):
         try:
-            return system.embeddings.passages(caller, model, texts)
+            found = system.embeddings.passages(caller, model, texts)
+            if model.provider == "local":
+                context.joined_by(system.embeddings.encoder_pid)
+            else:
+                context.memory_done()
+            return found
         except Transient as error:
             if not further:
                 raise

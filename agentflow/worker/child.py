@@ -18,13 +18,18 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from agentflow import container
 from agentflow.errors import JobError, Permanent, Transient, Wait
 
 if TYPE_CHECKING:
+    import resource
+
     from agentflow.worker.running import Running
+    from agentflow.worker.work import Work
 
 _ENVIRONMENT: Final = (
     "PATH",
@@ -40,6 +45,8 @@ _NICE: Final = 5  # the worker's own threads renew leases: they come first
 _PR_SET_PDEATHSIG: Final = 1
 _STDERR_TAIL: Final = 4000
 _LOGGED_CHARACTERS: Final = 4000
+#: In thousandths of the container's memory on top of what it has.
+_DIES_FIRST: Final = "800"
 
 
 OnNote = Callable[[Any], None]
@@ -56,20 +63,32 @@ def run(running: Running, target: str, arguments: dict[str, Any], on_note: OnNot
 
 
 def _run(running: Running, target: str, arguments: dict[str, Any], on_note: OnNote | None) -> Any:
+    work = running.work
+    kills = work.memory.kills() if work is not None else None
     read_fd, write_fd = os.pipe()
     with tempfile.TemporaryFile() as stderr, os.fdopen(read_fd, encoding="utf-8") as messages:
-        process = _spawn(target, write_fd, stderr, notes=on_note is not None)
+        process = _Process(_spawn(target, write_fd, stderr, notes=on_note is not None))
+        answer, killed = None, None
         try:
-            with running.killer(lambda: _kill(process)):
-                _send(process, arguments)
+            with running.killer(process.kill):
+                if work is not None:
+                    work.memory.began(running, process.pid)
+                _send(process.popen, arguments)
                 answer = _listen(running, messages, on_note)
-                status = process.wait()
+                process.wait()
         finally:
-            _kill(process)
+            process.kill()
             process.wait()
+            if work is not None:
+                if answer is None and process.was_killed_for_memory(work, kills):
+                    work.killed = killed = work.memory.killed(process.peak_bytes(None))
+                work.had(process.peak_bytes(answer))
+                work.memory.ended(running, process.pid)
         running.check()
+        if killed is not None:
+            raise killed
         if answer is None:
-            raise Transient(_how_it_died(status, stderr), code="child_died")
+            raise Transient(_how_it_died(process.status, stderr), code="child_died")
         if "error" in answer:
             raise _error(answer["error"])
         return answer["result"]
@@ -119,7 +138,7 @@ def _send(process: subprocess.Popen[bytes], arguments: dict[str, Any]) -> None:
 
 def _listen(running: Running, messages: IO[str], on_note: OnNote | None) -> dict[str, Any] | None:
     """Follow the child until it has answered or is gone. Ends when it is killed, since that closes the pipe."""
-    answer = None
+    answer: dict[str, Any] | None = None
     for line in messages:
         try:
             message = json.loads(line)
@@ -140,12 +159,56 @@ def _listen(running: Running, messages: IO[str], on_note: OnNote | None) -> dict
     return answer
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
+class _Process:
+    """A child that is killed and waited for by us alone, so that what it used is told with its end."""
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        self.popen = popen
+        self.pid = popen.pid
+        self.was_killed = False
+        self._lock = threading.Lock()
+        self._used: resource.struct_rusage | None = None
+        self._own_peak = container.peak_bytes() or 0
+
+    def kill(self) -> None:
+        with self._lock:
+            if not self._is_over(os.WNOHANG):
+                self.was_killed = True
+                with suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        self._is_over(0)
+        with self._lock:
+            return  # whoever killed it may have heard of its end first
+
+    def _is_over(self, options: int) -> bool:
+        if self._used is not None:
+            return True
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            process.kill()
+            pid, status, used = os.wait4(self.pid, options)
+        except ChildProcessError:  # heard of in the other thread
+            return True
+        if pid:
+            self._used, self.popen.returncode = used, os.waitstatus_to_exitcode(status)
+        return bool(pid)
+
+    @property
+    def status(self) -> int:
+        return int(self.popen.returncode)
+
+    def was_killed_for_memory(self, work: Work, kills_before: int | None) -> bool:
+        """Whether it was the kernel that did it: the container's counter has risen meanwhile."""
+        if self.was_killed or self.status != -signal.SIGKILL or kills_before is None:
+            return False
+        return (work.memory.kills() or 0) > kills_before
+
+    def peak_bytes(self, answer: dict[str, Any] | None) -> int:
+        """What it said at its end. Of one that could not, the kernel's figure, which is no less than what we had at its start."""
+        if answer is not None:
+            return int(answer.get("peak_bytes") or 0)
+        peak = self._used.ru_maxrss * 1024 if self._used is not None else 0
+        return peak if peak > self._own_peak else 0
 
 
 def _how_it_died(status: int, stderr: IO[bytes]) -> str:
@@ -177,6 +240,7 @@ def _error(error: dict[str, Any]) -> Exception:
 def main() -> None:
     target, fd = sys.argv[1], int(sys.argv[2])
     die_with_parent()
+    die_first()
     os.nice(_NICE)
     out = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
     arguments = json.loads(sys.stdin.readline())
@@ -198,7 +262,7 @@ def main() -> None:
         answer = {"result": function(report=report, **arguments)}
     except Exception as error:  # noqa: BLE001 - everything goes back to the parent, which decides
         answer = {"error": _described(error)}
-    out.write(json.dumps(answer) + "\n")
+    out.write(json.dumps({**answer, "peak_bytes": container.peak_bytes()}) + "\n")
     out.flush()
     os._exit(0)  # no waiting for native threads
 
@@ -238,6 +302,12 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ["AGENTFLOW_CHILD"]):
         os._exit(1)  # it died before we asked for that
+
+
+def die_first() -> None:
+    """Where memory runs out, the kernel kills this process rather than the worker with all its jobs."""
+    with suppress(OSError):  # not Linux
+        Path("/proc/self/oom_score_adj").write_text(_DIES_FIRST)
 
 
 def _die_at_end_of_input() -> None:

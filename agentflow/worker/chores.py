@@ -146,7 +146,7 @@ def _pause_s(rings: Sequence[Ring], due_in_s: float | None) -> float:
 
 
 class Rescue(Loop):
-    """Takes jobs whose leases ran out. agentflow.rescue_1 says who may. `besides`: what else has time until the next round."""
+    """Takes jobs whose leases ran out. agentflow.rescue_2 says who may. `besides`: what else has time until the next round."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from agentflow import log, sentry
 from agentflow.database import Unavailable
-from agentflow.errors import JobError, Permanent, Transient, Wait
+from agentflow.errors import JobError, OutOfMemory, Permanent, Transient, Wait
 from agentflow.jobs import registry
 from agentflow.jobs.model import Verdict
 from agentflow.jobs.text import storable_json
@@ -86,7 +86,8 @@ class Retries(Layer):
         """How a job is parked. Without our own database too: that is not the job's fault, no attempt is spent."""
         if isinstance(error, Wait):
             logger.info("parked", reason=error.reason, seconds=round(error.seconds, 3))
-            return Verdict(*running.key, "wait", delay_s=max(0.0, error.seconds), reason=error.reason)
+            because = described(error.because) if error.because is not None else None
+            return Verdict(*running.key, "wait", delay_s=max(0.0, error.seconds), reason=error.reason, error=because)
         return Verdict(*running.key, "wait", delay_s=_DATABASE_AWAY_S, reason="database", error=described(error))
 
     @staticmethod
@@ -257,11 +258,14 @@ def retry_delay_s(running: Running) -> float:
 
 def described(error: Exception) -> str:
     """An error as the row keeps it: JSON with code, message and, where it was not expected, its type and traceback."""
+    said: dict[str, Any]
     if isinstance(error, JobError):
         said = {
             "code": error.code or ("permanent" if isinstance(error, Permanent) else "transient"),
             "message": str(error),
         }
+        if isinstance(error, OutOfMemory):
+            said["peak_bytes"] = error.peak_bytes
         notes = getattr(error, "__notes__", None)
         if notes:
             said["traceback"] = "\n".join(notes)

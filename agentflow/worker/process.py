@@ -23,7 +23,7 @@ from agentflow import health, log, probe, sentry, settings
 from agentflow.broker import DeliveredMessage, queue_name
 from agentflow.embedded import EmbeddedError
 from agentflow.jobs import registry
-from agentflow.jobs.model import PRIORITIES, QUEUES
+from agentflow.jobs.model import PRIORITIES, QUEUES, USUAL_QUEUES
 from agentflow.schema import SchemaError
 from agentflow.signals import Signals
 from agentflow.system import System
@@ -143,11 +143,9 @@ class WorkerProcess:
 
     def _queues(self, worker: dramatiq.Worker) -> Sequence[str]:
         """Our own names of the queues to serve. Dramatiq compares with those at the broker. Exits with one clear line."""
-        if not worker.consumer_whitelist:
-            return QUEUES
         prefix = self.system.settings.job_queue_name
         try:
-            queues = served_queues(worker.consumer_whitelist, prefix)
+            queues = served_queues(worker.consumer_whitelist or USUAL_QUEUES, prefix)
         except UnknownQueue as error:
             print(f"agentflow: {error}", file=sys.stderr)  # noqa: T201 - as for wrong settings
             raise SystemExit(USAGE) from None

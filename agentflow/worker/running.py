@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from agentflow import log
+from agentflow import container, log
 from agentflow.calls import Service
 from agentflow.database import Unavailable
 from agentflow.jobs import usage
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from agentflow.sentry import Attempt
     from agentflow.system import System
     from agentflow.worker.lines import Lines
+    from agentflow.worker.memory import Memory
+    from agentflow.worker.work import Work
 
 logger = log.get(__name__)
 
@@ -61,6 +63,7 @@ class Running:
         self._stop_event = threading.Event()
         self._thread: int | None = None
         self._interrupted = False
+        self.work: Work | None = None
         self._killers: list[Callable[[], None]] = []
         self._spent: dict[str, float] = {}
         self._spent_saved: dict[str, float] = {}
@@ -213,8 +216,9 @@ def _raise_in_thread(thread: int, exception: type[BaseException] | None) -> None
 class JobContext:
     """What a job's function receives beside its payload."""
 
-    def __init__(self, running: Running, system: System) -> None:
+    def __init__(self, running: Running, system: System, memory: Memory | None = None) -> None:
         self._running = running
+        self._memory = memory
         self.system: Final = system
 
     @property
@@ -271,6 +275,28 @@ class JobContext:
     def sleep(self, seconds: float) -> None:
         """Sleep at most so long; raises Stopped when the job has to end."""
         self._running.wait(seconds)
+
+    def sized(self, input_bytes: int) -> None:
+        """Say how large the input is, once it is here: from that follows how much memory the job is taken to need.
+
+        Raises Wait while there is not so much, Permanent where there never will be.
+        """
+        if self._memory is not None:
+            with self._running.shielded():
+                self._memory.sized(self._running, input_bytes)
+
+    def memory_done(self) -> None:
+        """Say that the heavy part is over, such as before models are asked: others may have the memory."""
+        if self._memory is not None:
+            with self._running.shielded():
+                self._memory.done(self._running)
+
+    def joined_by(self, pid: int | None) -> None:
+        """Say that a process that others start and use, too, works for this job."""
+        if pid is not None and (work := self._running.work) is not None:
+            with self._running.shielded():
+                work.memory.began(self._running, pid)
+                work.had(container.peak_bytes(pid) or 0)
 
     def shielded(self) -> AbstractContextManager[None]:
         """For work that must know where it stopped: inside, the job's end is heard of from `check` and `progress` alone."""

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
 
-import structlog
-
-from agentflow import __version__, health, log, metrics, redaction, sentry, traces
+from agentflow import __version__, container, health, log, metrics, redaction, sentry
 from agentflow.broker import DeliveredMessage, PolledMessage
 from agentflow.comfyui.keeper import Keeper
-from agentflow.database import Unavailable
-from agentflow.errors import Wait
+from agentflow.database import BoundedConnection, Unavailable
 from agentflow.jobs import dispatch, leases, records, registry
-from agentflow.jobs.model import QUEUES, Ring, Settled, State, Verdict
+from agentflow.jobs.model import USUAL_QUEUES, Ring, Settled, State, Verdict
 from agentflow.live import Finished
 from agentflow.system import System
+from agentflow.worker import performing
 from agentflow.worker.admission import Admission
 from agentflow.worker.chores import Relay, Rescue
 from agentflow.worker.claimer import ClaimAbandoned, Claimer
 from agentflow.worker.heart import Heart
 from agentflow.worker.lines import Writer
 from agentflow.worker.loops import Loop
+from agentflow.worker.memory import Memory
 from agentflow.worker.observer import Observer
+from agentflow.worker.performing import Performing
 from agentflow.worker.running import JobContext, Running
 from agentflow.worker.settler import Ended, Settler
 from agentflow.worker.threads import Threads
@@ -59,7 +57,7 @@ class Runtime:
         *,
         kind: str,
         threads: int,
-        queues: Sequence[str] = QUEUES,
+        queues: Sequence[str] = USUAL_QUEUES,
         perform: Callable[[Running, JobContext], Verdict],
         replace: Callable[[], None],
         threads_ready: Callable[[], bool],
@@ -73,7 +71,6 @@ class Runtime:
         self.queues = tuple(queues)
         self.draining = False
         self.hurried = False
-        self._perform = perform
         self._replace = replace
         self._enqueue = enqueue
         self.threads = Threads(settings, threads, ready=threads_ready, draining=lambda: self.draining)
@@ -112,6 +109,8 @@ class Runtime:
             draining=lambda: self.draining,
             work_done=self.admission.work_done,
         )
+        self.memory = Memory(system, self.id, spare=system.embeddings.rest, woken=self.relay.wake)
+        self.performing = Performing(system, self.admission, self.memory, perform)
         self.observer = Observer(system.outlooks, system.rules, self.queues, busy=lambda: bool(self._held))
         self.rescue = Rescue(
             system.database,
@@ -119,7 +118,7 @@ class Runtime:
             lease_s=lease_s,
             max_crashes=crashes,
             after=self._after_rescue,
-            besides=self.observer.step,
+            besides=self._besides,
         )
         self.gpus = Keeper(
             system.database,
@@ -132,6 +131,7 @@ class Runtime:
             held=self.held,
             publish=system.publisher.progress,
             stuck=self._replace_process,
+            look=self.memory.look,
             grace_s=stuck_grace_s,
         )
 
@@ -210,6 +210,7 @@ class Runtime:
         for part in (self.relay, self.rescue, self.settler, self.heart, *([self.gpus] if self._renders else [])):
             part.stop(timeout_s=1.0)
         self.watchdog.stop()
+        self.memory.close()
         self._retire()
         self.system.publisher.close()
         logger.info("stopped", handed_back=len(stuck))
@@ -281,30 +282,10 @@ class Runtime:
         """Perform a claimed job and hand over its verdict."""
         job = running.job
         if not registry.known(job.type):  # the head of a line, of a type that only newer workers know
-            unknown = Verdict(*running.key, "handback", delay_s=_UNKNOWN_TYPE_S, reason="unknown_type")
-            self.settler.put(Ended(unknown, running))
+            verdict = Verdict(*running.key, "handback", delay_s=_UNKNOWN_TYPE_S, reason="unknown_type")
+            self.settler.put(Ended(verdict, running))
             return
-        pickup_s, trace = _pickup_s(running), traces.of_job(job.id, job.trace)
-        bound = structlog.contextvars.bound_contextvars(
-            job_id=str(job.id),
-            job_type=job.type,
-            organization=job.organization_id,
-            attempt=job.attempt,
-            trace=traces.id_of(trace),
-        )
-        verdict: Verdict | None = None
-        with bound, traces.following(trace):
-            metrics.job_started(job.type, job.queue, pickup_s)
-            try:
-                with self.admission.admitted(job), sentry.attempt(job, pickup_s) as running.seen:
-                    verdict = self._perform(running, JobContext(running, self.system))
-                    running.seen.ended(verdict.outcome)
-            except (Wait, *Unavailable) as error:
-                verdict = verdict or _parked(running, error)
-            except BaseException as error:
-                logger.exception("a job came to no verdict")
-                said = json.dumps({"code": "internal", "message": f"{type(error).__name__}: {error}"})
-                verdict = verdict or Verdict(*running.key, "retry", delay_s=30.0, reason="retry", error=said)
+        verdict = self.performing.verdict_of(running)
         with self._lock:
             if running.abandoned:
                 return  # settled while this thread was thought to be stuck
@@ -322,6 +303,10 @@ class Runtime:
             self._held[running.key] = running
         self.watchdog.wake()
 
+    def _besides(self, conn: BoundedConnection) -> None:
+        self.memory.step(conn)
+        self.observer.step(conn)
+
     def _settled(self, ended: Ended, state: State | None) -> None:
         """A verdict is written, or came too late (None). Called from the settler's thread."""
         verdict, running = ended
@@ -336,7 +321,7 @@ class Runtime:
         if state == "succeeded":
             self.observer.ended(running.job.type, seconds)
         elif state == "failed":
-            _report(running, verdict)
+            performing.report(running, verdict)
         if state is None:
             metrics.lease_lost()
             logger.warning(
@@ -365,27 +350,12 @@ class Runtime:
 
     def _after_rescue(self, settled: Settled) -> None:
         metrics.rescued(len(settled.states))
-        self._report_lost(settled)
+        performing.report_lost(self.system, settled)
         self.system.publisher.ring(settled.rings)
         self.system.publisher.finished(
             [Finished(id_, queue, type_, state, None, None) for id_, queue, type_, state in settled.finished]
         )
         self.relay.wake()
-
-    def _report_lost(self, settled: Settled) -> None:
-        """Jobs that have failed since too many workers died under them."""
-        lost = [id_ for id_, _, _, state in settled.finished if state == "failed"]
-        if not lost or not sentry.wants_failures():
-            return
-        try:
-            with self.system.database.connection() as conn:
-                found = [records.get(conn, records.EVERY_ORGANIZATION, id_) for id_ in lost]
-        except Unavailable:
-            logger.debug("failed jobs are not reported: the database is away")
-            return
-        for job in found:
-            if job is not None:
-                sentry.job_failed(job, job.error)
 
     def _give_up(self, running: Running, verdict: Verdict) -> None:
         """Settle a job whose thread does not end."""
@@ -443,7 +413,7 @@ class Runtime:
             "queues": list(self.queues),
             "threads": self.threads.count,
             "demand": dict.fromkeys(self.queues, demand),
-            "memory_bytes": _resident_bytes(),
+            "memory_bytes": container.resident_bytes() or None,
             "busy": self.threads.busy,
         }
 
@@ -453,7 +423,7 @@ class Runtime:
         """A thread ignores its end: record that, drain the others, and let a fresh process take over."""
         job = running.job
         logger.error("a job does not stop: the process is replaced", job_id=str(job.id), job_type=job.type)
-        self._give_up(running, _overdue_verdict(running))
+        self._give_up(running, performing.verdict_for_stop(running))
         self.drain(self.system.settings.shutdown_grace)
         if (young_s := _REPLACED_AT_MOST_EVERY_S - (time.monotonic() - self._started)) > 0:
             logger.error("replaced less than a minute ago: staying down until then", seconds=round(young_s))
@@ -461,39 +431,3 @@ class Runtime:
         time.sleep(random.uniform(0, 2.0))  # so that a bad input does not take all processes down in step
         sentry.stop(_REPORT_S)
         self._replace()
-
-
-def _report(running: Running, verdict: Verdict) -> None:
-    """Tell Sentry of a job that has failed for good."""
-    sentry.job_failed(
-        running.job,
-        json.loads(verdict.error) if verdict.error else None,
-        cause=running.cause,
-        trace=running.seen.context if running.seen is not None else None,
-        lines=running.lines.breadcrumbs() if running.lines is not None else (),
-    )
-    running.cause = None  # and with it whatever its frames hold
-
-
-def _parked(running: Running, error: Exception) -> Verdict:
-    from agentflow.worker.middleware import Retries
-
-    return Retries.verdict_for_wait(running, error)
-
-
-def _overdue_verdict(running: Running) -> Verdict:
-    from agentflow.worker.middleware import Retries
-
-    return Retries.verdict_for_stop(running)
-
-
-def _pickup_s(running: Running) -> float:
-    job = running.job
-    return max(0.0, (job.started_at - job.run_at).total_seconds()) if job.started_at else 0.0
-
-
-def _resident_bytes() -> int | None:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux
-        return None

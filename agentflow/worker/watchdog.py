@@ -26,11 +26,13 @@ class Watchdog:
         held: Callable[[], Sequence[Running]],
         publish: Callable[[Sequence[tuple[Claim, Progress]]], None],
         stuck: Callable[[Running], None],
+        look: Callable[[Sequence[Running]], None] = lambda _held: None,
         grace_s: float = GRACE_S,
     ) -> None:
         self._held = held
         self._publish = publish
         self._stuck = stuck
+        self._look = look
         self._grace_s = grace_s
         self._work = threading.Event()
         self._stop = threading.Event()
@@ -58,7 +60,9 @@ class Watchdog:
     def step(self) -> None:
         now = time.monotonic()
         changed = []
-        for running in self._held():
+        held = self._held()
+        self._look(held)
+        for running in held:
             news = running.news("redis")
             if news is not None:
                 changed.append((running.key, news))

@@ -56,6 +56,12 @@ class Context:
     def progress(self, fraction: float, stage: str | None = None) -> None:
         pass
 
+    def joined_by(self, pid: int | None) -> None:
+        pass
+
+    def memory_done(self) -> None:
+        pass
+
     def sleep(self, seconds: float) -> None:
         raise AssertionError("nothing is to be waited for")
 

@@ -30,7 +30,9 @@ def workers(system: System) -> str | Remark:
     if alive:
         found = f"{len(alive)} alive, {sum(w.threads for w in alive)} threads"
         if missing := unserved(queues):
-            advice = "start one with `dramatiq actors -Q` and their names, or one without -Q, which serves all"
+            advice = (
+                "start one with `dramatiq actors -Q` and their names, or one without -Q, which serves all but `large`"
+            )
             return Remark(f"{found}; none serves {missing}", advice)
         return found
     waiting = f" and {due} jobs wait" if due else ""

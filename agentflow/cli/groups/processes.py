@@ -23,7 +23,11 @@ def up(host: str | None, port: int | None, announce: int | None) -> None:
 @click.command()
 @click.option("-n", "--number", type=click.IntRange(1, 100), default=1, show_default=True, help="Worker processes.")
 @click.option(
-    "-Q", "--queues", multiple=True, metavar="QUEUE …", help="Take jobs of these queues only: default, heavy, gpu."
+    "-Q",
+    "--queues",
+    multiple=True,
+    metavar="QUEUE …",
+    help="Take jobs of these queues only: default, heavy, gpu, large.  [default: all but large]",
 )
 @click.option("--threads", type=click.IntRange(1, 1000), help="Jobs at once in each.  [default: JOB_CONCURRENCY]")
 @click.option("--module", default="actors", hidden=True, help="What to import for the types of jobs.")
