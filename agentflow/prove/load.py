@@ -11,7 +11,8 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,6 +34,21 @@ _LAST_WORD_S: Final = 60.0
 _CANCELS_LATER_S: Final = 60.0
 #: The job to be cancelled sleeps for a minute.
 _CANCEL_IN_TIME_S: Final = 20.0
+
+#: Kinds of requests that are one job each, by weight.
+MIX: Final[Mapping[str, float]] = {
+    "ping": 30,
+    "sleeps": 10,
+    "fails once": 5,
+    "parks": 5,
+    "native": 1,
+    "keyed": 8,
+    "again": 5,
+    "later": 4,
+    "cancelled": 2,
+    "chain": 5,
+}
+_WITH_RECEIVER: Final = {"effect": 12, "long effect": 2, "native effect": 0.7, "called back": 9}
 
 SUCCEEDS: Final = frozenset({"succeeded"})
 CANCELS: Final = frozenset({"cancelled"})
@@ -59,7 +75,7 @@ class Requests:
     """The requests of a load, in their order: the same for the same seed.
 
     `receiver_port` None: by the product's own types alone. `batches`, `crowds`: of the requests, the share that
-    are 20 jobs, of any kind and of one key.
+    are 20 jobs, of any kind and of one key. `mix`: only these kinds of MIX, by weight. `correlation_id`: of every single job.
     """
 
     def __init__(
@@ -71,12 +87,16 @@ class Requests:
         run: str = "",
         batches: float = 0.05,
         crowds: float = 0.015,
+        mix: Mapping[str, float] | None = None,
+        correlation_id: str | None = None,
     ) -> None:
         self._chance = random.Random(f"{seed} load")
         self._receiver_port = receiver_port
         self.videos = videos
         self._batches = batches
         self._crowds = crowds
+        self._mix = MIX if mix is None else mix
+        self._correlation_id = correlation_id
         self._run = run
         self._number = 0
         self._seed = seed
@@ -100,28 +120,31 @@ class Requests:
         if room >= _BATCH and luck < self._batches + self._crowds:
             return self._crowd(), _BATCH
         ms = self._chance.randrange
-        kinds: list[tuple[float, Any]] = [
-            (30, lambda: self._request("ping", self._ping({}))),
-            (10, lambda: self._request("sleeps", self._ping({"sleep_ms": ms(20, 400)}))),
-            (5, lambda: self._request("fails once", self._ping({"fail_attempts": 1}))),
-            (5, lambda: self._request("parks", self._ping({"wait_ms": ms(200, 2000)}))),
-            (1, lambda: self._request("native", self._ping({"native_ms": ms(50, 1500)}))),
-            (8, self._keyed),
-            (5, lambda: self._request("again", self._ping({"sleep_ms": ms(0, 30)}), again=self._chance.randint(1, 3))),
-            (4, lambda: self._request("later", {**self._ping({}), "run_at": self._in(ms(1, 8))})),
-            (2, lambda: self._cancelled()),
-            (5, lambda: self._request("chain", self._chain())),
-        ]
+        kinds: dict[str, Callable[[], Request]] = {
+            "ping": lambda: self._request("ping", self._ping({})),
+            "sleeps": lambda: self._request("sleeps", self._ping({"sleep_ms": ms(20, 400)})),
+            "fails once": lambda: self._request("fails once", self._ping({"fail_attempts": 1})),
+            "parks": lambda: self._request("parks", self._ping({"wait_ms": ms(200, 2000)})),
+            "native": lambda: self._request("native", self._ping({"native_ms": ms(50, 1500)})),
+            "keyed": self._keyed,
+            "again": lambda: self._request(
+                "again", self._ping({"sleep_ms": ms(0, 30)}), again=self._chance.randint(1, 3)
+            ),
+            "later": lambda: self._request("later", {**self._ping({}), "run_at": self._in(ms(1, 8))}),
+            "cancelled": self._cancelled,
+            "chain": lambda: self._request("chain", self._chain()),
+        }
+        weights = dict(self._mix)
         if self._receiver_port is not None:
-            kinds += [
-                (12, lambda: self._effect("effect", sleep_ms=ms(0, 200))),
-                (2, lambda: self._effect("long effect", sleep_ms=ms(3000, 9000))),
-                (0.7, lambda: self._effect("native effect", native_ms=ms(1000, 8000))),
-                (9, self._called_back),
-            ]
-        weights = [weight for weight, _ in kinds]
-        request: Request = self._chance.choices([make for _, make in kinds], weights)[0]()
-        return request, 1
+            weights |= _WITH_RECEIVER
+            kinds |= {
+                "effect": lambda: self._effect("effect", sleep_ms=ms(0, 200)),
+                "long effect": lambda: self._effect("long effect", sleep_ms=ms(3000, 9000)),
+                "native effect": lambda: self._effect("native effect", native_ms=ms(1000, 8000)),
+                "called back": self._called_back,
+            }
+        (kind,) = self._chance.choices(list(weights), list(weights.values()))
+        return kinds[kind](), 1
 
     def _crowd(self) -> Request:
         """Many of one key at once: all workers reach for the same few slots."""
@@ -172,17 +195,34 @@ class Requests:
 
     def _request(self, kind: str, body: dict[str, Any], **more: Any) -> Request:
         self._number += 1
+        if self._correlation_id is not None and "jobs" not in body:
+            body = {**body, "correlation_id": self._correlation_id}
         return Request(f"prove-{self._seed}-{self._run or 0}-{self._number}", kind, body, **more)
 
 
 class Load:
-    """Sends what `Requests` makes, at a steady rate, from a few threads. `accepted` and `violations` grow meanwhile."""
+    """Sends what `Requests` makes, at a steady rate, from a few threads. `accepted`, `violations`, `intake_s` and `troubles` grow
+    meanwhile.
+
+    `intake_s`: from the moment that each request was due, whether a thread was free for it then or not, to its answer.
+    `troubles`: answers that were none (5xx, 429, no connection), after each of which it was sent again.
+    """
 
     def __init__(
-        self, url: str, admin_key: str, requests: Requests, *, jobs_per_minute: float, seconds: float, journal: Path
+        self,
+        url: str,
+        admin_key: str,
+        requests: Requests,
+        *,
+        jobs_per_minute: float,
+        seconds: float,
+        journal: Path,
+        senders: int = SENDERS,
     ) -> None:
         self.accepted: list[Accepted] = []
         self.violations: list[Violation] = []
+        self.intake_s: list[float] = []
+        self.troubles: Counter[str] = Counter()
         self.unanswered = 0
         self.unsent = 0
         self._url = url
@@ -197,7 +237,7 @@ class Load:
         self._gives_up = float("inf")
         self._open = 0
         self._began = 0.0
-        self._threads = [threading.Thread(target=self._send_all, name=f"load-{n}", daemon=True) for n in range(SENDERS)]
+        self._threads = [threading.Thread(target=self._send_all, name=f"load-{n}", daemon=True) for n in range(senders)]
         self._producer = threading.Thread(target=self._produce, name="load", daemon=True)
 
     def start(self) -> None:
@@ -257,12 +297,14 @@ class Load:
                         self._open -= 1
 
     def _submit(self, client: httpx2.Client, request: Request) -> None:
-        for _ in range(1 + request.again):
+        for repetition in range(1 + request.again):
             self._write({"sends": request.key, "kind": request.kind})
             answer = self._answered(client, request.path, request.body, request.key, None)
             if answer is None:
                 self.unanswered += 1
                 continue
+            if repetition == 0:
+                self.intake_s.append(time.monotonic() - request.due)
             if answer.status_code not in (200, 202):
                 said = f"{request.kind}: {answer.status_code} {answer.text[:200]}"
                 self.violations.append(Violation("refused what is allowed", None, said))
@@ -308,8 +350,11 @@ class Load:
                 answer = client.post(path, json=body, headers={"Idempotency-Key": key} if key else {})
                 if answer.status_code < 500 and answer.status_code != 429:
                     return answer
-            except httpx2.TransportError:
-                pass
+                trouble = str(answer.status_code)
+            except httpx2.TransportError as error:
+                trouble = type(error).__name__
+            with self._lock:
+                self.troubles[trouble] += 1
             time.sleep(0.2)
         return None
 
