@@ -18,7 +18,8 @@ from typing import Any, Final
 import httpx2
 
 import agentflow
-from agentflow.prove.load import MIX, Load, Requests
+from agentflow.prove.load import Load
+from agentflow.prove.requests import MIX, Requests
 from agentflow.prove.run import CannotRun, Say
 
 _PAGE: Final = 100
@@ -32,7 +33,7 @@ _SHARES: Final = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`rate`: requests a second. `mix`: kinds of agentflow.prove.load.MIX by weight. `patience_s`: how long after the load its
+    """`rate`: requests a second. `mix`: kinds of agentflow.prove.requests.MIX by weight. `patience_s`: how long after the load its
     last jobs are waited for."""
 
     rate: float

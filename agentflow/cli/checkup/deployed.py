@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -52,7 +52,7 @@ class Deployed:
     def __init__(self, client: Client, metrics_token: str | None) -> None:
         self._client = client
         self._metrics_token = metrics_token
-        self._began = datetime.now(UTC)
+        self._began: datetime | None = None  # by their clock
         self._stats: dict[str, Any] = {}
 
     def answers(self) -> str | Remark:
@@ -61,6 +61,7 @@ class Deployed:
             health = self._client.get("/health")
         if "status" not in health or "database" not in health:
             raise Wrong(f"{self._client.base} answers, but not as an AgentFlow does", "is the URL right?")
+        self._began = _moment(health["timestamp"])
         if not health["database"]["connected"]:
             raise Wrong(
                 f"Postgres is away: {health['database']['lastError']}", "look at DATABASE_URL there, and at the server"
@@ -148,7 +149,7 @@ class Deployed:
         )
 
     def _is_new(self, canary: dict[str, Any]) -> bool:
-        return datetime.fromisoformat(canary["at"]) >= self._began
+        return self._began is None or _moment(canary["at"]) >= self._began
 
     def video(self) -> str:
         """A film of three shots, made here: through storage, the heavy queue and a child process."""
@@ -183,7 +184,8 @@ class Deployed:
 
     def watch(self, minutes: float, say: Callable[[str], None]) -> str:
         """Whether jobs fail, requests are not answered, or health goes bad, from now on."""
-        began, failed_before = datetime.now(UTC), {job["id"] for job in self._failed()}
+        with _said_by(""):
+            began = _moment(self._client.get("/health")["timestamp"])
         end = time.monotonic() + minutes * 60
         troubles: dict[str, int] = {}
         while (left := end - time.monotonic()) > 0:
@@ -195,8 +197,7 @@ class Deployed:
                     troubles[sentence] = troubles.get(sentence, 0) + 1
             except Failure as error:
                 troubles[str(error)] = troubles.get(str(error), 0) + 1
-        failed = [job for job in self._failed() if job["id"] not in failed_before and _since(job, began)]
-        for job in failed:
+        for job in self._failed(since=began):
             sentence = f"{job['type']} failed: {(job['error'] or {}).get('message', '')}"
             troubles[sentence] = troubles.get(sentence, 0) + 1
         if troubles:
@@ -206,11 +207,11 @@ class Deployed:
             raise Wrong(said + more, "see `agentflow jobs list --state failed`; ops/deploy says how to go back")
         return f"no error in {output.duration(minutes * 60)}"
 
-    def _failed(self) -> list[dict[str, Any]]:
-        """The newest ones."""
+    def _failed(self, since: datetime) -> list[dict[str, Any]]:
+        """Of the newest hundred."""
         with _said_by(""):
             found: list[dict[str, Any]] = self._client.get("/api/jobs?state=failed&limit=100")["jobs"]
-        return found
+        return [job for job in found if job["finished_at"] is not None and _moment(job["finished_at"]) >= since]
 
     def _submit(self, path: str, document: dict[str, Any]) -> dict[str, Any]:
         with _said_by(""):
@@ -242,5 +243,5 @@ def _said_by(advice: str) -> Iterator[None]:
         raise Wrong(str(error), advice) from error
 
 
-def _since(job: dict[str, Any], moment: datetime) -> bool:
-    return job["finished_at"] is not None and datetime.fromisoformat(job["finished_at"]) >= moment
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text)
