@@ -1,4 +1,4 @@
-"""Railway's project as code (https://docs.railway.com/infrastructure-as-code): `railway config plan`, then `railway config apply`.
+"""Railway's project as code (https://docs.railway.com/infrastructure-as-code): `railway config plan`, then `… apply`.
 
 ops/deploy/railway.md goes through it. Variables that are not named here are taken away by `apply`: add yours with `preserve()`.
 """

@@ -319,7 +319,11 @@ class Queues(prometheus_client.registry.Collector):
             with system.database.connection() as conn:
                 queues = statistics.queues(conn)
                 self._found = _Known(
-                    queues, _staff(system, conn, queues), ticks.latest(conn), canaries.states(conn), silence.watches(conn)
+                    queues,
+                    _staff(system, conn, queues),
+                    ticks.latest(conn),
+                    canaries.states(conn),
+                    silence.watches(conn),
                 )
             took = time.monotonic() - began
             self._fresh_until = time.monotonic() + max(CACHE_S, _CACHE_SHARE * took)

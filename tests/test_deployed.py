@@ -41,9 +41,7 @@ def up() -> Iterator[Up]:
 
 
 @pytest.fixture
-def agentflow(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Command]:
+def agentflow(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
     """Runs a command in this process, with nothing but a key in its environment."""
     for name in settings.TABLE:
         monkeypatch.delenv(name, raising=False)
@@ -207,7 +205,9 @@ def test_an_objective_that_is_missed_is_named(up: Up, agentflow: Command) -> Non
 def test_what_nobody_does_is_unended_and_could_not_be_measured(environment: dict[str, str], tmp_path: Path) -> None:
     plan = Plan(rate=5, minutes=0.05, mix={"ping": 1}, seed=1, patience_s=1)
     with gunicorn(environment, tmp_path) as web:
-        made = measuring.measure(plan, web.url, ADMIN_KEY, [Objective("pickup_s.p95", 9), Objective("errors_percent", 0)])
+        made = measuring.measure(
+            plan, web.url, ADMIN_KEY, [Objective("pickup_s.p95", 9), Objective("errors_percent", 0)]
+        )
 
     assert made["accepted"] == made["unended"] > 0 and made["errors_percent"] == 100
     assert made["pickup_s"]["p95"] is None and made["intake_s"]["p95"] > 0

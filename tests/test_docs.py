@@ -32,7 +32,12 @@ from web import create_app
 
 README = ROOT / "README.md"
 STATES_FILE = ROOT / "ops" / "states.md"
-DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "ops").glob("*.md")), *sorted((ROOT / "ops/deploy").glob("*.md"))]
+DOCUMENTS = [
+    README,
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "ops").glob("*.md")),
+    *sorted((ROOT / "ops/deploy").glob("*.md")),
+]
 _BEGIN = "<!-- settings: .venv/bin/python -m tests.test_docs writes this table -->\n"
 _END = "<!-- end of settings -->"
 

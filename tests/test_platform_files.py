@@ -141,7 +141,11 @@ def test_fly_checks_every_process_and_stops_by_sigterm() -> None:
     assert checked == names == {name for vm in document["vm"] for name in vm["processes"]}
     for check in checks:
         assert (check["interval"], check["timeout"], check["grace_period"]) == ("30s", "10s", "10s")
-    ports = {document["http_service"]["internal_port"], document["checks"]["alive"]["port"], document["metrics"]["port"]}
+    ports = {
+        document["http_service"]["internal_port"],
+        document["checks"]["alive"]["port"],
+        document["metrics"]["port"],
+    }
     assert {str(port) for port in ports} == {document["env"]["PORT"]}
 
 
@@ -223,15 +227,13 @@ def environments() -> dict[str, dict[str, str | None]]:
     found["fly.toml"] = {**fly()["env"], **dict.fromkeys(fly_secrets())}
     found["agentflow.env"] = unit_environment()
     for name, service in railway_services().items():
-        found[f"railway.py {name}"] = {
-            key: value if isinstance(value, str) else value.get("value") for key, value in service["env"].items()
-        }
+        found[f"railway.py {name}"] = {key: value.get("value") for key, value in service["variables"].items()}
     return found
 
 
 def fly_secrets() -> set[str]:
     """What its page has one set: a fly.toml holds no secrets."""
-    lines = re.findall(r"fly secrets set (.*?)\n```", (ROOT / "ops/deploy/fly.md").read_text(), re.DOTALL)
+    lines = re.findall(r"fly secrets set --stage (.*?)\n```", (ROOT / "ops/deploy/fly.md").read_text(), re.DOTALL)
     return {name for line in lines for name in re.findall(r"\b([A-Z][A-Z0-9_]+)=", line)}
 
 
@@ -274,7 +276,10 @@ def test_the_grace_ends_before_the_platforms_kill() -> None:
     kills = {
         "app.json": 30.0,  # Heroku's own, and nobody changes it
         "fly.toml": float(fly()["kill_timeout"].removesuffix("s")),
-        "agentflow.env": min(float(units()[f"agentflow-{n}.service"]["Service"]["TimeoutStopSec"][0]) for n in ("web", "worker@", "scheduler")),
+        "agentflow.env": min(
+            float(units()[f"agentflow-{n}.service"]["Service"]["TimeoutStopSec"][0])
+            for n in ("web", "worker@", "scheduler")
+        ),
     }
     for service in render()["services"]:
         if "maxShutdownDelaySeconds" in service:

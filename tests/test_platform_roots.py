@@ -1,10 +1,11 @@
-"""The commands of the platforms' files where nothing of this machine helps them: in an empty Debian, as a user who is not root, each
-the first process of a PID namespace of its own, as in a container. Such a process gets no signal that it does not handle."""
+"""The commands of the platforms' files where nothing of this machine helps them: in an empty Debian, as a user who is not
+root, each the first process of a PID namespace of its own, as in a container. It gets no signal that it does not handle."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -51,12 +52,19 @@ class Debian:
 
     def run(self, *command: str, **environment: str) -> str:
         """As root, in it. Returns what it printed."""
-        return checked("chroot", str(self.root), "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", *named(environment), *command)
+        return checked(
+            "chroot", str(self.root), "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", *named(environment), *command
+        )
 
     @contextmanager
     def started(self, command: str, environment: dict[str, str], log: Path) -> Iterator[First]:
         """The command as a platform starts it that has no shell, in namespaces for processes and mounts."""
-        inside = [f"PATH={HOME}/.venv/bin:/usr/bin:/bin", "PYTHONUNBUFFERED=1", *named(environment), *shlex.split(command)]
+        inside = [
+            f"PATH={HOME}/.venv/bin:/usr/bin:/bin",
+            "PYTHONUNBUFFERED=1",
+            *named(environment),
+            *shlex.split(command),
+        ]
         mounts = f"mount -t proc proc {self.root}/proc && mount -t tmpfs -o mode=1777 tmpfs {self.root}/dev/shm"
         # Each of these becomes the next one; the last one is the command, still with the number 1.
         enter = shlex.join(["chroot", f"--userspec={USER}", str(self.root), "env", "-i", f"--chdir={HOME}", *inside])
@@ -125,10 +133,19 @@ def sources() -> list[str]:
 def install(debian: Debian, wheels: Path) -> None:
     """As ops/deploy/systemd.md does it. The wheels are fetched out here, where an index can be reached."""
     checked(sys.executable, "-m", "venv", str(wheels / "pip"))
-    inside = debian.run("python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
-    assert inside == "%d.%d" % sys.version_info[:2], "fetched for another Python than there is inside"
+    inside = debian.run("python3", "-c", "import platform; print(platform.python_version_tuple()[:2])").strip()
+    assert inside == str(platform.python_version_tuple()[:2]), "fetched for another Python than there is inside"
     pip = str(wheels / "pip/bin/pip")
-    checked(pip, "download", "--quiet", "--require-hashes", "--dest", str(wheels / "all"), "-r", str(ROOT / "requirements.txt"))
+    checked(
+        pip,
+        "download",
+        "--quiet",
+        "--require-hashes",
+        "--dest",
+        str(wheels / "all"),
+        "-r",
+        str(ROOT / "requirements.txt"),
+    )
     checked(pip, "download", "--quiet", "--dest", str(wheels / "all"), "setuptools>=80", "wheel")
     shutil.move(wheels / "all", debian.root / "wheels")
     home = debian.root / HOME.removeprefix("/")
@@ -256,8 +273,14 @@ def test_the_image_alone_has_servers_of_its_own_and_passes_its_own_check(debian:
 
         def well() -> bool:
             assert process.popen.poll() is None, process.text()[-4000:]
-            asked = ["chroot", f"--userspec={USER}", str(debian.root), "env", "-i", f"PORT={environment['PORT']}"]
-            return subprocess.run([*asked, f"PATH={HOME}/.venv/bin:/usr/bin", *json.loads(check)], capture_output=True).returncode == 0
+            path = f"PATH={HOME}/.venv/bin:/usr/bin"
+            asked = ["chroot", f"--userspec={USER}", str(debian.root), "env", "-i", path, f"PORT={environment['PORT']}"]
+            return (
+                subprocess.run(
+                    [*asked, f"PATH={HOME}/.venv/bin:/usr/bin", *json.loads(check)], capture_output=True
+                ).returncode
+                == 0
+            )
 
         eventually(well, within_s=120, every_s=0.5)
         found = health(environment["PORT"])

@@ -58,9 +58,7 @@ def test_all_kinds_share_the_threads() -> None:
     assert wanted(*work, a=QUICK, b=LONG, limits={"b": 1}) == 3
 
 
-@given(
-    st.integers(0, 10_000), st.integers(0, 500), st.floats(0.01, 1000), st.integers(1, 50), st.integers(1, 5000)
-)
+@given(st.integers(0, 10_000), st.integers(0, 500), st.floats(0.01, 1000), st.integers(1, 50), st.integers(1, 5000))
 def test_more_work_never_wants_fewer_and_never_more_than_jobs(
     due: int, running: int, seconds: float, threads: int, more: int
 ) -> None:

@@ -53,9 +53,7 @@ def staff(conn: Connection, queues: Sequence[Queue], *, threads: int, limits: Ma
         names, workers = {queue.name for queue in of}, sum(queue.workers for queue in of)
         each = sum(queue.threads for queue in of) / workers if workers else threads
         # One in four is kept for critical jobs.
-        return wanted(
-            [kind for kind in found if kind.queue in names], known, threads=each - each // 4, limits=limits
-        )
+        return wanted([kind for kind in found if kind.queue in names], known, threads=each - each // 4, limits=limits)
 
     return Staff(max(1, processes(queues)), {queue.name: processes([queue]) for queue in queues})
 
@@ -86,9 +84,7 @@ def kinds(conn: Connection, due: Mapping[str, int]) -> list[Kind]:
     ]
 
 
-def wanted(
-    found: Sequence[Kind], known: Mapping[str, Durations], *, threads: float, limits: Mapping[str, int]
-) -> int:
+def wanted(found: Sequence[Kind], known: Mapping[str, Durations], *, threads: float, limits: Mapping[str, int]) -> int:
     """Worker processes for these jobs: enough for those that run, and for what is due to be through within SOON_S.
 
     `threads`: of one process, those that any job may have. Never more than one for each job, nor than the slots of keys can use.

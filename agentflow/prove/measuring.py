@@ -33,8 +33,8 @@ _SHARES: Final = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`rate`: requests a second. `mix`: kinds of agentflow.prove.requests.MIX by weight. `patience_s`: how long after the load its
-    last jobs are waited for."""
+    """`rate`: requests a second. `mix`: kinds of agentflow.prove.requests.MIX by weight. `patience_s`: how long the last jobs are
+    waited for after the load."""
 
     rate: float
     minutes: float
@@ -59,7 +59,9 @@ class Objective:
         return f"{self.figure} is {value:g}, wanted at most {self.most:g}" if value > self.most else None
 
 
-def measure(plan: Plan, url: str, key: str, objectives: Sequence[Objective], say: Say = lambda _: None) -> dict[str, Any]:
+def measure(
+    plan: Plan, url: str, key: str, objectives: Sequence[Objective], say: Say = lambda _: None
+) -> dict[str, Any]:
     """The figures, in seconds. Raises CannotRun when nobody answers there, or refuses the key."""
     with httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=30) as client:
         try:
@@ -93,7 +95,9 @@ def _send(plan: Plan, url: str, key: str, requests: Requests, say: Say) -> Load:
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(1.0, left))
-            say(f"{load.jobs} jobs handed in, {load.troubles.total()} times no answer; {max(0.0, left - 1):.0f} s to go")
+            say(
+                f"{load.jobs} jobs handed in, {load.troubles.total()} times no answer; {max(0.0, left - 1):.0f} s to go"
+            )
         load.finish()
     return load
 
@@ -139,7 +143,12 @@ def _get(client: httpx2.Client, run: str, **query: Any) -> dict[str, Any]:
 
 
 def _figures(
-    plan: Plan, url: str, began: datetime, load: Load, jobs: Mapping[str, dict[str, Any]], objectives: Sequence[Objective]
+    plan: Plan,
+    url: str,
+    began: datetime,
+    load: Load,
+    jobs: Mapping[str, dict[str, Any]],
+    objectives: Sequence[Objective],
 ) -> dict[str, Any]:
     promised = {str(promise.id): promise for promise in load.accepted}
     found = [jobs[id_] for id_ in promised if id_ in jobs]
@@ -208,5 +217,3 @@ def read_mix(text: str) -> dict[str, float]:
         if not 0 < mix[kind] < 1e6:
             raise ValueError(f"the weight of {name} must be above 0")
     return mix
-
-

@@ -90,7 +90,9 @@ class Deployed:
         if missing := [name for name in _METRICS if name not in names]:
             raise Wrong(f"no {', '.join(missing)} in /metrics", "is that path served by AgentFlow's web process?")
         queues = {queue["name"] for queue in self._stats["queues"]}
-        shown = set(re.findall(r'queue="([^"]+)"', " ".join(labels for name, labels in samples if name == "agentflow_jobs")))
+        shown = set(
+            re.findall(r'queue="([^"]+)"', " ".join(labels for name, labels in samples if name == "agentflow_jobs"))
+        )
         if shown != queues:
             raise Wrong(
                 f"the queues in /metrics are {', '.join(sorted(shown))}; those of the API {', '.join(sorted(queues))}",
@@ -101,7 +103,9 @@ class Deployed:
     def workers(self) -> str | Remark:
         alive = self._stats["workers"]
         if not alive:
-            raise Wrong("none is alive", "look at the log of the workers' service: does it reach the same DATABASE_URL?")
+            raise Wrong(
+                "none is alive", "look at the log of the workers' service: does it reach the same DATABASE_URL?"
+            )
         found = f"{len(alive)} alive, {sum(each['threads'] for each in alive)} threads"
         versions = {each["version"] for each in alive}
         if versions != {self._stats["versions"]["agentflow"]}:
@@ -222,11 +226,15 @@ class Deployed:
         end = time.monotonic() + within_s
         while True:
             with _said_by(advice):
-                job = self._client.get(f"/api/jobs/{quote(job_id)}?wait={min(10.0, max(0.0, end - time.monotonic())):.1f}")
+                job = self._client.get(
+                    f"/api/jobs/{quote(job_id)}?wait={min(10.0, max(0.0, end - time.monotonic())):.1f}"
+                )
             if job["state"] == "succeeded":
                 return job_id
             if job["state"] in _ENDED:
-                raise Wrong(f"{job['type']} {job['state']}: {(job['error'] or {}).get('message', 'it says no more')}", advice)
+                raise Wrong(
+                    f"{job['type']} {job['state']}: {(job['error'] or {}).get('message', 'it says no more')}", advice
+                )
             if time.monotonic() > end:
                 with _said_by(advice):
                     self._client.cancel(job_id)

@@ -13,7 +13,10 @@ _SECONDS = click.FloatRange(0, 3600, min_open=True)
 @click.command()
 @click.option("--url", help="Check the AgentFlow there by its API instead, as after a deploy.")
 @click.option(
-    "--watch", "watch_min", type=click.FloatRange(0.05, 1440), help="With --url: then watch for errors, so many minutes."
+    "--watch",
+    "watch_min",
+    type=click.FloatRange(0.05, 1440),
+    help="With --url: then watch for errors, so many minutes.",
 )
 def doctor(url: str | None, watch_min: float | None) -> None:
     """Check settings, servers, schema, storage, disk and clock, and say what to do about what is wrong.
