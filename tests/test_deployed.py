@@ -107,7 +107,7 @@ def test_a_web_without_workers_and_scheduler_is_told_with_what_to_do(
     [
         (["--url", "http://127.0.0.1:{closed}"], ADMIN_KEY, WRONG, "does not answer"),
         (["--url", "{url}"], "another-key-of-theirs", WRONG, "the key was refused"),
-        (["--url", "{url}/api"], ADMIN_KEY, WRONG, "is the URL right?"),
+        (["--url", "{url}/api"], ADMIN_KEY, WRONG, "is the URL right"),
         (["--url", "agentflow.example"], ADMIN_KEY, USAGE, "is not the URL of an AgentFlow"),
         (["--url", "{url}"], None, USAGE, "set ADMIN_API_KEY"),
         (["--watch", "1"], ADMIN_KEY, USAGE, "--watch goes with --url"),

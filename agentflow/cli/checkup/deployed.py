@@ -130,30 +130,33 @@ class Deployed:
         return f"answered after {output.duration(time.monotonic() - began)}"
 
     def queues(self) -> str | Remark:
-        """By the scheduler's pings, sent since we began: nobody else may choose a queue."""
+        """By the scheduler's pings, sent since we began: nobody else may choose a queue. One is under way in each at a time, so
+        where a second one was sent the first has come back."""
         served = {each["name"] for each in self._stats["queues"] if each["threads"]}
-        canaries: dict[str, dict[str, Any]] = {}
+        sent: dict[str, datetime] = {}
+        back: set[str] = set()
         end = time.monotonic() + _CANARIES_S
         while time.monotonic() < end:
             with _said_by(""):
                 self._stats = self._client.get("/api/system/stats")
-            canaries = {each["queue"]: each for each in self._stats["canaries"] if self._is_new(each)}
-            if failed := sorted(name for name, each in canaries.items() if each["state"] == "failed"):
-                raise Wrong(f"the ping through {', '.join(failed)} failed", "see `agentflow jobs list --state failed`")
-            if served <= {name for name, each in canaries.items() if each["state"] == "well"}:
-                slowest = max((each["round_trip_s"] or 0.0 for each in canaries.values()), default=0.0)
-                return f"a ping came back through {', '.join(sorted(served))}, within {output.duration(slowest)}"
-            if not self._stats["canaries"] and "canary" not in {each["schedule"] for each in self._stats["calendar"]}:
+            if "canary" not in {each["schedule"] for each in self._stats["calendar"]}:
                 return Remark("the scheduler sends no pings", "set CANARY_INTERVAL there to see each queue")
+            for each in self._stats["canaries"]:
+                queue, at = each["queue"], _moment(each["at"])
+                if self._began is not None and at < self._began:
+                    continue
+                if each["state"] == "failed":
+                    raise Wrong(f"the ping through {queue} failed", "the log of its workers says why")
+                if each["state"] == "well" or at > sent.setdefault(queue, at):
+                    back.add(queue)
+            if served <= back:
+                slowest = max((each["round_trip_s"] or 0.0 for each in self._stats["canaries"]), default=0.0)
+                return f"a ping came back through {', '.join(sorted(served))}, within {output.duration(slowest)}"
             time.sleep(_LOOK_EVERY_S)
-        silent = sorted(served - {name for name, each in canaries.items() if each["state"] == "well"})
         raise Wrong(
-            f"no ping came back through {', '.join(silent)} within {output.duration(_CANARIES_S)}",
+            f"no ping came back through {', '.join(sorted(served - back))} within {output.duration(_CANARIES_S)}",
             "are its workers busy (`agentflow queues`), and do they reach the broker?",
         )
-
-    def _is_new(self, canary: dict[str, Any]) -> bool:
-        return self._began is None or _moment(canary["at"]) >= self._began
 
     def video(self) -> str:
         """A film of three shots, made here: through storage, the heavy queue and a child process."""
