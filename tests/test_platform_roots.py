@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
+from packaging.markers import Marker
 
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
@@ -112,7 +112,7 @@ def debian() -> Iterator[Debian]:
             *("mmdebstrap", "--variant=minbase", "--mode=root", "--include=python3,python3-venv", "--quiet"),
             *(release(), str(made.root), *sources()),
         )
-        install(made, folder / "wheels")
+        install(made, folder / "fetched")
         yield made
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -130,36 +130,39 @@ def sources() -> list[str]:
     return [str(path) for path in places if path.exists() and path.read_text().strip()]
 
 
-def install(debian: Debian, wheels: Path) -> None:
+def install(debian: Debian, fetched: Path) -> None:
     """As ops/deploy/systemd.md does it. The wheels are fetched out here, where an index can be reached."""
-    checked(sys.executable, "-m", "venv", str(wheels / "pip"))
-    inside = debian.run("python3", "-c", "import platform; print(platform.python_version_tuple()[:2])").strip()
-    assert inside == str(platform.python_version_tuple()[:2]), "fetched for another Python than there is inside"
-    pip = str(wheels / "pip/bin/pip")
-    checked(
-        pip,
-        "download",
-        "--quiet",
-        "--require-hashes",
-        "--dest",
-        str(wheels / "all"),
-        "-r",
-        str(ROOT / "requirements.txt"),
-    )
-    checked(pip, "download", "--quiet", "--dest", str(wheels / "all"), "setuptools>=80", "wheel")
-    shutil.move(wheels / "all", debian.root / "wheels")
+    debian.run("python3", "-m", "venv", f"{HOME}/.venv")
+    checked(sys.executable, "-m", "venv", str(fetched))
+    download = (str(fetched / "bin/pip"), "download", "--quiet", "--dest", str(debian.root / "wheels"))
+    (fetched / "locked.txt").write_text(locked_for(debian))
+    checked(*download, "--no-deps", "--require-hashes", "-r", str(fetched / "locked.txt"))
+    checked(*download, "setuptools>=80", "wheel")
     home = debian.root / HOME.removeprefix("/")
     for name in checked("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard").splitlines():
         if not name.startswith(("tests/", "ops/bench/", "ops/evidence/")) and (ROOT / name).exists():
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, home / name)
-    debian.run("python3", "-m", "venv", f"{HOME}/.venv")
-    pip_in = (f"{HOME}/.venv/bin/pip", "install", "--quiet", "--no-index", "--find-links", "/wheels")
-    debian.run(*pip_in, "setuptools", "wheel")
-    debian.run(*pip_in, "--require-hashes", "-r", f"{HOME}/requirements.txt")
-    debian.run(*pip_in, "--no-deps", "--no-build-isolation", "--editable", HOME)
+    pip = (f"{HOME}/.venv/bin/pip", "install", "--quiet", "--no-index", "--find-links", "/wheels")
+    debian.run(*pip, "setuptools", "wheel")
+    debian.run(*pip, "--require-hashes", "-r", f"{HOME}/requirements.txt")
+    debian.run(*pip, "--no-deps", "--no-build-isolation", "--editable", HOME)
     shutil.rmtree(debian.root / "wheels")
     debian.run("install", "-d", "-o", "65534", "-g", "65534", "-m", "700", "/var/lib/agentflow")
+
+
+def locked_for(debian: Debian) -> str:
+    """The lock file as the Python in there reads it: without what is for others."""
+    ask = "import json; from pip._vendor.packaging.markers import default_environment as d; print(json.dumps(d()))"
+    there = json.loads(debian.run(f"{HOME}/.venv/bin/python", "-c", ask))
+    blocks = re.split(r"^(?=\w)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+    kept = []
+    for block in blocks:
+        name, _, marker = block.partition("\n")[0].rstrip(" \\").partition(" ; ")
+        if not marker or Marker(marker).evaluate(there):
+            kept.append(block.replace(f" ; {marker}", "", 1) if marker else block)
+        assert not block.strip() or "==" in name
+    return "".join(kept)
 
 
 @pytest.fixture(scope="module")
