@@ -20,8 +20,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from agentflow import log
-from agentflow.database import Unavailable
-from agentflow.jobs import statistics
+from agentflow.database import Connection, Unavailable
+from agentflow.jobs import registry, staffing, statistics
 from agentflow.jobs.model import State
 from agentflow.jobs.registry import JobType
 from agentflow.schedules import canaries, ticks
@@ -284,6 +284,7 @@ class _Known:
     """What the database said."""
 
     queues: list[statistics.Queue]
+    staff: staffing.Staff
     entries: list[ticks.Latest]
     canaries: list[canaries.Canary]
     webhooks: list[silence.Watch]
@@ -318,6 +319,7 @@ class Queues(prometheus_client.registry.Collector):
             for reason, number in queue.parked.items():
                 parked.add_metric((queue.name, reason), number)
         yield from (jobs_, parked, oldest, threads)
+        yield from _of_staff(self._found.staff)
         yield from _of_calendar(self._found)
         yield from _of_webhooks(self._found.webhooks)
 
@@ -328,8 +330,13 @@ class Queues(prometheus_client.registry.Collector):
         try:
             began = time.monotonic()
             with system.database.connection() as conn:
+                queues = statistics.queues(conn)
                 self._found = _Known(
-                    statistics.queues(conn), ticks.latest(conn), canaries.states(conn), silence.watches(conn)
+                    queues,
+                    _staff(system, conn, queues),
+                    ticks.latest(conn),
+                    canaries.states(conn),
+                    silence.watches(conn),
                 )
             took = time.monotonic() - began
             self._fresh_until = time.monotonic() + max(CACHE_S, _CACHE_SHARE * took)
@@ -338,6 +345,24 @@ class Queues(prometheus_client.registry.Collector):
             logger.debug("no gauges of queues: the database is away", error=str(error))
         finally:
             self._asking.release()
+
+
+def _staff(system: System, conn: Connection, queues: list[statistics.Queue]) -> staffing.Staff:
+    limits = {t.name: t.process_limit(system.settings) for t in registry.every() if t.process_limit is not None}
+    return staffing.staff(conn, queues, threads=system.settings.job_concurrency, limits=limits)
+
+
+def _of_staff(staff: staffing.Staff) -> Iterator[Metric]:
+    wanted = GaugeMetricFamily(
+        "agentflow_workers_wanted", "Worker processes for what waits and runs, of such as serve all queues"
+    )
+    wanted.add_metric((), staff.of_all)
+    of_queue = GaugeMetricFamily(
+        "agentflow_queue_workers_wanted", "The same, of such as serve one queue alone", labels=("queue",)
+    )
+    for name, number in staff.of_queues.items():
+        of_queue.add_metric((name,), number)
+    yield from (wanted, of_queue)
 
 
 def _of_calendar(known: _Known) -> Iterator[Metric]:

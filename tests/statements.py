@@ -87,6 +87,8 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "with old as materialized (select t.schedule": "retention of ticks",
     "delete from agentflow.workers w": "retention of workers' rows, not while one holds a job",
     "select count(*) filter (where id >= ": "what was done lately, for the operator and the metrics",
+    "select q, x.type, x.slots, count(*) from unnest": "how many workers are wanted, for all that is due",
+    "select queue, type, count(*) from agentflow.jobs where state = 'running'": "the same, for all that runs",
     "from agentflow.jobs j where true": "the operator's list of all jobs",
     "select count(*) from agentflow.attempts where job_id = %s and outcome": "how often the kernel killed a job that is run here",
     "insert into agentflow.durations": "how long jobs of a type take, whoever's they are",

@@ -32,7 +32,12 @@ from web import create_app
 
 README = ROOT / "README.md"
 STATES_FILE = ROOT / "ops" / "states.md"
-DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "ops").glob("*.md"))]
+DOCUMENTS = [
+    README,
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "ops").glob("*.md")),
+    *sorted((ROOT / "ops/deploy").glob("*.md")),
+]
 _BEGIN = "<!-- settings: .venv/bin/python -m tests.test_docs writes this table -->\n"
 _END = "<!-- end of settings -->"
 
@@ -125,6 +130,7 @@ def test_paths_and_variables_that_are_named_exist() -> None:
     }
     known |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT"}
     known |= {"PGSSLMODE", "WRONGPASS", "ACCESS_REFUSED"}
+    known |= {"LISTEN", "ON_FAILURE", "REPOSITORY"}
     for document in DOCUMENTS:
         text = document.read_text()
         for variable in re.findall(r"`\$?([A-Z][A-Z0-9_]{3,})`", text):

@@ -11,10 +11,21 @@ from urllib.parse import quote, urlencode, urljoin, urlsplit
 import httpx2 as httpx
 
 from agentflow import USER_AGENT
-from agentflow.cli.errors import Failure
+from agentflow.cli.errors import USAGE, Failure
+from agentflow.settings import Settings
+from agentflow.system import admin_key
 
 _PIECE_BYTES: Final = 1 << 20
 _TIMEOUT: Final = httpx.Timeout(connect=10.0, read=60.0, write=60.0, pool=10.0)
+
+
+def operator_key(read: Settings) -> str:
+    """Raises Failure where none is known."""
+    if read.admin_api_key is not None:
+        return read.admin_api_key.get_secret_value()
+    if not (read.agentflow_home / "admin.key").exists():
+        raise Failure("its key is needed: set ADMIN_API_KEY to the operator's key of that AgentFlow", USAGE)
+    return admin_key(read.agentflow_home)
 
 
 class Client:
@@ -60,6 +71,17 @@ class Client:
     def status(self, task: str) -> dict[str, Any]:
         return self._ask("GET", f"/api/videos/task/{quote(task)}/status")
 
+    def get(self, path: str) -> dict[str, Any]:
+        return self._ask("GET", path)
+
+    def post(self, path: str, document: dict[str, Any]) -> dict[str, Any]:
+        return self._ask("POST", path, json=document)
+
+    def text(self, path: str, token: str | None = None) -> str:
+        """What is no JSON. `token`: instead of the key."""
+        answer = self._answer("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+        return answer.text
+
     def cancel(self, job: str) -> None:
         self._ask("POST", f"/api/jobs/{quote(job)}/cancel")
 
@@ -82,12 +104,7 @@ class Client:
             new.unlink(missing_ok=True)
 
     def _ask(self, method: str, path: str, **more: Any) -> dict[str, Any]:
-        try:
-            answer = self._http.request(method, self.base + path, **more)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
-        if answer.status_code >= 300:
-            raise _refused(answer, path)
+        answer = self._answer(method, path, **more)
         try:
             found = answer.json()
         except ValueError:
@@ -95,6 +112,15 @@ class Client:
         if not isinstance(found, dict):
             raise Failure(f"{self.base} answers, but not as an AgentFlow does: is the URL right?")
         return found
+
+    def _answer(self, method: str, path: str, **more: Any) -> httpx.Response:
+        try:
+            answer = self._http.request(method, self.base + path, **more)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if answer.status_code >= 300:
+            raise _refused(answer, path)
+        return answer
 
     def _unreachable(self, error: Exception) -> Failure:
         return Failure(f"{self.base} does not answer ({error or type(error).__name__})")

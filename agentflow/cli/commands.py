@@ -91,5 +91,6 @@ for _command in (
     graph.graph,
     checks.doctor,
     checks.prove,
+    checks.load,
 ):
     cli.add_command(_command)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import secrets
 import signal
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,9 +68,9 @@ def _private(options: Options, *, soaks: bool, redis: bool) -> int:
         print(
             f"Soak: {options.minutes:g} minutes at {options.jobs_per_minute / 60:g} jobs a second, {tier}", flush=True
         )
-        return _end_of_soak(soak.soak(options, _say), options)
+        return _end_of_soak(soak.soak(options, output.progress), options)
     print(f"Proving: {options.minutes:g} minutes with seed {options.seed}, {tier}", flush=True)
-    return _end_of_run(run.prove(options, _say), options)
+    return _end_of_run(run.prove(options, output.progress), options)
 
 
 def _stop(_number: int, _frame: object) -> None:
@@ -98,19 +96,10 @@ def _staging(options: Options, url: str, agreed: bool) -> int:
     read = settings.current()
     if read.admin_api_key is None:
         raise Failure("its key is needed: set ADMIN_API_KEY to the operator's key of that AgentFlow", USAGE)
-    made = staging.prove(options, url, read.admin_api_key.get_secret_value(), _say)
+    made = staging.prove(options, url, read.admin_api_key.get_secret_value(), output.progress)
     _print_wrong(made)
     print(f"{options.out / 'report.json'}")
     return _STATUS[made["verdict"]]
-
-
-def _say(line: str) -> None:
-    """On a terminal one line that changes; elsewhere a line each."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[2K{line}")
-        sys.stderr.flush()
-    else:
-        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def _end_of_run(made: dict[str, Any], options: Options) -> int:
@@ -136,8 +125,7 @@ def _end_of_run(made: dict[str, Any], options: Options) -> int:
 
 
 def _print_wrong(made: dict[str, Any]) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\x1b[2K")
+    output.end_progress()
     console = output.console()
     finished = ", ".join(f"{count} {state}" for state, count in made["finished"].items())
     console.print(f"{made['accepted']} jobs accepted, {made['jobs_per_minute']} a minute; {finished}")
@@ -152,8 +140,7 @@ def _seconds(made: dict[str, Any], kind: str, name: str) -> str | None:
 
 
 def _end_of_soak(made: dict[str, Any], options: Options) -> int:
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\x1b[2K")
+    output.end_progress()
     console = output.console()
     console.print(f"{made['accepted']} jobs accepted, {made['jobs_per_s']} a second finished")
     columns = ("process", "MB", "MB per hour", "descriptors", "more")

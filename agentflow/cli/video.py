@@ -21,10 +21,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 
 from agentflow import settings
 from agentflow.cli import output, running
-from agentflow.cli.client import Client
+from agentflow.cli.client import Client, operator_key
 from agentflow.cli.errors import CANNOT_START, USAGE, Failure
 from agentflow.settings import Settings
-from agentflow.system import admin_key
 
 _ASK_EVERY_S: Final = 0.25
 _START_WITHIN_S: Final = 90.0
@@ -96,21 +95,13 @@ def _name(video: str, is_url: bool) -> str:
 def _somewhere(base: str | None, read: Settings, said: Console) -> Iterator[Client]:
     """The one that was named; the one that runs on this home; or one of our own for as long as this takes."""
     if base:
-        yield Client(base, _key_for(read))
+        yield Client(base, operator_key(read))
     elif url := running.url_of(read.agentflow_home):
-        yield Client(url, _key_for(read))
+        yield Client(url, operator_key(read))
     else:
         said.print(f"Starting AgentFlow in {read.agentflow_home} …", style="dim", soft_wrap=True)
         with _own(read) as url:
-            yield Client(url, _key_for(read))
-
-
-def _key_for(read: Settings) -> str:
-    if read.admin_api_key is not None:
-        return read.admin_api_key.get_secret_value()
-    if not (read.agentflow_home / "admin.key").exists():
-        raise Failure("its key is needed: set ADMIN_API_KEY to the operator's key of that AgentFlow", USAGE)
-    return admin_key(read.agentflow_home)
+            yield Client(url, operator_key(read))
 
 
 @contextmanager

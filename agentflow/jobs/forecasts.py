@@ -48,6 +48,11 @@ def note_durations(conn: Connection, seconds: Mapping[str, Sequence[float]]) -> 
         )
 
 
+def durations(conn: Connection) -> dict[str, list[float]]:
+    """Seconds that jobs of each type took, the newest last."""
+    return dict(conn.execute("select type, seconds from agentflow.durations").fetchall())
+
+
 def my_turn(conn: Connection, queue: str, every_s: float) -> bool:
     """Whether it is time to look at a queue, and this process's turn: its row stays locked until the transaction ends."""
     return (

@@ -10,6 +10,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from agentflow.database import Connection
+from agentflow.jobs import forecasts
 from agentflow.jobs.model import PRIORITIES, Job
 
 #: Of the jobs before one so many are counted; beyond that it is "more than".
@@ -114,7 +115,6 @@ def picture(conn: Connection, queue: str) -> Picture:
         (queue, _MOST_OF_A_LANE),
     ).fetchall()
     pace = conn.execute("select in_use from agentflow.paces where queue = %s", (queue,)).fetchone()
-    durations = conn.execute("select type, seconds from agentflow.durations").fetchall()
     return Picture(
         threads={0: int(staff[0]), 1: int(staff[1]), 2: int(staff[1])},
         workers=staff[2],
@@ -123,7 +123,7 @@ def picture(conn: Connection, queue: str) -> Picture:
         running=[RunningJob(*row) for row in running],
         lanes=[WaitingLane(*row) for row in lanes],
         sent=dict(sent),
-        durations=dict(durations),
+        durations=forecasts.durations(conn),
     )
 
 

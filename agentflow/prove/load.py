@@ -8,12 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import queue
-import random
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -21,11 +18,9 @@ from uuid import UUID
 import httpx2
 
 from agentflow.prove.checker import Accepted, Violation
+from agentflow.prove.requests import CANCELS, Request, Requests
 
 SENDERS: Final = 6
-#: Hot enough for the workers' threads to meet at them, with room for all that comes.
-KEYS: Final = {"alone": 1, "alone too": 1, "three": 3, "five": 5}
-_BATCH: Final = 20
 _ANSWER_S: Final = 15.0
 #: After the load has ended, so long is tried to have an answer to what was sent; what waits to be sent then is left out.
 _LAST_WORD_S: Final = 60.0
@@ -34,155 +29,30 @@ _CANCELS_LATER_S: Final = 60.0
 #: The job to be cancelled sleeps for a minute.
 _CANCEL_IN_TIME_S: Final = 20.0
 
-SUCCEEDS: Final = frozenset({"succeeded"})
-CANCELS: Final = frozenset({"cancelled"})
-#: Until the answer to the cancel says more: one that comes too late leaves the job to its end.
-EITHER: Final = SUCCEEDS | CANCELS
 
+class Load:
+    """Sends what `Requests` makes, at a steady rate, from a few threads. `accepted`, `violations`, `intake_s` and `troubles` grow
+    meanwhile.
 
-@dataclass
-class Request:
-    """One request and what is expected of it. `again`: sent so many times more, with the same key."""
-
-    key: str
-    kind: str
-    body: dict[str, Any]
-    path: str = "/api/jobs"
-    ends: frozenset[str] = SUCCEEDS
-    again: int = 0
-    cancel_after_s: float | None = None
-    effect: bool = False
-    due: float = field(default_factory=time.monotonic)
-
-
-class Requests:
-    """The requests of a load, in their order: the same for the same seed.
-
-    `receiver_port` None: by the product's own types alone. `batches`, `crowds`: of the requests, the share that
-    are 20 jobs, of any kind and of one key.
+    `intake_s`: from the moment that each request was due, whether a thread was free for it then or not, to its answer.
+    `troubles`: answers that were none (5xx, 429, no connection), after each of which it was sent again.
     """
 
     def __init__(
         self,
-        seed: int,
-        receiver_port: int | None,
-        videos: list[str],
+        url: str,
+        admin_key: str,
+        requests: Requests,
         *,
-        run: str = "",
-        batches: float = 0.05,
-        crowds: float = 0.015,
-    ) -> None:
-        self._chance = random.Random(f"{seed} load")
-        self._receiver_port = receiver_port
-        self.videos = videos
-        self._batches = batches
-        self._crowds = crowds
-        self._run = run
-        self._number = 0
-        self._seed = seed
-
-    def second(self, jobs: float) -> Iterator[Request]:
-        """What is handed in within one second: about so many jobs."""
-        count = int(jobs) + (self._chance.random() < jobs % 1)
-        while count > 0:
-            request, size = self._next(count)
-            count -= size
-            yield request
-
-    def video(self) -> Request:
-        return self._request("video", {"video_id": self._chance.choice(self.videos)}, path="/api/videos/analyze")
-
-    def _next(self, room: int) -> tuple[Request, int]:
-        luck = self._chance.random()
-        if room >= _BATCH and luck < self._batches:
-            jobs = [self._ping({"sleep_ms": self._chance.choice((0, 0, 0, 5, 20))}) for _ in range(_BATCH)]
-            return self._request("batch", {"jobs": jobs}, path="/api/jobs/batch"), _BATCH
-        if room >= _BATCH and luck < self._batches + self._crowds:
-            return self._crowd(), _BATCH
-        ms = self._chance.randrange
-        kinds: list[tuple[float, Any]] = [
-            (30, lambda: self._request("ping", self._ping({}))),
-            (10, lambda: self._request("sleeps", self._ping({"sleep_ms": ms(20, 400)}))),
-            (5, lambda: self._request("fails once", self._ping({"fail_attempts": 1}))),
-            (5, lambda: self._request("parks", self._ping({"wait_ms": ms(200, 2000)}))),
-            (1, lambda: self._request("native", self._ping({"native_ms": ms(50, 1500)}))),
-            (8, self._keyed),
-            (5, lambda: self._request("again", self._ping({"sleep_ms": ms(0, 30)}), again=self._chance.randint(1, 3))),
-            (4, lambda: self._request("later", {**self._ping({}), "run_at": self._in(ms(1, 8))})),
-            (2, lambda: self._cancelled()),
-            (5, lambda: self._request("chain", self._chain())),
-        ]
-        if self._receiver_port is not None:
-            kinds += [
-                (12, lambda: self._effect("effect", sleep_ms=ms(0, 200))),
-                (2, lambda: self._effect("long effect", sleep_ms=ms(3000, 9000))),
-                (0.7, lambda: self._effect("native effect", native_ms=ms(1000, 8000))),
-                (9, self._called_back),
-            ]
-        weights = [weight for weight, _ in kinds]
-        request: Request = self._chance.choices([make for _, make in kinds], weights)[0]()
-        return request, 1
-
-    def _crowd(self) -> Request:
-        """Many of one key at once: all workers reach for the same few slots."""
-        key = self._chance.choice(list(KEYS))
-        jobs = [
-            {
-                **self._ping({"sleep_ms": self._chance.randrange(20)}),
-                "concurrency_key": key,
-                "concurrency_limit": KEYS[key],
-            }
-            for _ in range(_BATCH)
-        ]
-        return self._request("crowd", {"jobs": jobs}, path="/api/jobs/batch")
-
-    def _keyed(self) -> Request:
-        key = self._chance.choice(list(KEYS))
-        body = {**self._ping({"sleep_ms": self._chance.randrange(5, 60)}), "concurrency_key": key}
-        return self._request("keyed", {**body, "concurrency_limit": KEYS[key]})
-
-    def _cancelled(self) -> Request:
-        how = self._chance.randrange(3)
-        if how == 0:
-            body = {**self._ping({}), "run_at": self._in(3600)}
-            return self._request("cancelled waiting", body, ends=EITHER, cancel_after_s=0.3)
-        if how == 1:
-            body = self._ping({"sleep_ms": 60_000})
-            return self._request("cancelled running", body, ends=EITHER, cancel_after_s=1.0)
-        return self._request("cancelled perhaps", self._ping({"sleep_ms": 100}), ends=EITHER, cancel_after_s=0.0)
-
-    def _chain(self) -> dict[str, Any]:
-        last = self._ping({})
-        then = [{**self._ping({"sleep_ms": 10}), "then": [last]}, last]
-        return {**self._ping({}), "then": then}
-
-    def _effect(self, kind: str, **payload: int) -> Request:
-        body = {"type": "prove_effect", "payload": {"port": self._receiver_port, **payload}}
-        return self._request(kind, body, effect=True)
-
-    def _called_back(self) -> Request:
-        body = {**self._ping({}), "callback_url": f"http://127.0.0.1:{self._receiver_port}/callbacks"}
-        return self._request("called back", body)
-
-    def _ping(self, payload: dict[str, int]) -> dict[str, Any]:
-        return {"type": "ping", "payload": payload}
-
-    def _in(self, seconds: float) -> str:
-        return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
-
-    def _request(self, kind: str, body: dict[str, Any], **more: Any) -> Request:
-        self._number += 1
-        return Request(f"prove-{self._seed}-{self._run or 0}-{self._number}", kind, body, **more)
-
-
-class Load:
-    """Sends what `Requests` makes, at a steady rate, from a few threads. `accepted` and `violations` grow meanwhile."""
-
-    def __init__(
-        self, url: str, admin_key: str, requests: Requests, *, jobs_per_minute: float, seconds: float, journal: Path
+        jobs_per_minute: float,
+        seconds: float,
+        journal: Path,
+        senders: int = SENDERS,
     ) -> None:
         self.accepted: list[Accepted] = []
         self.violations: list[Violation] = []
+        self.intake_s: list[float] = []
+        self.troubles: Counter[str] = Counter()
         self.unanswered = 0
         self.unsent = 0
         self._url = url
@@ -197,7 +67,7 @@ class Load:
         self._gives_up = float("inf")
         self._open = 0
         self._began = 0.0
-        self._threads = [threading.Thread(target=self._send_all, name=f"load-{n}", daemon=True) for n in range(SENDERS)]
+        self._threads = [threading.Thread(target=self._send_all, name=f"load-{n}", daemon=True) for n in range(senders)]
         self._producer = threading.Thread(target=self._produce, name="load", daemon=True)
 
     def start(self) -> None:
@@ -257,12 +127,14 @@ class Load:
                         self._open -= 1
 
     def _submit(self, client: httpx2.Client, request: Request) -> None:
-        for _ in range(1 + request.again):
+        for repetition in range(1 + request.again):
             self._write({"sends": request.key, "kind": request.kind})
             answer = self._answered(client, request.path, request.body, request.key, None)
             if answer is None:
                 self.unanswered += 1
                 continue
+            if repetition == 0:
+                self.intake_s.append(time.monotonic() - request.due)
             if answer.status_code not in (200, 202):
                 said = f"{request.kind}: {answer.status_code} {answer.text[:200]}"
                 self.violations.append(Violation("refused what is allowed", None, said))
@@ -308,8 +180,11 @@ class Load:
                 answer = client.post(path, json=body, headers={"Idempotency-Key": key} if key else {})
                 if answer.status_code < 500 and answer.status_code != 429:
                     return answer
-            except httpx2.TransportError:
-                pass
+                trouble = str(answer.status_code)
+            except httpx2.TransportError as error:
+                trouble = type(error).__name__
+            with self._lock:
+                self.troubles[trouble] += 1
             time.sleep(0.2)
         return None
 

@@ -23,8 +23,9 @@ import psutil
 
 import agentflow
 from agentflow.prove import history, report
-from agentflow.prove.load import Load, Requests
+from agentflow.prove.load import Load
 from agentflow.prove.plan import Options
+from agentflow.prove.requests import Requests
 from agentflow.prove.run import Copy, Say, private_copy
 
 _SAMPLE_EVERY_S: Final = 10.0

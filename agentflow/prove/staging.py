@@ -16,8 +16,9 @@ import agentflow
 from agentflow.prove import checker, report
 from agentflow.prove.checker import ENDS, Evidence, Violation
 from agentflow.prove.history import Row
-from agentflow.prove.load import Load, Requests
+from agentflow.prove.load import Load
 from agentflow.prove.plan import Options
+from agentflow.prove.requests import Requests
 from agentflow.prove.run import CannotRun, Say
 
 _PAGE: Final = 100

@@ -1,4 +1,5 @@
-"""`agentflow doctor`: looks at everything AgentFlow stands on, and says what to do about what is wrong. Shows no secret.
+"""`agentflow doctor`: looks at everything AgentFlow stands on, or (`--url`) at one that runs elsewhere, and says what to do about
+what is wrong. Shows no secret.
 
 A server is looked at in steps (name, connection, TLS, password, answer), so that each kind of failure has its own advice.
 """
@@ -8,11 +9,13 @@ from __future__ import annotations
 from agentflow import embedded, settings
 from agentflow.cli import output
 from agentflow.cli.checkup import comfyui, machine, postgres, processes, rabbitmq, redis, storage, telegram
+from agentflow.cli.checkup.deployed import Deployed
 from agentflow.cli.checkup.report import Remark, Report, Wrong
-from agentflow.cli.errors import WRONG, Failure
+from agentflow.cli.client import Client, operator_key
+from agentflow.cli.errors import USAGE, WRONG, Failure
 from agentflow.system import System
 
-__all__ = ["Remark", "Report", "Wrong", "doctor"]
+__all__ = ["Remark", "Report", "Wrong", "deployed", "doctor"]
 
 
 def doctor() -> None:
@@ -54,5 +57,34 @@ def doctor() -> None:
         system.close()
         if stack is not None:
             stack.leave()
+    _end(report)
+
+
+def deployed(url: str, watch_min: float | None) -> None:
+    """Raises Failure when something is wrong there, and (2) for what is no URL, or without a key."""
+    read = settings.current()
+    try:
+        client = Client(url, operator_key(read))
+    except Failure as error:
+        raise Failure(str(error), USAGE) from None
+    report = Report(output.console(), read)
+    there = Deployed(client, read.metrics_token.get_secret_value() if read.metrics_token else None)
+    try:
+        if report.run("web", there.answers) and report.run("key", there.key):
+            report.run("metrics", there.metrics)
+            report.run("scheduler", there.scheduler)
+            if report.run("workers", there.workers) and report.run("ping", there.ping):
+                report.run("queues", there.queues)
+                report.run("video", there.video)
+                report.run("kommo", there.crm)
+            if watch_min is not None:
+                report.run("errors", lambda: there.watch(watch_min, output.progress))
+    finally:
+        output.end_progress()
+        client.close()
+    _end(report)
+
+
+def _end(report: Report) -> None:
     if report.wrong:
         raise Failure(f"{report.wrong} of {report.checks} checks failed", WRONG)
