@@ -1,4 +1,4 @@
-"""What the tests of backups share: a system with something of everything, an empty one to restore into, and what a database holds."""
+"""What the tests of backups share: a system with something of everything, an empty one to restore into, and what each holds."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ FILES = {
 
 
 @pytest.fixture
-def target(
-    stack: embedded.Embedded, environment: dict[str, str], tmp_path: Path
-) -> Iterator[dict[str, str]]:
+def target(stack: embedded.Embedded, environment: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a system whose database has no schema and whose storage has no files."""
     name = f"empty_{uuid4().hex[:12]}"
     with psycopg.connect(stack.database_url, autocommit=True) as conn:
@@ -64,7 +62,9 @@ def fill(system: System, conn: psycopg.Connection, client: FlaskClient) -> dict[
     core.finish(conn, core.claimed(conn), "cancelled")
     core.finish(conn, core.claimed(conn, key="k", slots=2), "retry", delay_s=3600)
     core.claimed(conn)
-    core.submit(conn, acme.id, payload=json.dumps({"text": "line\nbreak \\ tab\t ёж \u2028 \\N"}), idempotency_key="once")
+    core.submit(
+        conn, acme.id, payload=json.dumps({"text": "line\nbreak \\ tab\t ёж \u2028 \\N"}), idempotency_key="once"
+    )
     conn.execute(
         "insert into agentflow.batches (id, organization_id, total, succeeded, finished_at, callback_url)"
         " values (%s, 1, 1, 1, now(), 'https://example.com/batch')",
@@ -86,7 +86,8 @@ def fill(system: System, conn: psycopg.Connection, client: FlaskClient) -> dict[
     assert made.status_code == 201, made.text
     key, *_ = FILES
     conn.execute(
-        "insert into agentflow.videos (id, organization_id, storage_key) values (%s, 1, %s)", (UUID(key.split("/")[3]), key)
+        "insert into agentflow.videos (id, organization_id, storage_key) values (%s, 1, %s)",
+        (UUID(key.split("/")[3]), key),
     )
     for key, data in FILES.items():
         system.storage.put_bytes(key, data)
@@ -99,7 +100,8 @@ def contents(database_url: str) -> dict[str, list[str]]:
         names = [
             row[0]
             for row in conn.execute(
-                "select tablename from pg_tables where schemaname = 'agentflow' and tablename <> all (%s)", (list(_OWN),)
+                "select tablename from pg_tables where schemaname = 'agentflow' and tablename <> all (%s)",
+                (list(_OWN),),
             ).fetchall()
         ]
         return {
@@ -107,7 +109,8 @@ def contents(database_url: str) -> dict[str, list[str]]:
                 row[0]
                 for row in conn.execute(
                     sql.SQL("select (to_jsonb(t) {})::text from {} t order by 1").format(
-                        sql.SQL(_RUNG), sql.Identifier("agentflow", name)  # type: ignore[arg-type]
+                        sql.SQL(_RUNG),
+                        sql.Identifier("agentflow", name),  # type: ignore[arg-type]
                     )
                 ).fetchall()
             ]

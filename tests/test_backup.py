@@ -88,12 +88,22 @@ def test_every_row_and_byte_comes_back(
     assert done.status == 0, done.err
     after = contents(target["DATABASE_URL"])
     filled = {name for name, rows in before.items() if rows}
-    assert {"jobs", "attempts", "batches", "callback_secrets", "chunks", "vectors", "webhook_events", "schedules"} <= filled
+    assert {
+        "jobs",
+        "attempts",
+        "batches",
+        "callback_secrets",
+        "chunks",
+        "vectors",
+        "webhook_events",
+        "schedules",
+    } <= filled
     assert after == before
     assert files_of(target) == FILES
     assert (said["files"], said["copied_files"]) == (len(FILES), len(FILES))
     assert said["rows"] == sum(map(len, before.values()))
-    assert json.loads(done.out)["open_jobs"] == sum('"state": "queued"' in row or '"state": "running"' in row for row in after["jobs"])
+    open_jobs = [row for row in after["jobs"] if '"state": "queued"' in row or '"state": "running"' in row]
+    assert json.loads(done.out)["open_jobs"] == len(open_jobs) > 0
 
 
 def test_the_restored_system_goes_on_where_the_old_one_was(
@@ -110,7 +120,9 @@ def test_the_restored_system_goes_on_where_the_old_one_was(
         assert organizations.create(restored, "next", "Next").id == 3  # numbers go on
         due = restored.execute("select wake_at <= clock_timestamp() from agentflow.jobs where id = %s", (sent.id,))
         assert due.fetchone() == (True,)  # what the lost broker was told is told to the new one at once
-        statistics = restored.execute("select reltuples from pg_class where oid = 'agentflow.jobs'::regclass").fetchone()
+        statistics = restored.execute(
+            "select reltuples from pg_class where oid = 'agentflow.jobs'::regclass"
+        ).fetchone()
         assert statistics is not None and statistics[0] > 0
     assert new.installation_id == system.installation_id
     repeated = new.submit(2, NewJob("ping", {}, idempotency_key="other"))
@@ -354,7 +366,9 @@ def test_a_backup_that_was_not_finished_is_none(
     assert agentflow("restore", str(where), **target).status == 0
 
 
-@pytest.mark.parametrize("part", ["tables/jobs.gz", "files.gz", "manifest.json", "a file", "a lost file", "a lost table"])
+@pytest.mark.parametrize(
+    "part", ["tables/jobs.gz", "files.gz", "manifest.json", "a file", "a lost file", "a lost table"]
+)
 def test_what_is_damaged_is_found_and_nothing_comes_of_it(
     agentflow: Command,
     system: System,
@@ -402,7 +416,13 @@ def test_a_whole_backup_passes_its_check(agentflow: Command, system: System, whe
 
 @pytest.mark.parametrize("key", ["", "another-key-of-32-characters-...!"[:32]])
 def test_the_key_that_is_missing_is_named(
-    agentflow: Command, system: System, conn: Connection, client: FlaskClient, where: Path, target: dict[str, str], key: str
+    agentflow: Command,
+    system: System,
+    conn: Connection,
+    client: FlaskClient,
+    where: Path,
+    target: dict[str, str],
+    key: str,
 ) -> None:
     fill(system, conn, client)
     made(agentflow, where)

@@ -63,7 +63,12 @@ def effects(folder: Path) -> Counter[str]:
 
 
 def test_nothing_that_had_ended_is_run_again_and_all_else_ends(
-    agentflow: Command, system: System, conn: Connection, tmp_path: Path, environment: dict[str, str], target: dict[str, str]
+    agentflow: Command,
+    system: System,
+    conn: Connection,
+    tmp_path: Path,
+    environment: dict[str, str],
+    target: dict[str, str],
 ) -> None:
     folder, where, gate = tmp_path / "effects", tmp_path / "backups", tmp_path / "gate"
     folder.mkdir()
@@ -95,14 +100,18 @@ def test_nothing_that_had_ended_is_run_again_and_all_else_ends(
         was = {row.id: row for row in rows(conn, _OF_A_JOB) if str(row.id) in ended}
         now = {row.id: row for row in rows(new, _OF_A_JOB)}
         states = Counter(row.state for row in now.values())
-        attempts = value(new, "select array_agg(outcome order by fence) from agentflow.job_attempts where job_id = %s", running)
+        attempts = value(
+            new, "select array_agg(outcome order by fence) from agentflow.job_attempts where job_id = %s", running
+        )
 
     after = effects(folder)
     assert all(now[id_] == was[id_] for id_ in was)  # what had ended stands as it was
     for id_ in ended & before.keys():
         assert after[id_] == before[id_] == 1
     for id_ in all_of_it - ended - {str(running), str(later)}:
-        assert after[id_] == before[id_] + 1 <= 2  # once more at most, whatever the old system did after the moment of the backup
+        assert (
+            after[id_] == before[id_] + 1 <= 2
+        )  # once more at most, whatever the old system did after the moment of the backup
     for id_ in missing:
         assert after[id_] == before[id_]
     assert set(states) == {"succeeded", "queued"} and states["queued"] == 1 and now[later].state == "queued"

@@ -33,7 +33,8 @@ from web import create_app
 README = ROOT / "README.md"
 STATES_FILE = ROOT / "ops" / "states.md"
 RUSSIAN = ROOT / "README.ru.md"
-DOCUMENTS = [README, RUSSIAN, ROOT / "CHANGELOG.md", *sorted((ROOT / "ops").glob("*.md")), *sorted((ROOT / "ops").glob("deploy/*.md"))]
+PAGES = [*sorted((ROOT / "ops").glob("*.md")), *sorted((ROOT / "ops").glob("deploy/*.md"))]
+DOCUMENTS = [README, RUSSIAN, ROOT / "CHANGELOG.md", *PAGES]
 _BEGIN = "<!-- settings: .venv/bin/python -m tests.test_docs writes this table -->\n"
 _END = "<!-- end of settings -->"
 
@@ -212,7 +213,12 @@ def blocks(document: Path) -> list[tuple[str, list[str]]]:
     """What stands in the blocks of code, without comments; of diagrams only that there is one."""
     found = re.findall(r"^```(\w+)\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
     return [
-        (kind, [] if kind == "mermaid" else [line for each in text.splitlines() if (line := re.sub(r"(^| +)# .*", "", each))])
+        (
+            kind,
+            []
+            if kind == "mermaid"
+            else [line for each in text.splitlines() if (line := re.sub(r"(^| +)# .*", "", each))],
+        )
         for kind, text in found
     ]
 
@@ -229,7 +235,8 @@ def test_the_russian_readme_names_the_same_variables_paths_and_files() -> None:
     english = README.read_text()
     for title in ("HTTP API", "Command line", "Settings"):
         english = english.replace(section(README, title), "")
-    named = re.compile(r"`((?:[A-Z][A-Z0-9_]{4,}|(?:ops|tests|agentflow|actors|web|scheduler)/[\w./-]+|agentflow [a-z -]+[a-z]))`")
+    folders = "ops|tests|agentflow|actors|web|scheduler"
+    named = re.compile(rf"`((?:[A-Z][A-Z0-9_]{{4,}}|(?:{folders})/[\w./-]+|agentflow [a-z -]+[a-z]))`")
 
     assert set(named.findall(english)) <= set(named.findall(RUSSIAN.read_text()))
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from agentflow.backup.errors import Refused
 from agentflow.database import Connection
 
-_KEY = "hashtextextended('agentflow.backup', 7)"
+_KEY = "hashtextextended('a backup of agentflow', 7)"
 
 
 @contextmanager

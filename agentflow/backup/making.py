@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from datetime import UTC
 from typing import Final, Protocol
 
 import agentflow
@@ -54,9 +53,10 @@ def make(system: System, where: Place, *, keep: int | None = None, report: Repor
     """
     _refuse_own_storage(system, where)
     began = time.monotonic()
+    installation = system.installation_id  # made at the first look: before the moment of the backup
     with connected(system) as alone, guard.held(alone):
         before = where.newest()
-        if before is not None and before.installation != system.installation_id:
+        if before is not None and before.installation != installation:
             raise Refused(f"{where.shown} holds backups of another system; name another place")
         with connected(system) as conn, tables.snapshot(conn) as taken_at:
             id_ = f"{taken_at.astimezone(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
@@ -73,7 +73,7 @@ def make(system: System, where: Place, *, keep: int | None = None, report: Repor
             taken_at=taken_at,
             took_s=round(time.monotonic() - began, 1),
             version=agentflow.__version__,
-            installation=system.installation_id,
+            installation=installation,
             migrations=migrations,
             tables=tuple(rows),
             numbers=tuple(numbers),
@@ -116,7 +116,9 @@ def _refuse_own_storage(system: System, where: Place) -> None:
     here, there = system.storage.local_path("o"), where.storage.local_path("o")
     inside = here and there and (here.parent == there.parent or here.parent in there.parent.parents)
     if inside or where.shown.rstrip("/") == (system.settings.storage_url or "").rstrip("/"):
-        raise Refused(f"{where.shown} is where the system itself keeps its files; name another place, best on another machine")
+        raise Refused(
+            f"{where.shown} is where the system itself keeps its files; name another place, best on another machine"
+        )
 
 
 def _rows(conn: Connection, where: Place, id_: str, report: Report) -> Iterator[manifest.Table]:
@@ -136,9 +138,7 @@ def _rows(conn: Connection, where: Place, id_: str, report: Report) -> Iterator[
             rows = tables.copy_out(conn, table, write)
         before += table.size
         report("rows", before, total)
-        yield manifest.Table(
-            name=table.name, columns=table.columns, rows=rows, size=packer.size, sha256=packer.sha256
-        )
+        yield manifest.Table(name=table.name, columns=table.columns, rows=rows, size=packer.size, sha256=packer.sha256)
 
 
 class _Files:

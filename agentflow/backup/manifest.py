@@ -1,4 +1,4 @@
-"""What a backup says of itself: what it is of, and the checksum of each of its parts. Written last: without it there is no backup."""
+"""What a backup says of itself: what it is of, and the checksum of each of its parts. Written last: without it there is none."""
 
 from __future__ import annotations
 

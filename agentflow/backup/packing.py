@@ -17,7 +17,7 @@ _GZIP = 31
 
 
 class Packer:
-    """Compresses into a writer of a store. `finish` ends the stream; after it `sha256` and `size` (bytes) are those of the part."""
+    """Compresses into a writer of a store. After `finish`, which ends the stream, `sha256` and `size` (bytes) are the part's."""
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer

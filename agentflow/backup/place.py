@@ -81,7 +81,9 @@ class Place:
         if id_ in listed.unfinished:
             raise Refused(f"backup {id_} was not finished: it has no manifest")
         if id_ not in listed.finished:
-            raise Refused(f"there is no backup {id_} in {self.shown}; `agentflow restore {self.shown} --list` shows them")
+            raise Refused(
+                f"there is no backup {id_} in {self.shown}; `agentflow restore {self.shown} --list` shows them"
+            )
         return manifest.read(b"".join(self.storage.read(f"backups/{id_}/manifest.json")), id_)
 
     def newest(self) -> Manifest | None:

@@ -22,8 +22,8 @@ from agentflow.backup.place import File, Place
 from agentflow.database import Connection
 from agentflow.jobs import dispatch, records, rules
 from agentflow.jobs.model import QUEUES
-from agentflow.kommo import writes
 from agentflow.knowledge import embedding_models, vector_index, vectors
+from agentflow.kommo import writes
 from agentflow.storage import NotStored, Storage
 from agentflow.system import System
 
@@ -38,7 +38,7 @@ class Restored:
 
 
 def restore(system: System, where: Place, said: Manifest, *, hold: bool, report: Report = lambda *_: None) -> Restored:
-    """`system` has embedded servers that run, where it uses any, and a schema of any age or none. With `hold` every queue is paused.
+    """`system` has embedded servers that run, where it uses any, and a schema or none. With `hold` every queue is paused.
 
     Raises Refused before anything is changed; Damaged, StorageError and psycopg.OperationalError, after which the database is
     empty; SchemaError.
@@ -172,9 +172,7 @@ def _put_file(storage: Storage, source: Storage, file: File) -> None:
         return
     kind = mimetypes.guess_type(file.key)[0]
     try:
-        copying.copy(
-            source, file.here, storage, file.key, size=file.size, sha256=file.sha256, content_type=kind
-        )
+        copying.copy(source, file.here, storage, file.key, size=file.size, sha256=file.sha256, content_type=kind)
     except NotStored:
         raise Damaged(f"the backup has lost {file.key} ({file.here})") from None
     except Damaged as error:

@@ -69,7 +69,7 @@ def every(conn: Connection) -> list[Table]:
         " where f.contype = 'f' and n.nspname = %s and f.conrelid <> f.confrelid",
         (SCHEMA,),
     ).fetchall()
-    order: TopologicalSorter[str] = TopologicalSorter({name: () for name in sorted(found)})
+    order: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(sorted(found), ()))
     for name, referred in references:
         order.add(name, referred)
     return [found[name] for name in order.static_order()]
@@ -159,7 +159,9 @@ def filling(conn: Connection, names: Sequence[str]) -> Iterator[None]:
         try:
             conn.execute(sql.SQL("lock table {} in access exclusive mode").format(tables))
         except psycopg.errors.LockNotAvailable:
-            raise Refused("somebody uses the database: stop the processes of AgentFlow that are connected to it") from None
+            raise Refused(
+                "somebody uses the database: stop the processes of AgentFlow that are connected to it"
+            ) from None
         check_empty(conn)
         for name in names:
             conn.execute(sql.SQL("alter table {} disable trigger user").format(_identifier(name)))

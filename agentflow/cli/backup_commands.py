@@ -22,7 +22,9 @@ def backup(where: str, keep: int | None, as_json: bool) -> None:
     if as_json:
         output.print_json({**_summary(said), "copied_files": made.copied, "copied_bytes": made.copied_bytes})
     else:
-        new = f", {made.copied} of them new ({output.size(made.copied_bytes)})" if made.copied < said.files.count else ""
+        new = (
+            f", {made.copied} of them new ({output.size(made.copied_bytes)})" if made.copied < said.files.count else ""
+        )
         print(
             f"backup {said.id}: {said.rows} rows, {said.files.count} files{new}; {output.size(said.size)} in all,"
             f" in {output.duration(said.took_s)}"
@@ -78,7 +80,9 @@ def restore(where: str, id_: str | None, hold: bool, as_json: bool) -> None:
     with unprepared() as system, progress.of_bytes(output.console(stderr=True)) as bar:
         done = restoring.restore(system, place, said, hold=hold, report=bar)
     if as_json:
-        output.print_json({**_summary(said), "open_jobs": done.open_jobs, "held": hold, "restored_in_s": round(done.took_s, 1)})
+        output.print_json(
+            {**_summary(said), "open_jobs": done.open_jobs, "held": hold, "restored_in_s": round(done.took_s, 1)}
+        )
         return
     print(
         f"restored backup {said.id}, of {output.ago(said.taken_at)}: {said.rows} rows and {said.files.count} files,"

@@ -9,7 +9,9 @@ from agentflow.cli.groups import options
 
 @click.command()
 @click.argument("where", metavar="FOLDER|URL")
-@click.option("--keep", type=click.IntRange(1, 10_000), help="Then delete all but the newest N backups.  [default: all stay]")
+@click.option(
+    "--keep", type=click.IntRange(1, 10_000), help="Then delete all but the newest N backups.  [default: all stay]"
+)
 @options.AS_OBJECT
 def backup(where: str, keep: int | None, as_json: bool) -> None:
     """Copy the database and the files, while everything goes on, such as: agentflow backup s3://backups/agentflow --keep 14
@@ -26,7 +28,7 @@ def backup(where: str, keep: int | None, as_json: bool) -> None:
 @click.option("--backup", "id_", metavar="ID", help="Which one.  [default: the newest]")
 @click.option("--hold", is_flag=True, help="Pause every queue: nothing runs before you have looked.")
 @click.option("--list", "lists", is_flag=True, help="Show the backups, restore nothing.")
-@click.option("--check", "checks", is_flag=True, help="Read all of the backup and compare it with its checksums, restore nothing.")
+@click.option("--check", "checks", is_flag=True, help="Read all of it and compare its checksums, restore nothing.")
 @options.AS_OBJECT
 def restore(where: str, id_: str | None, hold: bool, lists: bool, checks: bool, as_json: bool) -> None:
     """Make the system of a backup, in the empty database and storage that the settings name.
