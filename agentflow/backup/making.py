@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -126,19 +126,29 @@ def _rows(conn: Connection, where: Place, id_: str, report: Report) -> Iterator[
     total = sum(table.size for table in found)
     before = 0
     for table in found:
-        seen = 0
-
-        def write(piece: memoryview) -> None:
-            nonlocal seen
-            packer.write(piece)
-            seen += len(piece)
-            report("rows", before + min(seen, table.size), total)  # noqa: B023 - called in this round alone
-
-        with where.packer(id_, f"tables/{table.name}") as packer:
-            rows = tables.copy_out(conn, table, write)
+        if tables.has_rows(conn, table):
+            yield _table(conn, where, id_, table, lambda seen: report("rows", before + seen, total))  # noqa: B023 - in this round
+        else:
+            yield manifest.Table(name=table.name, columns=table.columns, rows=0, size=0, sha256="")
         before += table.size
         report("rows", before, total)
-        yield manifest.Table(name=table.name, columns=table.columns, rows=rows, size=packer.size, sha256=packer.sha256)
+
+
+def _table(
+    conn: Connection, where: Place, id_: str, table: tables.Table, seen: Callable[[int], None]
+) -> manifest.Table:
+    """`seen` is told how many of the table's bytes were copied, about."""
+    done = 0
+
+    def write(piece: memoryview) -> None:
+        nonlocal done
+        packer.write(piece)
+        done += len(piece)
+        seen(min(done, table.size))
+
+    with where.packer(id_, f"tables/{table.name}") as packer:
+        rows = tables.copy_out(conn, table, write)
+    return manifest.Table(name=table.name, columns=table.columns, rows=rows, size=packer.size, sha256=packer.sha256)
 
 
 class _Files:

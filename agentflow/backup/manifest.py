@@ -19,7 +19,8 @@ class _Said(BaseModel):
 
 
 class Table(_Said):
-    """The rows of a table, in the text form of COPY. `size`: bytes as they are stored; `sha256` of the same."""
+    """The rows of a table, in the text form of COPY. `size`: bytes as they are stored; `sha256` of the same. Without rows there
+    is no part."""
 
     name: str
     columns: tuple[str, ...]
@@ -62,6 +63,11 @@ class Manifest(_Said):
     gone: tuple[str, ...]
     sealed_under: tuple[str, ...]
     unsealed: int
+
+    @property
+    def filled(self) -> tuple[Table, ...]:
+        """The tables that have rows."""
+        return tuple(table for table in self.tables if table.rows)
 
     @property
     def rows(self) -> int:

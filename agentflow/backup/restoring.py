@@ -69,7 +69,7 @@ def restore(system: System, where: Place, said: Manifest, *, hold: bool, report:
 def verify(where: Place, said: Manifest, report: Report = lambda *_: None) -> None:
     """Read all of a backup and compare it with its checksums. Raises Damaged."""
     done = 0
-    for table in said.tables:
+    for table in said.filled:
         for _ in where.unpacked(said.id, f"tables/{table.name}", table.sha256):
             pass
         done += table.size
@@ -127,7 +127,7 @@ def _refuse_other_tables(conn: Connection, said: Manifest) -> None:
 def _put_rows(conn: Connection, where: Place, said: Manifest, report: Report) -> None:
     total = sum(table.size for table in said.tables)
     done = 0
-    for table in said.tables:
+    for table in said.filled:
         rows = tables.copy_in(conn, table.name, table.columns, _pieces(where, said, table))
         if rows != table.rows:
             raise Damaged(f"the table {table.name} of the backup has {rows} rows, its manifest says {table.rows}")

@@ -75,6 +75,11 @@ def every(conn: Connection) -> list[Table]:
     return [found[name] for name in order.static_order()]
 
 
+def has_rows(conn: Connection, table: Table) -> bool:
+    row = conn.execute(sql.SQL("select exists (select from {})").format(_identifier(table.name))).fetchone()
+    return row == (True,)
+
+
 def copy_out(conn: Connection, table: Table, write: Callable[[memoryview], None]) -> int:
     """Returns how many rows there were."""
     with conn.cursor() as cursor:
