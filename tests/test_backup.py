@@ -120,6 +120,8 @@ def test_the_restored_system_goes_on_where_the_old_one_was(
         assert organizations.create(restored, "next", "Next").id == 3  # numbers go on
         due = restored.execute("select wake_at <= clock_timestamp() from agentflow.jobs where id = %s", (sent.id,))
         assert due.fetchone() == (True,)  # what the lost broker was told is told to the new one at once
+        stopped = restored.execute("select count(*) from pg_trigger where tgenabled <> 'O'").fetchone()
+        assert stopped == (0,)
         statistics = restored.execute(
             "select reltuples from pg_class where oid = 'agentflow.jobs'::regclass"
         ).fetchone()
@@ -261,6 +263,31 @@ def test_credentials_that_are_not_encrypted_are_named(
     said = agentflow("backup", str(where))
 
     assert said.status == 0 and "1 credentials are not encrypted" in said.err
+
+
+def test_what_comes_after_its_moment_is_not_in_it(
+    agentflow: Command,
+    system: System,
+    conn: Connection,
+    where: Path,
+    target: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = core.submit(conn)
+    original = tables.every
+
+    def late(reader: Connection) -> list[tables.Table]:
+        core.submit(conn)
+        conn.execute("update agentflow.jobs set stage = 'late' where id = %s", (before.id,))
+        return original(reader)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "every", late)
+        made(agentflow, where)
+    assert agentflow("restore", str(where), **target).status == 0
+
+    with psycopg.connect(target["DATABASE_URL"]) as restored:
+        assert restored.execute("select id, stage from agentflow.jobs").fetchall() == [(before.id, None)]
 
 
 def test_only_new_and_changed_files_are_copied_again(

@@ -6,14 +6,13 @@ A file is in storage before its row is written, and is removed after its row is 
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC
-from typing import Final, Protocol
+from typing import Final
 
 import agentflow
 from agentflow import resealing, schema
@@ -30,10 +29,8 @@ from agentflow.system import System
 FOLDER: Final = "o"
 
 
-class Report(Protocol):
-    """How far a step is, in bytes; `total` may be an estimate."""
-
-    def __call__(self, step: str, done: int, total: int) -> None: ...
+#: How far a step is: its name, the bytes that are done, and those of all, which may be an estimate.
+Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +56,7 @@ def make(system: System, where: Place, *, keep: int | None = None, report: Repor
         if before is not None and before.installation != installation:
             raise Refused(f"{where.shown} holds backups of another system; name another place")
         with connected(system) as conn, tables.snapshot(conn) as taken_at:
-            id_ = f"{taken_at.astimezone(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+            id_ = f"{taken_at.astimezone(UTC):%Y%m%dT%H%M%S-%f}"  # in the order of time, which says what is the newest
             rows = list(_rows(conn, where, id_, report))
             numbers = tables.numbers(conn)
             migrations = schema.applied(conn) or {}
