@@ -60,7 +60,7 @@ def fill(system: System, jobs: int, chunks: int, files: int) -> None:
             " time_limit_s, result, finished_by, started_at, finished_at)"
             " select agentflow.uuid7_1(), 1, 'ping', 'default', jsonb_build_object('text', t), 'succeeded', 1, 1, 5, 60,"
             " jsonb_build_object('text', t), gen_random_uuid(), now(), now() from (select (select string_agg(md5(random()::text"
-            " || n), ' ') from generate_series(1, 15)) as t from generate_series(1, %s) n) x",
+            " || n || g), ' ') from generate_series(1, 15) g) as t from generate_series(1, %s) n) x",
             (jobs,),
         )
         document = uuid4()
@@ -70,8 +70,8 @@ def fill(system: System, jobs: int, chunks: int, files: int) -> None:
         )
         conn.execute(
             "insert into agentflow.chunks (organization_id, document_id, position, key, text, start_offset, end_offset, tokens,"
-            " place) select 1, %s, n, sha256(n::text::bytea), (select string_agg(md5(random()::text || n), ' ')"
-            " from generate_series(1, 12)), 0, 400, 100, '{}' from generate_series(1, %s) n",
+            " place) select 1, %s, n, sha256(n::text::bytea), (select string_agg(md5(random()::text || n || g), ' ')"
+            " from generate_series(1, 12) g), 0, 400, 100, '{}' from generate_series(1, %s) n",
             (document, chunks),
         )
         conn.execute(
@@ -79,8 +79,8 @@ def fill(system: System, jobs: int, chunks: int, files: int) -> None:
         )
         conn.execute(
             "insert into agentflow.vectors (organization_id, model_id, chunk_key, vector) select 1, 1, sha256(n::text::bytea),"
-            " (select array_agg(random() - 0.5 + n * 0) from generate_series(1, 512))::real[]::agentflow_extensions.halfvec"
-            " from generate_series(1, %s) n",
+            " (select array_agg(random() - 0.5 + (n + g) * 0) from generate_series(1, 512) g)::real[]"
+            "::agentflow_extensions.halfvec from generate_series(1, %s) n",
             (chunks,),
         )
     for number in range(files):
