@@ -38,6 +38,14 @@ COLUMNS: Final = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class KeysInUse:
+    """The ids of the keys that values are sealed under, and how many values are not encrypted."""
+
+    keys: frozenset[str]
+    unsealed: int
+
+
 @dataclass(slots=True)
 class Resealed:
     """How many values were there, how many of them are new under the key, and which could not be read (table, row, why).
@@ -84,6 +92,19 @@ def reseal(conn: Connection, sealer: Sealer, *, report: Callable[[Resealed], Non
             after = rows[-1][0]
             report(done)
     return done
+
+
+def keys_in_use(conn: Connection) -> KeysInUse:
+    keys: set[str] = set()
+    unsealed = 0
+    for column in COLUMNS:
+        rows = conn.execute(
+            f"select case when {column.column} like 'v1.%' then split_part({column.column}, '.', 2) end as sealed_under,"  # noqa: S608 - constants
+            f" count(*) from agentflow.{column.table} where {column.column} is not null group by 1"
+        ).fetchall()
+        keys |= {key for key, _ in rows if key is not None}
+        unsealed += sum(count for key, count in rows if key is None)
+    return KeysInUse(frozenset(keys), unsealed)
 
 
 def _batch(conn: Connection, column: SealedColumn, after: UUID) -> list[tuple[UUID, int, str]]:

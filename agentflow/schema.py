@@ -109,13 +109,20 @@ def _refuse_invalid_index(conn: psycopg.Connection) -> None:
         raise SchemaError(f"index {broken[0][0]} is invalid after an interrupted build: drop it, then run this again")
 
 
+def applied(conn: psycopg.Connection) -> dict[str, str] | None:
+    """The files that were applied, with their hashes; None: there is no schema yet."""
+    row = conn.execute("select to_regclass('agentflow.migrations') is not null").fetchone()
+    if row != (True,):
+        return None
+    return dict(conn.execute("select name, sha from agentflow.migrations order by name").fetchall())
+
+
 def check(conn: psycopg.Connection) -> None:
     """Raises SchemaError when a file of this version has not been applied. A newer schema is fine: deploys overlap."""
-    try:
-        applied = {row[0] for row in conn.execute("select name from agentflow.migrations").fetchall()}
-    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
-        raise SchemaError("the database has no AgentFlow schema yet: run `python -m migrations`") from None
-    missing = [m.name for m in shipped() if m.name not in applied]
+    found = applied(conn)
+    if found is None:
+        raise SchemaError("the database has no AgentFlow schema yet: run `python -m migrations`")
+    missing = [m.name for m in shipped() if m.name not in found]
     if missing:
         raise SchemaError(
             f"the database's schema is older than this version ({missing[0]} is missing): run `python -m migrations`"

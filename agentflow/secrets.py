@@ -41,6 +41,11 @@ class Sealer:
         """Eight hex digits that tell keys apart and give nothing away."""
         return _id_of(self._key) if self._key is not None else None
 
+    @property
+    def key_ids(self) -> tuple[str, ...]:
+        """Of all keys whose values can be read."""
+        return tuple(self._keys)
+
     def is_current(self, sealed: str) -> bool:
         """Whether it is under the key that seals now."""
         return self._key is not None and sealed.startswith(f"v1.{self.key_id}.")

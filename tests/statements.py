@@ -118,6 +118,10 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "select agentflow.enter_key_": "the line of a pool of GPUs, which all organizations share",
     "from agentflow.renders r join agentflow.jobs j": "what is left on a server, whoever's it was",
     "(select count(*) from agentflow.renders r where r.server": "how many renders each server has, whoever's they are",
+    "select count(*) from agentflow.jobs where state in": "a restore: how many jobs are open, whoever's they are",
+    "select storage_key from agentflow.videos union": "a backup: which files have to be there, whoever's they are",
+    "end as sealed_under, count(*) from agentflow.": "a backup: which keys it needs, whoever's values are under them",
+    "select j.id, i.n - 1, j.organization_id": "a restore: each job's writes with the job's own organization",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
 }
 

@@ -32,12 +32,9 @@ from web import create_app
 
 README = ROOT / "README.md"
 STATES_FILE = ROOT / "ops" / "states.md"
-DOCUMENTS = [
-    README,
-    ROOT / "CHANGELOG.md",
-    *sorted((ROOT / "ops").glob("*.md")),
-    *sorted((ROOT / "ops/deploy").glob("*.md")),
-]
+RUSSIAN = ROOT / "README.ru.md"
+PAGES = [*sorted((ROOT / "ops").glob("*.md")), *sorted((ROOT / "ops").glob("deploy/*.md"))]
+DOCUMENTS = [README, RUSSIAN, ROOT / "CHANGELOG.md", *PAGES]
 _BEGIN = "<!-- settings: .venv/bin/python -m tests.test_docs writes this table -->\n"
 _END = "<!-- end of settings -->"
 
@@ -89,13 +86,59 @@ def test_every_option_that_is_described_exists() -> None:
         r"^\| `(agentflow [a-z -]+)` \| (.*) \|$", section(README, "Command line"), re.MULTILINE
     ):
         assert set(re.findall(r"`(--[a-z-]+)`", text)) <= options(path), path
-    mentioned = {
-        (path.strip(), option)
+
+
+def command_lines(text: str) -> list[str]:
+    """What a document tells people to run, in blocks of shell and between backticks."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [*lines, *re.findall(r"`([^`\n]+)`", prose)]
+
+
+def problem_of(line: str) -> str | None:
+    """What is wrong with the command of ours that a line calls; None: nothing, or it calls none."""
+    called = re.match(r"(?:[A-Z_]+=\S+ +)*(?:\.venv/bin/)?agentflow(?: (.*))?$", line)
+    if called is None:
+        return None
+    words = shlex.split(re.split(r" [|&;<>] ?| [0-9]?> ", called[1] or "")[0], comments=True)
+    command: click.Command = commands.cli
+    while isinstance(command, click.Group) and words and words[0][0] not in "-…<":
+        if words[0] not in command.commands:
+            return f"there is no command {words[0]}"
+        command = command.commands[words.pop(0)]
+    known = {option for parameter in command.params for option in parameter.opts} | {"--help", "--version"}
+    unknown = {word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)} - known
+    return f"it has no option {sorted(unknown)}" if unknown else None
+
+
+def test_every_command_that_a_document_names_is_one() -> None:
+    found = {
+        (document.name, line): problem
         for document in DOCUMENTS
-        for path, option in re.findall(r"agentflow ((?:[a-z]+ ){1,2})[^`\n]*?(--[a-z-]+)", document.read_text())
+        for line in command_lines(document.read_text())
+        if (problem := problem_of(line))
     }
-    for path, option in mentioned:
-        assert option in options(f"agentflow {path}"), (path, option)
+
+    assert not found
+
+
+def test_a_command_that_is_none_is_noticed() -> None:
+    assert problem_of("agentflow jobs list --state failed | head") is None
+    assert problem_of("KEY=x .venv/bin/agentflow restore s3://b --hold  # wait") is None
+    assert problem_of("agentflow jobs delete ID") and problem_of("agentflow restore X --force")
+
+
+def test_every_link_within_a_document_leads_somewhere() -> None:
+    for document in DOCUMENTS:
+        text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+        headings = {slug(title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+        assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings, document.name
+
+
+def slug(title: str) -> str:
+    """The name of a heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def test_every_route_is_described_and_every_described_one_exists() -> None:
@@ -149,6 +192,47 @@ def test_metrics_that_the_runbook_names_exist() -> None:
     for name in named:
         if name not in ("worker_lost", "worker_out_of_memory"):  # an error's code
             assert f'"{name}"' in text, name
+
+
+# ---- README in Russian ----
+
+
+def outline(document: Path) -> list[int]:
+    """The levels of the headings, in order."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+
+
+def blocks(document: Path) -> list[tuple[str, list[str]]]:
+    """What stands in the blocks of code, without comments; of diagrams only that there is one."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    return [
+        (
+            kind,
+            []
+            if kind == "mermaid"
+            else [line for each in text.splitlines() if (line := re.sub(r"(^| +)# .*", "", each))],
+        )
+        for kind, text in found
+    ]
+
+
+def test_the_russian_readme_is_in_step_with_the_english_one() -> None:
+    assert outline(RUSSIAN) == outline(README)
+    assert blocks(RUSSIAN) == blocks(README)
+    assert "(README.ru.md)" in README.read_text() and "(README.md)" in RUSSIAN.read_text()
+
+
+def test_the_russian_readme_names_the_same_variables_paths_and_files() -> None:
+    """Of what stands between backticks: whoever changes one has to look at the other."""
+    # These three sections are tables of the program's, and stand in English alone.
+    english = README.read_text()
+    for title in ("HTTP API", "Command line", "Settings"):
+        english = english.replace(section(README, title), "")
+    folders = "ops|tests|agentflow|actors|web|scheduler"
+    named = re.compile(rf"`((?:[A-Z][A-Z0-9_]{{4,}}|(?:{folders})/[\w./-]+|agentflow [a-z -]+[a-z]))`")
+
+    assert set(named.findall(english)) <= set(named.findall(RUSSIAN.read_text()))
 
 
 # ---- processes ----

@@ -11,6 +11,7 @@ import click
 import agentflow
 from agentflow.cli import errors
 from agentflow.cli.groups import (
+    backups,
     callbacks,
     checks,
     crm,
@@ -89,6 +90,8 @@ for _command in (
     telegram.telegram,
     knowledge.knowledge,
     graph.graph,
+    backups.backup,
+    backups.restore,
     checks.doctor,
     checks.prove,
     checks.load,

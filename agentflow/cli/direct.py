@@ -19,3 +19,15 @@ def connected() -> Iterator[System]:
         yield system
     finally:
         system.close()
+
+
+@contextmanager
+def unprepared() -> Iterator[System]:
+    """The same, whatever its database holds, or does not hold yet."""
+    logging.basicConfig(level=logging.ERROR, format="agentflow: %(message)s")
+    system = System(settings.current(), "cli")
+    try:
+        system.join_embedded()
+        yield system
+    finally:
+        system.close()

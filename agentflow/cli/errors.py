@@ -39,6 +39,10 @@ def explained(error: Exception) -> Failure | None:
         return Failure(
             f"the database cannot be reached ({one_line(error)}); `agentflow doctor` says more", CANNOT_START
         )
+    from agentflow.backup.errors import Damaged, Refused
+
+    if isinstance(error, Refused | Damaged):
+        return Failure(str(error), USAGE if isinstance(error, Refused) else WRONG)
     from agentflow.storage import StorageError
 
     if isinstance(error, StorageError):

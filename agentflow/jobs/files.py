@@ -14,6 +14,7 @@ from typing import Final
 from uuid import UUID
 
 from agentflow import log
+from agentflow.backup import guard
 from agentflow.database import Connection, Database
 from agentflow.storage import Storage, StorageError, Stored
 
@@ -61,10 +62,12 @@ def doom(conn: Connection, doomed: Sequence[Doomed]) -> None:
 def remove_batch(database: Database, storage: Storage, limit: int = BATCH) -> int:
     """Remove doomed files that are due. Returns how many entries were tried; fewer than `limit`: done.
 
-    What the store refuses is tried again later; what a row still names, when that may have gone. Safe to repeat, and to be
-    done by two at once.
+    What the store refuses is tried again later; what a row still names, when that may have gone; nothing while a backup is made.
+    Safe to repeat, and to be done by two at once.
     """
     with database.connection() as conn:
+        if guard.under_way(conn):  # rows of the moment that it copies may name them
+            return 0
         taken = _take(conn, limit)
         named = _named(conn, taken)
     gone = []
@@ -88,6 +91,15 @@ def remove_batch(database: Database, storage: Storage, limit: int = BATCH) -> in
             (_NAMED_AGAIN, [each.key for each in named]),
         )
     return len(taken)
+
+
+def named_by_rows(conn: Connection) -> list[str]:
+    """The files that videos, documents and what people sent to the bot have in storage; those of results are not among them."""
+    rows = conn.execute(
+        "select storage_key from agentflow.videos union select storage_key from agentflow.documents"
+        " union select storage_key from agentflow.telegram_pictures"
+    ).fetchall()
+    return [row[0] for row in rows if row[0] is not None]
 
 
 def overdue(conn: Connection) -> int:

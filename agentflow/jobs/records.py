@@ -32,6 +32,12 @@ def get(conn: Connection, organization_id: int | None, job_id: UUID) -> Job | No
     return job_from_row(row) if row else None
 
 
+def count_open(conn: Connection) -> int:
+    """How many jobs are queued or running, of all organizations."""
+    row = conn.execute("select count(*) from agentflow.jobs where state in ('queued', 'running')").fetchone()
+    return int(row[0]) if row else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Filter:
     state: State | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final, Literal
 from uuid import UUID
 
@@ -56,6 +57,22 @@ def intend(
         " on conflict (job_id, item) do update set sent_at = clock_timestamp(), sent_s = excluded.sent_s"
         " where w.state = 'sent'",
         (job_id, organization_id, account_id, entity_type, sent_s, list(items)),
+    )
+
+
+def assume_sent(conn: Connection, since: datetime) -> None:
+    """Whatever open jobs are to create may have been created after `since`, by a system that is gone: it is looked for first.
+
+    Clocks of servers may differ by a minute. To be called before anybody else works on this database.
+    """
+    conn.execute(
+        "insert into agentflow.crm_writes (job_id, item, organization_id, account_id, entity_type, sent_at, sent_s)"
+        " select j.id, i.n - 1, j.organization_id, a.id, j.payload ->> 'kind', %s, extract(epoch from %s)::bigint - 60"
+        " from agentflow.jobs j join agentflow.crm_accounts a"
+        " on a.organization_id = j.organization_id and a.id::text = j.payload ->> 'account_id'"
+        " cross join jsonb_array_elements(j.payload -> 'items') with ordinality i (item, n)"
+        " where j.type = 'write_crm' and j.state in ('queued', 'running') and not i.item ? 'id' on conflict do nothing",
+        (since, since),
     )
 
 
