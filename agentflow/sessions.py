@@ -1,5 +1,5 @@
-"""Who is signed in to the dashboard. The browser keeps a random token, the row its hash and the key that it was made with: a session
-ends with its key."""
+"""Who is signed in to the dashboard. The browser keeps a random token, the row its hash and the key that it was made with: a
+session ends with its key."""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ PATIENCE_MS: Final = 60_000
 MINE, THEIRS = 7_800_001, 7_800_002
 _WATCH: Final = """
 window.violations = [];
-document.addEventListener("securitypolicyviolation", (event) => window.violations.push(`${event.violatedDirective} ${event.blockedURI}`));
+document.addEventListener("securitypolicyviolation", (event) => {
+  window.violations.push(`${event.violatedDirective} ${event.blockedURI}`);
+});
 """
 
 
@@ -42,7 +44,9 @@ document.addEventListener("securitypolicyviolation", (event) => window.violation
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"], timeout=PATIENCE_MS
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
+            timeout=PATIENCE_MS,
         )
         yield launched
         launched.close()
@@ -157,7 +161,13 @@ def uuid_at(at: datetime) -> UUID:
 
 
 def put_job(
-    conn: psycopg.Connection, state: str = "succeeded", *, age_s: float = 60.0, ran_s: float = 1.0, waited_s: float = 0.1, **columns: Any
+    conn: psycopg.Connection,
+    state: str = "succeeded",
+    *,
+    age_s: float = 60.0,
+    ran_s: float = 1.0,
+    waited_s: float = 0.1,
+    **columns: Any,
 ) -> UUID:
     """A row as it is after the job came to this state: handed in `age_s` ago, begun `waited_s` later."""
     created = datetime.now(UTC) - timedelta(seconds=age_s)
@@ -165,7 +175,7 @@ def put_job(
     ended = started + timedelta(seconds=ran_s) if started and state not in ("running",) else None
     values: dict[str, Any] = {
         "id": uuid_at(created), "organization_id": 1, "type": "ping", "queue": "default", "max_attempts": 5, "time_limit_s": 60,
-        "state": state, "created_at": created, "run_at": created, "attempt": 0 if state == "queued" else 1, "fence": 0 if state == "queued" else 1,
+        "state": state, "created_at": created, "run_at": created, "attempt": int(state != "queued"), "fence": int(state != "queued"),
         "started_at": started, "finished_at": ended, "wake_at": created if state == "queued" else None,
         **({"worker": uuid4(), "lease_until": datetime.now(UTC) + timedelta(hours=1)} if state == "running" else {}),
         **columns,
@@ -194,33 +204,67 @@ REFUSED: Final = {
 def fill(conn: psycopg.Connection, *, jobs: int = 400, hours: float = 24.0) -> None:
     """Something on every page: a day of work, dead letters of three kinds, waiting and running jobs, workers."""
     dice = random.Random(7)
-    types = ("analyze_video", "sync_kommo_contacts", "generate_embeddings", "deliver_callback", "render_image", "answer_telegram")
+    types = (
+        "analyze_video",
+        "sync_kommo_contacts",
+        "generate_embeddings",
+        "deliver_callback",
+        "render_image",
+        "answer_telegram",
+    )
     for n in range(jobs):
         age_s = 200 + dice.random() ** 1.5 * hours * 3600
         kind = types[dice.randrange(len(types))]
         fails = dice.random() < 0.06
-        error = dict(TIMEOUT, message=f"openrouter.ai did not answer within 30 s (request {n})") if n % 2 else dict(REFUSED, message=f"ValueError: lead {n} has no contact")
+        error = (
+            dict(TIMEOUT, message=f"openrouter.ai did not answer within 30 s (request {n})")
+            if n % 2
+            else dict(REFUSED, message=f"ValueError: lead {n} has no contact")
+        )
         put_job(
-            conn, "failed" if fails else "succeeded", age_s=age_s, ran_s=dice.expovariate(1 / 8), waited_s=dice.expovariate(1 / 0.4),
-            type=kind, queue="heavy" if kind == "analyze_video" else "default", error=error if fails else None,
+            conn, "failed" if fails else "succeeded", age_s=age_s, ran_s=dice.expovariate(1 / 8),
+            waited_s=dice.expovariate(1 / 0.4), type=kind, queue="heavy" if kind == "analyze_video" else "default", error=error if fails else None,
             payload={"account_id": n}, result=None if fails else {"done": True},
         )  # fmt: skip
     for n in range(3):
-        put_job(conn, "running", age_s=40 + n * 20, type="analyze_video", queue="heavy", progress=0.2 + 0.3 * n, stage="reading frames")
+        put_job(
+            conn,
+            "running",
+            age_s=40 + n * 20,
+            type="analyze_video",
+            queue="heavy",
+            progress=0.2 + 0.3 * n,
+            stage="reading frames",
+        )
     soon = datetime.now(UTC) + timedelta(minutes=12)
     for n in range(5):
-        put_job(conn, "queued", age_s=30 + n, type=types[n], **({"run_at": soon, "wake_at": soon, "wait_reason": "limit"} if n % 2 else {}))
+        put_job(
+            conn,
+            "queued",
+            age_s=30 + n,
+            type=types[n],
+            **({"run_at": soon, "wake_at": soon, "wait_reason": "limit"} if n % 2 else {}),
+        )
     for n, (threads, busy) in enumerate(((25, 9), (25, 3), (8, 2))):
         conn.execute(
             "insert into agentflow.workers (id, kind, host, pid, version, queues, threads, busy, memory_bytes, started_at)"
             " values (%s, 'worker', %s, %s, '0.1.0', %s, %s, %s, %s, clock_timestamp() - interval '5 h')",
-            (uuid4(), f"worker-{n + 1}", 4000 + n, ["default", "heavy", "gpu"][: 3 if n == 2 else 2], threads, busy, (180 + 40 * n) << 20),
+            (
+                uuid4(),
+                f"worker-{n + 1}",
+                4000 + n,
+                ["default", "heavy", "gpu"][: 3 if n == 2 else 2],
+                threads,
+                busy,
+                (180 + 40 * n) << 20,
+            ),
         )
     history.roll_up(conn)
     conn.execute(
         "insert into agentflow.depth_history (seconds, at, organization_id, queue, due, parked, running, oldest_due_s)"
         " select s, date_bin(make_interval(secs => s), clock_timestamp(), 'epoch') - make_interval(secs => s * n), 1, 'default',"
-        " greatest(0, 14 + 12 * sin(n / 5.0) + 4 * random()), 6 + 2 * random(), 8 + 6 * random(), greatest(0, 4 + 4 * sin(n / 5.0))"
+        " greatest(0, 14 + 12 * sin(n / 5.0) + 4 * random()), 6 + 2 * random(), 8 + 6 * random(),"
+        " greatest(0, 4 + 4 * sin(n / 5.0))"
         " from unnest(array[60, 600, 3600]) s, generate_series(0, 167) n on conflict do nothing"
     )
     history.sample_depths(conn)
@@ -230,21 +274,39 @@ def rich_job(conn: psycopg.Connection) -> UUID:
     """One with attempts, a chain, usage and an error that was got over."""
     now = datetime.now(UTC)
     second, third = uuid_at(now), uuid_at(now)
-    then = [{"id": str(second), "type": "generate_embeddings", "then": [{"id": str(third), "type": "deliver_callback"}]}]
+    then = [
+        {"id": str(second), "type": "generate_embeddings", "then": [{"id": str(third), "type": "deliver_callback"}]}
+    ]
     made = put_job(
         conn, "succeeded", age_s=900, waited_s=640, ran_s=48, type="analyze_video", queue="heavy", attempt=3, fence=4,
-        correlation_id="deal-20417", payload={"video_id": "0197b1e2", "url": "https://cdn.example.com/film.mp4?token=abc123", "api_key": "sk-very-secret-value-12345"},
+        correlation_id="deal-20417", payload={"video_id": "0197b1e2", "url": "https://cdn.example.com/film.mp4?token=abc", "api_key": "sk-very-secret-value-12"},
         result={"shots": 42, "duration_s": 183.2, "title": "Bikes in the rain"}, then_jobs=then,
     )  # fmt: skip
     for fence, attempt, outcome, began_s, ended_s, error in (
         (1, 1, "retry", 890, 850, TIMEOUT),
         (2, 2, "wait", 840, 839, {"code": "model_limit", "message": "The provider's limit is used up until 12:40."}),
-        (3, 2, "crashed", 700, 620, {"code": "worker_lost", "message": "The worker that ran this job died or fell silent."}),
+        (
+            3,
+            2,
+            "crashed",
+            700,
+            620,
+            {"code": "worker_lost", "message": "The worker that ran this job died or fell silent."},
+        ),
     ):
         conn.execute(
             "insert into agentflow.attempts (job_id, fence, attempt, worker, started_at, ended_at, outcome, error)"
             " values (%s, %s, %s, %s, %s, %s, %s, %s)",
-            (made, fence, attempt, uuid4(), now - timedelta(seconds=began_s), now - timedelta(seconds=ended_s), outcome, json.dumps(error)),
+            (
+                made,
+                fence,
+                attempt,
+                uuid4(),
+                now - timedelta(seconds=began_s),
+                now - timedelta(seconds=ended_s),
+                outcome,
+                json.dumps(error),
+            ),
         )
     conn.execute("update agentflow.jobs set started_at = clock_timestamp() - interval '260 s' where id = %s", (made,))
     conn.execute("update agentflow.jobs set finished_at = clock_timestamp() - interval '212 s' where id = %s", (made,))
@@ -252,7 +314,14 @@ def rich_job(conn: psycopg.Connection) -> UUID:
         "insert into agentflow.usage (job_id, fence, organization_id, measures) values (%s, 4, 1, %s)",
         (made, json.dumps({"usd": 0.0412, "tokens_in": 18200, "tokens_out": 940})),
     )
-    put_job(conn, "running", age_s=211, type="generate_embeddings", id=second, parent_id=made, progress=0.6, stage="chunk 12 of 20")
+    put_job(
+        conn,
+        "running",
+        age_s=211,
+        type="generate_embeddings",
+        id=second,
+        parent_id=made,
+        progress=0.6,
+        stage="chunk 12 of 20",
+    )
     return made
-
-

@@ -58,10 +58,8 @@ class Retried:
 
 def groups(conn: Connection, organization_id: int | None, *, limit: int = 100) -> list[Group]:
     """The one that struck last first. Found by steps along the index, not by reading all dead letters."""
-    rows = conn.execute(
-        _GROUPS, {"organization": organization_id, "limit": limit, "most": MOST_COUNTED}
-    ).fetchall()
-    return [Group(*row[:5], example=job_from_row(row[5:])) for row in rows]
+    rows = conn.execute(_GROUPS, {"organization": organization_id, "limit": limit, "most": MOST_COUNTED}).fetchall()
+    return [Group(row[0], row[1], row[2], row[3], row[4], job_from_row(row[5:])) for row in rows]
 
 
 _KEY: Final = "j.organization_id, agentflow.fingerprint_1(j.type, j.error)"
@@ -116,7 +114,7 @@ def find(
     return [job_from_row(row) for row in conn.execute(query, {**values, "limit": limit}).fetchall()]
 
 
-def count(conn: Connection, organization_id: int | None, which: Which = Which()) -> int:  # noqa: B008 - frozen
+def count(conn: Connection, organization_id: int | None, which: Which = Which()) -> int:
     """At most MOST_COUNTED."""
     where, values = _where(organization_id, which)
     row = conn.execute(
@@ -152,7 +150,7 @@ def _where(organization_id: int | None, which: Which) -> tuple[sql.Composable, d
 def retry(
     conn: Connection, jobs: Sequence[Job], *, now: datetime, per_s: float | None, max_payload_bytes: int
 ) -> Retried:
-    """Each as a new job, `per_s` of them a second (None: all at once): the later ones are due later. In the caller's transaction."""
+    """Each as a new job, `per_s` of them a second (None: all at once): the later ones are due later."""
     rings: list[Ring] = []
     refused: dict[UUID, str] = {}
     done = 0

@@ -33,7 +33,7 @@ _LARGEST: Final = 3600
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What happened from `at` (unix seconds) on, for as long as a bucket is. Depths are the most that was seen, None: nobody looked."""
+    """What happened from `at` (unix seconds) on, for a bucket. Depths are the most that was seen, None: nobody looked."""
 
     at: int
     submitted: int = 0
@@ -75,7 +75,8 @@ def sample_depths(conn: Connection) -> None:
         now = _now(conn)
         for seconds, finer in ((600, 60), (3600, 600)):
             conn.execute(
-                "insert into agentflow.depth_history as h (seconds, at, organization_id, queue, due, parked, running, oldest_due_s)"
+                "insert into agentflow.depth_history as h (seconds, at, organization_id, queue, due, parked, running,"
+                " oldest_due_s)"
                 " select %(seconds)s, %(at)s, d.organization_id, d.queue, max(d.due), max(d.parked), max(d.running),"
                 " max(d.oldest_due_s) from agentflow.depth_history d where d.seconds = %(finer)s and d.at >= %(at)s"
                 " group by d.organization_id, d.queue on conflict (organization_id, seconds, at, queue) do update set"
@@ -121,7 +122,8 @@ def _marked(conn: Connection) -> datetime | None:
 
 def _remember(conn: Connection, until: datetime) -> None:
     conn.execute(
-        "insert into agentflow.installation (name, value) values (%s, %s) on conflict (name) do update set value = excluded.value",
+        "insert into agentflow.installation (name, value) values (%s, %s)"
+        " on conflict (name) do update set value = excluded.value",
         (_MARK, until.isoformat()),
     )
 
@@ -165,10 +167,11 @@ with ended as (
             and p.then_jobs is not null and c.id < %(first)s
     ) s where s.created_at >= %(since)s and s.created_at < %(until)s group by 1, 2, 3, 4
 )
-insert into agentflow.job_history as h (seconds, at, organization_id, type, queue, submitted, succeeded, failed, cancelled, pickups,
-    pickup_s, run_s)
+insert into agentflow.job_history as h (seconds, at, organization_id, type, queue, submitted, succeeded, failed, cancelled,
+    pickups, pickup_s, run_s)
 select 60, at, organization_id, type, queue, coalesce(submitted, 0), coalesce(succeeded, 0), coalesce(failed, 0),
-    coalesce(cancelled, 0), coalesce(pickups, array_fill(0, array[{len(PICKUP_BOUNDS) + 1}])), coalesce(pickup_s, 0), coalesce(run_s, 0)
+    coalesce(cancelled, 0), coalesce(pickups, array_fill(0, array[{len(PICKUP_BOUNDS) + 1}])),
+    coalesce(pickup_s, 0), coalesce(run_s, 0)
 from ended full join handed_in using (at, organization_id, type, queue)
 on conflict (organization_id, seconds, at, type, queue) do update set
     submitted = greatest(h.submitted, excluded.submitted),
@@ -184,8 +187,8 @@ on conflict (organization_id, seconds, at, type, queue) do update set
 _FOLD: Final = f"""
 insert into agentflow.job_history (seconds, at, organization_id, type, queue, submitted, succeeded, failed, cancelled, pickups,
     pickup_s, run_s)
-select %(seconds)s, date_bin(make_interval(secs => %(seconds)s), f.at, 'epoch'), f.organization_id, f.type, f.queue, sum(f.submitted),
-    sum(f.succeeded), sum(f.failed), sum(f.cancelled), {_sums("f.pickups")}, sum(f.pickup_s), sum(f.run_s)
+select %(seconds)s, date_bin(make_interval(secs => %(seconds)s), f.at, 'epoch'), f.organization_id, f.type, f.queue,
+    sum(f.submitted), sum(f.succeeded), sum(f.failed), sum(f.cancelled), {_sums("f.pickups")}, sum(f.pickup_s), sum(f.run_s)
 from agentflow.job_history f where f.seconds = %(finer)s and f.at >= %(since)s and f.at < %(until)s group by 1, 2, 3, 4, 5
 on conflict (organization_id, seconds, at, type, queue) do update set submitted = excluded.submitted,
     succeeded = excluded.succeeded, failed = excluded.failed, cancelled = excluded.cancelled, pickups = excluded.pickups,
@@ -195,7 +198,8 @@ on conflict (organization_id, seconds, at, type, queue) do update set submitted 
 # Two halves, each with the condition of a partial index.
 _SAMPLE: Final = """
 insert into agentflow.depth_history as h (seconds, at, organization_id, queue, due, parked, running, oldest_due_s)
-select 60, date_bin('1 min', statement_timestamp(), 'epoch'), organization_id, queue, sum(due), sum(parked), sum(running), max(oldest)
+select 60, date_bin('1 min', statement_timestamp(), 'epoch'), organization_id, queue, sum(due), sum(parked), sum(running),
+    max(oldest)
 from (
     select organization_id, queue, count(*) filter (where d.is_due) as due, count(*) filter (where not d.is_due) as parked,
         0 as running, coalesce(extract(epoch from statement_timestamp() - min(j.run_at) filter (where d.is_due)), 0) as oldest

@@ -75,7 +75,7 @@ def search(
         values["error"] = wanted.error
     for name, comparison in (("since", ">="), ("until", "<")):
         if (moment := getattr(wanted, name)) is not None:
-            clauses.append(sql.SQL(f"j.id {comparison} %({name})s"))  # noqa: S608 - constants
+            clauses.append(sql.SQL(f"j.id {comparison} %({name})s"))
             values[name] = id_floor(moment.timestamp())
     query = sql.SQL("select {} from agentflow.jobs j where {} order by j.id desc limit %(limit)s").format(
         sql.SQL(_LISTED), sql.SQL(" and ").join(clauses)
@@ -164,7 +164,10 @@ def chains(conn: Connection, organization_id: int | None, first: list[UUID]) -> 
         {"ids": ids, "organization": organization_id},
     ).fetchall()
     jobs = {job.id: job for job in map(job_from_row, rows)}
-    return {id_: [Link(each, type_, jobs.get(each), depth) for each, type_, depth in links] for id_, links in planned.items()}
+    return {
+        id_: [Link(each, type_, jobs.get(each), depth) for each, type_, depth in links]
+        for id_, links in planned.items()
+    }
 
 
 def _planned(then: list[dict[str, Any]] | None, depth: int = 1) -> list[tuple[UUID, str, int]]:
@@ -218,7 +221,7 @@ class NotRetryable(Exception):
 
 
 def retry(conn: Connection, job: Job, *, max_payload_bytes: int, run_at: datetime | None = None) -> Submitted:
-    """Submit a dead letter's work as a new job that points to it; the old row is one no longer, and stays. Raises NotRetryable."""
+    """Submit a dead letter's work as a new job that points to it; the old row stays, and is one no longer. May raise NotRetryable."""
     if job.state not in ("failed", "cancelled"):
         raise NotRetryable(f"job {job.id} is {job.state}; only a failed or cancelled job can be retried")
     new = NewJob(

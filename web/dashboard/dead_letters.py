@@ -28,7 +28,7 @@ def dead_letters(visit: Visit) -> Response:
         groups = letters.groups(conn, visit.sees)
         count = letters.count(conn, visit.sees)
     slugs = {each.id: each.slug for each in visit.organizations()} if visit.sees is None else {}
-    values = {"groups": groups, "count": count, "most": letters.MOST_COUNTED, "slugs": slugs}
+    values: dict[str, Any] = {"groups": groups, "count": count, "most": letters.MOST_COUNTED, "slugs": slugs}
     if request.args.get("part") == "groups":
         return visit.part("dead_letters_groups.html", **values)
     return visit.page("dead_letters.html", **values, types=sorted({group.example.type for group in groups}))
@@ -76,13 +76,18 @@ def _done(visit: Visit, action: Action, which: Which, organization_id: int | Non
     said = plural(retried.done, "{n} job is tried again.", "{n} jobs are tried again.")
     if retried.refused:
         why = next(iter(retried.refused.values()))
-        said += " " + plural(len(retried.refused), "{n} could not be: {why}", "{n} could not be, the first one: {why}", why=why)
+        said += " " + plural(
+            len(retried.refused), "{n} could not be: {why}", "{n} could not be, the first one: {why}", why=why
+        )
     return said
 
 
 def _which(visit: Visit, given: Any) -> tuple[Which, int | None]:
     """The letters that a preview or its form names, and whose they may be."""
-    text = {name: str(given.get(name, "")).strip()[:200] for name in ("fingerprint", "type", "error", "until", "job", "group")}
+    text = {
+        name: str(given.get(name, "")).strip()[:200]
+        for name in ("fingerprint", "type", "error", "until", "job", "group")
+    }
     if not all(map(is_storable, text.values())):
         raise Refused(422, say("{field} is not known.", field="type"))
     try:
@@ -93,7 +98,7 @@ def _which(visit: Visit, given: Any) -> tuple[Which, int | None]:
             until=datetime.fromisoformat(text["until"]) if text["until"] else None,
             job_id=UUID(text["job"]) if text["job"] else None,
         )
-        organization_id = int(text["group"]) if text["group"] else visit.sees
+        organization_id = int(text["group"][:18]) if text["group"] else visit.sees
     except ValueError:
         raise Refused(422, say("{field} is not known.", field="until")) from None
     if visit.sees is not None and organization_id != visit.sees:

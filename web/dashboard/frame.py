@@ -107,7 +107,13 @@ class Visit(Call):
         answer = to(link(endpoint, **values))
         if said is not None:
             answer.set_cookie(
-                SAID_COOKIE, quote(said), max_age=_SAID_S, path=PREFIX, httponly=True, samesite="Strict", secure=is_secure()
+                SAID_COOKIE,
+                quote(said),
+                max_age=_SAID_S,
+                path=PREFIX,
+                httponly=True,
+                samesite="Strict",
+                secure=is_secure(),
             )
         return answer
 
@@ -139,7 +145,10 @@ def install(app: Flask, services: Services, groups: Iterable[Pages]) -> None:
     for group in groups:
         for method, path, function, scope in group.found:
             blueprint.add_url_rule(
-                path, function.__name__, _view(services, function, scope, method), methods=[method],
+                path,
+                function.__name__,
+                _view(services, function, scope, method),
+                methods=[method],
                 provide_automatic_options=False,
             )
 
@@ -153,7 +162,9 @@ def install(app: Flask, services: Services, groups: Iterable[Pages]) -> None:
             response = _problem_page(response)
         if request.endpoint == "dashboard.static" and response.status_code < 400:
             # Named with a digest of its content, it never changes.
-            response.headers["Cache-Control"] = f"public, max-age={_YEAR_S}, immutable" if request.args.get("v") else "no-cache"
+            response.headers["Cache-Control"] = (
+                f"public, max-age={_YEAR_S}, immutable" if request.args.get("v") else "no-cache"
+            )
         response.headers["Content-Security-Policy"] = POLICY.format(stores=stores)
         response.headers["Referrer-Policy"] = "same-origin"
         response.headers["Cross-Origin-Opener-Policy"] = "same-origin"
@@ -168,13 +179,25 @@ def install(app: Flask, services: Services, groups: Iterable[Pages]) -> None:
     app.register_blueprint(blueprint)
     shown.install(app.jinja_env)
     app.jinja_env.globals.update(
-        _=words.say, plural=words.plural, link=link, file=_file, sections=SECTIONS, version=agentflow.__version__,
-        languages=words.LANGUAGES, language=language, theme=_theme, current=_current, said=_said, now=shown.now,
+        _=words.say,
+        plural=words.plural,
+        link=link,
+        file=_file,
+        sections=SECTIONS,
+        version=agentflow.__version__,
+        languages=words.LANGUAGES,
+        language=language,
+        theme=_theme,
+        current=_current,
+        said=_said,
+        now=shown.now,
     )
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
 
 
-def _view(services: Services, function: Callable[..., Any], scope: Needed | None, method: str) -> Callable[..., Response]:
+def _view(
+    services: Services, function: Callable[..., Any], scope: Needed | None, method: str
+) -> Callable[..., Response]:
     def view(**arguments: Any) -> Response:
         if method == "POST":
             request.max_content_length = _FORM_BYTES
@@ -187,7 +210,9 @@ def _view(services: Services, function: Callable[..., Any], scope: Needed | None
         if method == "POST":
             given = request.form.get("form_token") or request.headers.get("X-Form-Token", "")
             if not hmac.compare_digest(given.encode(), visit.form_token.encode()):
-                raise Refused(403, words.say("This form is of another session. Load the page again, and then try once more."))
+                raise Refused(
+                    403, words.say("This form is of another session. Load the page again, and then try once more.")
+                )
         if not visit.may(scope):
             raise Refused(403, words.say("Your key lacks the scope {scope}.", scope=scope))
         made: Response = function(visit, **arguments)
@@ -216,8 +241,9 @@ def visitor(services: Services) -> Visit | None:
         scopes: Any = session.scopes
         caller = Caller(session.organization_id, session.organization_id, frozenset(scopes))
     g.caller = caller
-    g.visit = Visit(services, caller, session, token, organization)
-    return g.visit
+    visit = Visit(services, caller, session, token, organization)
+    g.visit = visit
+    return visit
 
 
 def _to_sign_in() -> Response:
@@ -258,7 +284,9 @@ def link(endpoint: str, **values: Any) -> str:
     visit: Visit | None = g.get("visit")
     if visit is not None and visit.organization is not None and "organization" not in values:
         values["organization"] = visit.organization.slug
-    return url_for(f"dashboard.{endpoint}", **{name: value for name, value in values.items() if value not in (None, "")})
+    return url_for(
+        f"dashboard.{endpoint}", **{name: value for name, value in values.items() if value not in (None, "")}
+    )
 
 
 _digests: dict[str, str] = {}

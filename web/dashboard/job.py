@@ -1,4 +1,4 @@
-"""One job: why it waits and when it will start, its attempts on a time line, what went in and what came out, and what can be done."""
+"""One job: why it waits and when it will start, its attempts on a time line, what went in and came out, and what can be done."""
 
 from __future__ import annotations
 
@@ -63,7 +63,12 @@ def job(visit: Visit, job_id: UUID) -> Response:
         return visit.part("job_state.html", **values)
     result = api.with_links(visit, found.result, found.organization_id)
     return visit.page(
-        "job.html", **values, **_around(visit, found), result=result, artefacts=shown.artefacts(result), curl=shown.curl(found)
+        "job.html",
+        **values,
+        **_around(visit, found),
+        result=result,
+        artefacts=shown.artefacts(result),
+        curl=shown.curl(found),
     )
 
 
@@ -94,7 +99,11 @@ def _around(visit: Visit, job: Job) -> dict[str, Any]:
         chain = records.chains(conn, visit.sees, [first]).get(first, [])
         batch = records.get_batch(conn, visit.sees, job.batch_id) if job.batch_id else None
         told = callbacks.of(conn, visit.sees, job.id)
-        again = records.search(conn, job.organization_id, records.Filter(retry_of=job.id), limit=_MOST_CHILDREN) if job.terminal else []
+        again = (
+            records.search(conn, job.organization_id, records.Filter(retry_of=job.id), limit=_MOST_CHILDREN)
+            if job.terminal
+            else []
+        )
     return {"chain": chain if len(chain) > 1 else [], "batch": batch, "callbacks": told, "retries": again}
 
 
@@ -122,12 +131,16 @@ def steps(job: Job, attempts: list[Attempt], reason: str | None) -> list[Step]:
     now = shown.now()
     if job.state == "running" and job.started_at is not None:
         found.append(Step("wait", "wait", why, at, (job.started_at - at).total_seconds()))
-        found.append(Step("run", "running", say("Runs"), job.started_at, (now - job.started_at).total_seconds(), ongoing=True))
+        found.append(
+            Step("run", "running", say("Runs"), job.started_at, (now - job.started_at).total_seconds(), ongoing=True)
+        )
     elif job.state == "queued":
         text = reason_in_words(reason) if reason else why
         found.append(Step("wait", "waiting", text, at, (now - at).total_seconds(), ongoing=True))
     elif not found and job.finished_at is not None:  # cancelled before anybody took it
-        found.append(Step("wait", "cancelled", say("Waited, and was cancelled"), at, (job.finished_at - at).total_seconds()))
+        found.append(
+            Step("wait", "cancelled", say("Waited, and was cancelled"), at, (job.finished_at - at).total_seconds())
+        )
     return _placed([step for step in found if step.seconds >= 0.0005 or step.kind == "run"])
 
 

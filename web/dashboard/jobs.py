@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, cast
+from typing import Any, Final
 from uuid import UUID
 
 from flask import Response, request
 
 from agentflow.jobs import records, registry
-from agentflow.jobs.model import STATES, State
+from agentflow.jobs.model import STATES
 from agentflow.jobs.text import is_storable
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import say
@@ -21,12 +21,20 @@ pages = Pages()
 PAGE: Final = 50
 _MOST_CHARACTERS: Final = 200
 #: Of the last …: what people look for most.
-PERIODS: Final = {"15m": timedelta(minutes=15), "1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7)}
+PERIODS: Final = {
+    "15m": timedelta(minutes=15),
+    "1h": timedelta(hours=1),
+    "24h": timedelta(days=1),
+    "7d": timedelta(days=7),
+}
 
 
 @pages.get("/jobs")
 def jobs(visit: Visit) -> Response:
-    asked = {name: _asked(name) for name in ("q", "state", "type", "error", "correlation", "period", "since", "until", "batch")}
+    asked = {
+        name: _asked(name)
+        for name in ("q", "state", "type", "error", "correlation", "period", "since", "until", "batch")
+    }
     if found := _as_id(asked["q"]):
         return visit.go("job", job_id=found)
     problem = None
@@ -77,7 +85,7 @@ def _filter(asked: dict[str, str]) -> records.Filter:
     if asked["batch"] and batch is None:
         raise Refused(422, say("A batch is named by its id."))
     return records.Filter(
-        state=cast(State, asked["state"]) if asked["state"] in STATES else None,
+        state=next((each for each in STATES if each == asked["state"]), None),
         type=asked["type"] or None,
         correlation_id=asked["correlation"] or asked["q"] or None,
         error=asked["error"] or None,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, cast
+from typing import Any
 
 from flask import Response, request
 
 from agentflow import health
 from agentflow.jobs import dead_letters, history, statistics
-from agentflow.jobs.history import Window
 from agentflow.schedules import canaries, ticks
 from web.dashboard import troubles
 from web.dashboard.frame import Pages, Visit
@@ -33,10 +32,10 @@ def charts(visit: Visit) -> Response:
     if window not in history.WINDOWS:
         raise invalid("window", f"is one of {', '.join(history.WINDOWS)}", "query")
     with visit.system.database.connection() as conn:
-        points = history.read(conn, visit.sees, cast(Window, window))
+        points = history.read(conn, visit.sees, window)
     names = [field.name for field in dataclasses.fields(history.Point)]
     columns = {name: [getattr(point, name) for point in points] for name in names}
-    document = {"window": window, "seconds": history.WINDOWS[cast(Window, window)][0], **columns}
+    document = {"window": window, "seconds": history.WINDOWS[window][0], **columns}
     return Response(json.dumps(document, separators=(",", ":")), content_type="application/json")
 
 

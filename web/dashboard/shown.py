@@ -21,7 +21,8 @@ HIDDEN: Final = "••••••"
 #: Of a text so much is shown: a browser has to draw it.
 MOST_CHARACTERS: Final = 64 << 10
 _SECRET: Final = re.compile(
-    r"secret|passw|authorization|credential|cookie|signature|token$|(api|private|access|encryption)[_-]?key", re.IGNORECASE
+    r"secret|passw|authorization|credential|cookie|signature|token$|(api|private|access|encryption)[_-]?key",
+    re.IGNORECASE,
 )
 _SECRET_VALUE: Final = re.compile(
     r"\b(af_[a-z0-9]{12}_[A-Za-z0-9_-]{43}|whsec_[A-Za-z0-9+/=_-]{16,}|sk-[A-Za-z0-9_-]{16,}|Bearer\s+[A-Za-z0-9._~+/=-]{8,})"
@@ -35,7 +36,14 @@ _PICTURE: Final = re.compile(r"\.(png|jpe?g|webp|gif)$", re.IGNORECASE)
 
 def install(environment: Environment) -> None:
     environment.filters.update(
-        ago=ago, moment=moment, lasting=lasting, grouped=grouped, short=short, bytes=in_bytes, json=as_json, percent=percent,
+        ago=ago,
+        moment=moment,
+        lasting=lasting,
+        grouped=grouped,
+        short=short,
+        bytes=in_bytes,
+        json=as_json,
+        percent=percent,
         hidden=hide_in_text,
     )
 
@@ -86,7 +94,9 @@ def ago(at: datetime | None) -> Markup:
     seconds = (now() - at).total_seconds()
     text = say("{time} ago", time=_rough(seconds)) if seconds >= 0 else say("in {time}", time=_rough(-seconds))
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
-        at.astimezone(UTC).isoformat(timespec="milliseconds"), at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"), text
+        at.astimezone(UTC).isoformat(timespec="milliseconds"),
+        at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        text,
     )
 
 
@@ -185,5 +195,3 @@ def curl(job: Job) -> str:
         'curl -X POST "$AGENTFLOW_URL/api/jobs" \\\n  -H "Authorization: Bearer $AGENTFLOW_KEY" \\\n'
         f"  -H 'Content-Type: application/json' \\\n  -d {shlex.quote(text)}"
     )
-
-

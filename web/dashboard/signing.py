@@ -45,7 +45,12 @@ def try_key(services: Services) -> Response:
         token = sessions.begin(conn, key_id, services.access.operator_key)
     answer = frame.to(_next())
     answer.set_cookie(
-        frame.COOKIE, token, max_age=int(sessions.LASTS_S), path=frame.PREFIX, httponly=True, samesite="Strict",
+        frame.COOKIE,
+        token,
+        max_age=int(sessions.LASTS_S),
+        path=frame.PREFIX,
+        httponly=True,
+        samesite="Strict",
         secure=frame.is_secure(),
     )
     return answer
@@ -75,5 +80,7 @@ def _next() -> str:
 def _refuse_others() -> None:
     """Before there is a session there is no form token: the browser says whose page the form is on."""
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
-    if site in ("cross-site", "same-site") or (origin is not None and site is None and urlsplit(origin).netloc != request.host):
+    if site in ("cross-site", "same-site") or (
+        origin is not None and site is None and urlsplit(origin).netloc != request.host
+    ):
         raise Refused(403, say("This form was sent from another site."))

@@ -34,8 +34,17 @@ class Trouble:
         return runbook.anchor_of(self.paragraph) if self.paragraph else None
 
 
-#: How the headings in the runbook begin, by what is connected.
-_RUNBOOK: Final = {"database": "Postgres is down", "redis": "Redis or Valkey is down", "rabbitmq": "RabbitMQ is down"}
+#: How the headings in the runbook begin, by what is wrong.
+RUNBOOK: Final = {
+    "database": "Postgres is down",
+    "redis": "Redis or Valkey is down",
+    "rabbitmq": "RabbitMQ is down",
+    "queue": "Jobs wait (",
+    "canary": "A canary does not come back",
+    "calendar": "Nothing is due any more",
+    "clean_up": "Clean-up is behind",
+    "budget": "Jobs wait for a limit or a budget",
+}
 _NAMES: Final = {"database": "Postgres", "redis": "Redis", "rabbitmq": "RabbitMQ"}
 
 
@@ -48,42 +57,65 @@ def of(visit: Visit, found: Mapping[str, Any]) -> list[Trouble]:
 def _connections(found: Mapping[str, Any]) -> Iterator[Trouble]:
     for name, each in found["connections"].items():
         if not each.connected and each.last_error != NOT_CONFIGURED:
-            said = say("{name} does not answer: {error}", name=_NAMES[name], error=shown.hide_in_text(each.last_error or ""))
-            yield Trouble("bad", said, _RUNBOOK[name])
+            said = say(
+                "{name} does not answer: {error}", name=_NAMES[name], error=shown.hide_in_text(each.last_error or "")
+            )
+            yield Trouble("bad", said, RUNBOOK[name])
 
 
 def _queues(found: Mapping[str, Any]) -> Iterator[Trouble]:
     for queue in found["queues"]:
         if queue.due and not queue.workers:
             jobs = plural(queue.due, "{n} job is", "{n} jobs are")
-            yield Trouble("bad", say("{jobs} due in {queue}, and no worker serves it.", jobs=jobs, queue=queue.name), "Jobs wait")
+            yield Trouble(
+                "bad",
+                say("{jobs} due in {queue}, and no worker serves it.", jobs=jobs, queue=queue.name),
+                RUNBOOK["queue"],
+            )
         elif queue.due and (queue.oldest_due_age_s or 0) > _LATE_S:
             age = shown.lasting(queue.oldest_due_age_s)
-            yield Trouble("warn", say("The oldest due job in {queue} has waited for {time}.", queue=queue.name, time=age), "Jobs wait")
+            yield Trouble(
+                "warn",
+                say("The oldest due job in {queue} has waited for {time}.", queue=queue.name, time=age),
+                RUNBOOK["queue"],
+            )
 
 
 def _canaries(found: Mapping[str, Any]) -> Iterator[Trouble]:
     for canary in found["canaries"]:
         if canary.state == "failed":
-            yield Trouble("bad", say("The canary of {queue} failed.", queue=canary.queue), "A canary does")
+            yield Trouble("bad", say("The canary of {queue} failed.", queue=canary.queue), RUNBOOK["canary"])
         elif canary.state == "waiting" and canary.age_s > _LATE_S * 2:
             age = shown.lasting(canary.age_s)
-            yield Trouble("bad", say("The canary of {queue} has not come back for {time}.", queue=canary.queue, time=age), "A canary does")
+            yield Trouble(
+                "bad",
+                say("The canary of {queue} has not come back for {time}.", queue=canary.queue, time=age),
+                RUNBOOK["canary"],
+            )
 
 
 def _scheduler(found: Mapping[str, Any]) -> Iterator[Trouble]:
     behind_s = found["history_behind_s"]
     if behind_s is None:
-        yield Trouble("warn", say("No scheduler has run yet: charts stay empty, and nothing is cleaned up."), "Nothing is due any more")
+        yield Trouble(
+            "warn",
+            say("No scheduler has run yet: charts stay empty, and nothing is cleaned up."),
+            "Nothing is due any more",
+        )
     elif behind_s > _BEHIND_S:
-        said = say("No scheduler has run for {time}: charts end there, and nothing is cleaned up.", time=shown.lasting(behind_s))
-        yield Trouble("bad", said, "Nothing is due any more")
+        said = say(
+            "No scheduler has run for {time}: charts end there, and nothing is cleaned up.",
+            time=shown.lasting(behind_s),
+        )
+        yield Trouble("bad", said, RUNBOOK["calendar"])
     for entry in found["calendar"]:
         if entry.outcome == "failed":
-            yield Trouble("warn", say("{name} failed the last time.", name=entry.schedule), "Nothing is due any more")
+            yield Trouble("warn", say("{name} failed the last time.", name=entry.schedule), RUNBOOK["calendar"])
         elif entry.behind_s > _SILENT_S:
-            said = say("{name} has not got to its end for {time}.", name=entry.schedule, time=shown.lasting(entry.behind_s))
-            yield Trouble("warn", said, "Clean-up is behind")
+            said = say(
+                "{name} has not got to its end for {time}.", name=entry.schedule, time=shown.lasting(entry.behind_s)
+            )
+            yield Trouble("warn", said, RUNBOOK["clean_up"])
 
 
 def _pauses(visit: Visit) -> Iterator[Trouble]:
@@ -101,4 +133,6 @@ def _pauses(visit: Visit) -> Iterator[Trouble]:
         yield Trouble("warn", say("{what} for {time}{reason}.", what=what, time=since, reason=reason))
     for organization_id in rules.over_budget:
         if visit.sees in (None, organization_id):
-            yield Trouble("warn", say("A day's budget is used up: jobs wait until midnight UTC."), "Jobs wait for a limit")
+            yield Trouble(
+                "warn", say("A day's budget is used up: jobs wait until midnight UTC."), "Jobs wait for a limit"
+            )
