@@ -215,7 +215,7 @@ def fill(conn: psycopg.Connection, *, jobs: int = 400, hours: float = 24.0) -> N
     for n in range(jobs):
         age_s = 200 + dice.random() ** 1.5 * hours * 3600
         kind = types[dice.randrange(len(types))]
-        fails = dice.random() < 0.06
+        fails = dice.random() < (0.2 if kind == "sync_kommo_contacts" else 0.03 if kind == "analyze_video" else 0)
         error = (
             dict(TIMEOUT, message=f"openrouter.ai did not answer within 30 s (request {n})")
             if n % 2
@@ -263,8 +263,7 @@ def fill(conn: psycopg.Connection, *, jobs: int = 400, hours: float = 24.0) -> N
     conn.execute(
         "insert into agentflow.depth_history (seconds, at, organization_id, queue, due, parked, running, oldest_due_s)"
         " select s, date_bin(make_interval(secs => s), clock_timestamp(), 'epoch') - make_interval(secs => s * n), 1, 'default',"
-        " greatest(0, 14 + 12 * sin(n / 5.0) + 4 * random()), 6 + 2 * random(), 8 + 6 * random(),"
-        " greatest(0, 4 + 4 * sin(n / 5.0))"
+        " greatest(0, 30 * (random() ^ 4) * (1 + sin(n / 23.0)) + 3 * random()), 6 + 2 * random(), 8 + 6 * random(), 9 * (random() ^ 3)"
         " from unnest(array[60, 600, 3600]) s, generate_series(0, 167) n on conflict do nothing"
     )
     history.sample_depths(conn)

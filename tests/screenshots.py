@@ -59,7 +59,16 @@ def main() -> int:
 
 def _waiting(conn: psycopg.Connection) -> UUID:
     conn.execute("insert into agentflow.durations (type, seconds) values ('analyze_video', '{28, 31, 44, 52, 60}')")
-    return put_job(conn, "queued", age_s=95, type="analyze_video", queue="heavy", payload={"video_id": "0197b1e2"})
+    conn.execute("insert into agentflow.concurrency_keys (key, slots) values ('1:gpu-lab', 1)")
+    lab = {
+        "type": "analyze_video",
+        "queue": "heavy",
+        "concurrency_key": "1:gpu-lab",
+        "payload": {"video_id": "0197b1e2"},
+    }
+    put_job(conn, "running", age_s=22, progress=0.4, stage="reading frames", slot=0, **lab)
+    put_job(conn, "queued", age_s=120, wait_reason="busy", **lab)
+    return put_job(conn, "queued", age_s=95, wait_reason="busy", **lab)
 
 
 def _take(browser: Browser, address: str, kind: str, folder: Path, ids: dict[str, UUID]) -> None:
@@ -76,7 +85,9 @@ def _take(browser: Browser, address: str, kind: str, folder: Path, ids: dict[str
         if name == "overview":
             page.get_by_role("button", name="24 hours").click()
             page.wait_for_selector("#charts[data-ready='24h']")
-        page.screenshot(path=folder / f"{name}-{kind}.png", full_page=name in ("overview", "job") or phone and name != "runbook")
+        page.screenshot(
+            path=folder / f"{name}-{kind}.png", full_page=name in ("overview", "job") or phone and name != "runbook"
+        )
     for problem in visitor.problems():
         print(f"{kind}: {problem}", file=sys.stderr)
     visitor.page.context.close()

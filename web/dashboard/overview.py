@@ -20,8 +20,9 @@ pages = Pages()
 
 @pages.get("")
 def overview(visit: Visit) -> Response:
-    if request.args.get("part") == "now":
-        return visit.part("overview_now.html", **_now(visit))
+    part = request.args.get("part")
+    if part in ("now", "parts"):
+        return visit.part(f"overview_{part}.html", **_now(visit))
     return visit.page("overview.html", **_now(visit), windows=list(history.WINDOWS))
 
 

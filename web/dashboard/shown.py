@@ -92,7 +92,10 @@ def ago(at: datetime | None) -> Markup:
     if at is None:
         return Markup("–")
     seconds = (now() - at).total_seconds()
-    text = say("{time} ago", time=_rough(seconds)) if seconds >= 0 else say("in {time}", time=_rough(-seconds))
+    if abs(seconds) < 1:
+        text = say("now")
+    else:
+        text = say("{time} ago", time=_rough(seconds)) if seconds > 0 else say("in {time}", time=_rough(-seconds))
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
         at.astimezone(UTC).isoformat(timespec="milliseconds"),
         at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),

@@ -6,9 +6,9 @@
   const language = section.dataset.language;
   const AGAIN_MS = 15000;
   const CHARTS = {
-    throughput: [{ name: "submitted", ink: "accent", dash: [4, 3], sum: true }, { name: "succeeded", ink: "succeeded", fill: true, sum: true }],
-    pickup: [{ name: "pickup_median_s", ink: "running", fill: true, seconds: true }, { name: "pickup_p95_s", ink: "queued", dash: [4, 3], seconds: true }],
-    failures: [{ name: "failed", ink: "failed", fill: true, sum: true }, { name: "cancelled", ink: "cancelled", dash: [4, 3], sum: true }],
+    throughput: [{ name: "submitted", ink: "queued", dash: [4, 3], sum: true }, { name: "succeeded", ink: "succeeded", fill: true, sum: true }],
+    pickup: [{ name: "pickup_median_s", ink: "running", fill: true, seconds: true, spans: true }, { name: "pickup_p95_s", ink: "queued", dash: [4, 3], seconds: true, spans: true }],
+    failures: [{ name: "failed", ink: "failed", bars: true, sum: true }, { name: "cancelled", ink: "cancelled", dash: [4, 3], sum: true }],
     depth: [{ name: "due", ink: "queued", fill: true }, { name: "running", ink: "running" }, { name: "parked", ink: "cancelled", dash: [4, 3] }],
     oldest: [{ name: "oldest_due_s", ink: "failed", fill: true, seconds: true }],
   };
@@ -50,7 +50,7 @@
     const nothing = !data.slice(1).some((column) => column.some((value) => value));
     const seconds = lines.some((line) => line.seconds);
     const axis = { stroke: color("muted"), grid: { stroke: color("line"), width: 1 }, ticks: { show: false }, font: "11px " + color("sans"), gap: 6 };
-    const clock = (at) => new Date(at * 1000).toLocaleString(language, shownWindow === "7d" ? { day: "numeric", month: "short" } : { hour: "2-digit", minute: "2-digit" });
+    const clock = (at) => new Date(at * 1000).toLocaleString(language, shownWindow === "7d" ? { day: "numeric", month: "short" } : { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
     const chart = new uPlot({
       width: plot.clientWidth, height: plot.clientHeight, legend: { show: false }, padding: [10, 8, 0, 0],
       cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false } },
@@ -60,8 +60,9 @@
         { ...axis, size: 52, space: 34, values: (_chart, splits) => splits.map((value) => (seconds ? lasting(value) : Number.isInteger(value) ? number(value) : "")) },
       ],
       series: [{}, ...lines.map((line) => ({
-        stroke: color(line.ink), width: 1.75, dash: line.dash, fill: line.fill ? color(`${line.ink}-soft`) : undefined,
-        points: { show: false }, spanGaps: false,
+        stroke: color(line.ink), width: line.bars ? 0 : 1.75, dash: line.dash,
+        fill: line.bars ? color(line.ink) : line.fill ? color(`${line.ink}-soft`) : undefined,
+        paths: line.bars ? uPlot.paths.bars({ size: [0.7, 14, 2] }) : undefined, points: { show: false }, spanGaps: line.spans ?? false,
       }))],
       hooks: { setCursor: [(self) => writeLegend(figure, lines, self.cursor.idx)] },
     }, data, plot);

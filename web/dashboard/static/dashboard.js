@@ -55,10 +55,13 @@
 
   // ---- moments, in the reader's own zone ----
 
+  // The browser's own, where it is of the page's language: en-GB writes dates another way than en-US.
+  const locale = navigator.languages.find((each) => each.startsWith(document.documentElement.lang)) ?? document.documentElement.lang;
+
   function showMoments(within) {
     for (const each of all("time[data-moment]", within)) {
       each.title = each.textContent;
-      each.textContent = new Date(each.dateTime).toLocaleString(document.documentElement.lang, { dateStyle: "medium", timeStyle: "medium" });
+      each.textContent = new Date(each.dateTime).toLocaleString(locale, { dateStyle: "medium", timeStyle: "medium", hourCycle: "h23" });
     }
   }
 
