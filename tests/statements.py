@@ -114,6 +114,7 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "(select count(*) from agentflow.renders r where r.server": "how many renders each server has, whoever's they are",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
     "delete from agentflow.dashboard_sessions where expires_at": "retention of sessions that are over",
+    "select j.id from agentflow.jobs j order by j.id limit 1": "from where on the history is written",
     "insert into agentflow.job_history as h": "the history of jobs, by organization inside",
     "from agentflow.job_history f where f.seconds": "the same, folded into longer times",
     "insert into agentflow.depth_history as h": "how much waits, by organization inside",

@@ -25,7 +25,7 @@ PICKUP_BOUNDS: Final = (0.005, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0
 LATE_S: Final = 120.0
 #: Ids are made by the clocks of who submits.
 _CLOCKS_S: Final = 600.0
-_CHUNK: Final = timedelta(hours=1)
+_CHUNK: Final = timedelta(minutes=30)
 _MARK: Final = "history"
 _KEPT: Final = {60: timedelta(hours=25), 600: timedelta(days=8), 3600: timedelta(days=8)}
 _LARGEST: Final = 3600
@@ -53,7 +53,7 @@ class Point:
 
 
 def roll_up(conn: Connection) -> int:
-    """Bring the history up to now, in transactions of an hour. Returns how many buckets were written."""
+    """Bring the history up to now, in transactions of half an hour. Returns how many buckets were written."""
     written = 0
     while True:
         with conn.transaction():
@@ -111,8 +111,14 @@ def _now(conn: Connection) -> datetime:
 def _since(conn: Connection, now: datetime) -> datetime:
     """The first minute that may have changed since the last time."""
     oldest = now - _KEPT[_LARGEST]
-    mark = _marked(conn) or oldest
+    mark = _marked(conn) or _first_job(conn) or now
     return _floor(max(oldest, min(mark, now) - timedelta(seconds=LATE_S)), 60)
+
+
+def _first_job(conn: Connection) -> datetime | None:
+    """When the oldest id was made, as it says itself."""
+    row = conn.execute("select j.id from agentflow.jobs j order by j.id limit 1").fetchone()
+    return datetime.fromtimestamp((row[0].int >> 80) / 1000, UTC) if row else None
 
 
 def _marked(conn: Connection) -> datetime | None:
