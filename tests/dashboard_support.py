@@ -175,8 +175,9 @@ def put_job(
     started = created + timedelta(seconds=waited_s) if state != "queued" else None
     ended = started + timedelta(seconds=ran_s) if started and state not in ("running",) else None
     values: dict[str, Any] = {
-        "id": uuid_at(created), "organization_id": 1, "type": "ping", "queue": "default", "max_attempts": 5, "time_limit_s": 60,
-        "state": state, "created_at": created, "run_at": created, "attempt": int(state != "queued"), "fence": int(state != "queued"),
+        "id": uuid_at(created), "organization_id": 1, "type": "ping", "queue": "default", "max_attempts": 5,
+        "time_limit_s": 60, "state": state, "created_at": created, "run_at": created,
+        "attempt": int(state != "queued"), "fence": int(state != "queued"),
         "started_at": started, "finished_at": ended, "wake_at": created if state == "queued" else None,
         **({"worker": uuid4(), "lease_until": datetime.now(UTC) + timedelta(hours=1)} if state == "running" else {}),
         **columns,
@@ -224,8 +225,8 @@ def fill(conn: psycopg.Connection, *, jobs: int = 400, hours: float = 24.0) -> N
         )
         put_job(
             conn, "failed" if fails else "succeeded", age_s=age_s, ran_s=dice.expovariate(1 / 8),
-            waited_s=dice.expovariate(1 / 0.4), type=kind, queue="heavy" if kind == "analyze_video" else "default", error=error if fails else None,
-            payload={"account_id": n}, result=None if fails else {"done": True},
+            waited_s=dice.expovariate(1 / 0.4), type=kind, queue="heavy" if kind == "analyze_video" else "default",
+            error=error if fails else None, payload={"account_id": n}, result=None if fails else {"done": True},
         )  # fmt: skip
     for n in range(3):
         put_job(
@@ -264,7 +265,8 @@ def fill(conn: psycopg.Connection, *, jobs: int = 400, hours: float = 24.0) -> N
     conn.execute(
         "insert into agentflow.depth_history (seconds, at, organization_id, queue, due, parked, running, oldest_due_s)"
         " select s, date_bin(make_interval(secs => s), clock_timestamp(), 'epoch') - make_interval(secs => s * n), 1, 'default',"
-        " greatest(0, 30 * (random() ^ 4) * (1 + sin(n / 23.0)) + 3 * random()), 6 + 2 * random(), 8 + 6 * random(), 9 * (random() ^ 3)"
+        " greatest(0, 30 * (random() ^ 4) * (1 + sin(n / 23.0)) + 3 * random()), 6 + 2 * random(), 8 + 6 * random(),"
+        " 9 * (random() ^ 3)"
         " from unnest(array[60, 600, 3600]) s, generate_series(0, 167) n on conflict do nothing"
     )
     history.sample_depths(conn)
@@ -279,7 +281,8 @@ def rich_job(conn: psycopg.Connection) -> UUID:
     ]
     made = put_job(
         conn, "succeeded", age_s=900, waited_s=640, ran_s=48, type="analyze_video", queue="heavy", attempt=3, fence=4,
-        correlation_id="deal-20417", payload={"video_id": "0197b1e2", "url": "https://cdn.example.com/film.mp4?token=abc", "api_key": "sk-very-secret-value-12"},
+        correlation_id="deal-20417",
+        payload={"video_id": "0197b1e2", "url": "https://cdn.example.com/film.mp4?token=abc", "api_key": "sk-very-secret"},
         result={"shots": 42, "duration_s": 183.2, "title": "Bikes in the rain"}, then_jobs=then,
     )  # fmt: skip
     for fence, attempt, outcome, began_s, ended_s, error in (

@@ -315,9 +315,14 @@ def test_every_page_holds_to_the_policy(app: Flask, conn: psycopg.Connection) ->
     assert client.get("/dashboard/nowhere").status_code == 404
 
 
-@pytest.mark.parametrize("path", ["?window=2h", "/jobs?since=yesterday", "/jobs?batch=x", "/jobs?cursor=!", "/jobs?q=%00", "/jobs?error=%22%22",
-                                  "/jobs?error=a%20or%20-(", "/dead-letters/retry?until=x", "/dead-letters/retry?job=x",
-                                  "/dead-letters/retry?group=99999999999999999999", "/dead-letters/burn", "/charts?window=2h"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("?window=2h", "/charts?window=2h", "/dead-letters/burn", "/dead-letters/retry?until=x"),
+        *("/jobs?since=yesterday", "/jobs?batch=x", "/jobs?cursor=!", "/jobs?q=%00", "/jobs?error=%22%22"),
+        *("/jobs?error=a%20or%20-(", "/dead-letters/retry?job=x", "/dead-letters/retry?group=99999999999999999999"),
+    ],
+)
 def test_what_cannot_be_understood_is_said_and_is_no_error_of_ours(app: Flask, path: str) -> None:
     answer = sign_in(app).get(f"/dashboard{path}")
 
@@ -475,7 +480,8 @@ def test_sessions_that_are_over_are_deleted(app: Flask, conn: psycopg.Connection
     sign_in(app)
     sign_in(app)
     conn.execute(
-        "update agentflow.dashboard_sessions set expires_at = clock_timestamp() where hash = (select min(hash) from agentflow.dashboard_sessions)"
+        "update agentflow.dashboard_sessions set expires_at = clock_timestamp()"
+        " where hash = (select min(hash) from agentflow.dashboard_sessions)"
     )
 
     assert sessions.delete_old(conn) == 1

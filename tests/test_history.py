@@ -113,7 +113,8 @@ def test_a_scheduler_that_was_away_makes_up_for_it_and_one_of_another_time_is_no
 def test_jobs_of_a_chain_count_when_they_are_made(system: System, conn: psycopg.Connection) -> None:
     first = system.submit(1, NewJob("ping", {}, then=(NewJob("ping", {}),))).job
     conn.execute(  # as if the chain had been handed in an hour ago, and its ids been made then
-        "update agentflow.jobs set then_jobs = jsonb_set(then_jobs, '{0,id}', to_jsonb(%s::text)), created_at = created_at - interval '1 h'",
+        "update agentflow.jobs set then_jobs = jsonb_set(then_jobs, '{0,id}', to_jsonb(%s::text)),"
+        " created_at = created_at - interval '1 h'",
         (str(uuid_at(datetime.now(UTC) - timedelta(hours=1))),),
     )
     finish(system, conn, claim(conn, first.id))

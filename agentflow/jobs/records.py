@@ -221,7 +221,7 @@ class NotRetryable(Exception):
 
 
 def retry(conn: Connection, job: Job, *, max_payload_bytes: int, run_at: datetime | None = None) -> Submitted:
-    """Submit a dead letter's work as a new job that points to it; the old row stays, and is one no longer. May raise NotRetryable."""
+    """Submit a dead letter's work as a new job that points to it; the old row stays and is one no longer. Raises NotRetryable."""
     if job.state not in ("failed", "cancelled"):
         raise NotRetryable(f"job {job.id} is {job.state}; only a failed or cancelled job can be retried")
     new = NewJob(
