@@ -249,6 +249,6 @@ class Calendar:
             said = str(error) or type(error).__name__
             self.alarm(tick.schedule, f"{tick.schedule} failed: {said}")
             return "failed", {"error": said}
-        logger.info("schedule ran", schedule=tick.schedule, **done.facts)
+        (logger.info if done.facts else logger.debug)("schedule ran", schedule=tick.schedule, **done.facts)
         self.alarm(tick.schedule, f"{tick.schedule} cannot keep up with what there is to do" if done.behind else None)
         return ("behind" if done.behind else "done"), done.facts

@@ -13,9 +13,10 @@ from typing import Any, Final
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
-from agentflow import health, sentry
+from agentflow import health, sentry, sessions
 from agentflow.database import ANSWER_TIMEOUT_S, Connection
 from agentflow.jobs import budgets, retention
+from agentflow.jobs import history as job_history
 from agentflow.jobs.retention import Keep
 from agentflow.kommo import runs
 from agentflow.models import answers
@@ -24,7 +25,7 @@ from agentflow.system import System
 from agentflow.telegram import requests
 from agentflow.videos import delete_old as delete_old_videos
 from agentflow.webhooks import events, order, silence
-from scheduler import canary, clean_up, kommo, storage
+from scheduler import canary, clean_up, history, kommo, storage
 from scheduler.calendar import Calendar, Entry, every
 
 HEARTBEAT_EVERY_S: Final = 5
@@ -35,6 +36,8 @@ _SILENT_S: Final = 30.0
 _CHECK_IN_EVERY_S: Final = 60
 _CLEAN_UP_S: Final = 600
 _DAY_S: Final = 86_400
+#: So late are the dashboard's charts.
+_HISTORY_S: Final = 20
 _USAGE_DAYS: Final = 400
 
 
@@ -48,6 +51,7 @@ def entries(system: System) -> list[Entry]:
     return [
         *canary.entries(system.rules, settings.canary_interval),
         *kommo.entries(),
+        Entry("history", every(_HISTORY_S), work=history.Rolling().work),
         Entry(
             "clean_up.succeeded",
             every(_CLEAN_UP_S),
@@ -108,6 +112,12 @@ def entries(system: System) -> list[Entry]:
             "clean_up.sync_runs",
             every(_CLEAN_UP_S),
             work=batches(lambda conn: runs.delete_old(conn, limit=retention.BATCH)),
+        ),
+        Entry("clean_up.dashboard_sessions", every(_CLEAN_UP_S), work=clean_up.once(sessions.delete_old)),
+        Entry(
+            "clean_up.history",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: job_history.delete_old(conn, limit=retention.BATCH)),
         ),
         Entry(
             "clean_up.ticks",

@@ -123,6 +123,13 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "end as sealed_under, count(*) from agentflow.": "a backup: which keys it needs, whoever's values are under them",
     "select j.id, i.n - 1, j.organization_id": "a restore: each job's writes with the job's own organization",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
+    "delete from agentflow.dashboard_sessions where expires_at": "retention of sessions that are over",
+    "select j.id from agentflow.jobs j order by j.id limit 1": "from where on the history is written",
+    "insert into agentflow.job_history as h": "the history of jobs, by organization inside",
+    "from agentflow.job_history f where f.seconds": "the same, folded into longer times",
+    "insert into agentflow.depth_history as h": "how much waits, by organization inside",
+    "delete from agentflow.job_history where ctid": "retention of the history",
+    "delete from agentflow.depth_history where ctid": "the same",
 }
 
 #: The same, and needed while a request of an organization's key is answered.
@@ -144,6 +151,8 @@ IN_REQUESTS: Final[Mapping[str, str]] = {
     "select agentflow.graph_recount_": "takes the organization as its first argument",
     "select k.hash, k.id, k.organization_id": "whose key this is: the organization is the answer",
     "from agentflow.webhook_credentials c join agentflow.webhook_endpoints e": "whose webhook token this is: the same",
+    "from agentflow.dashboard_sessions s left join": "whose session this is: the same",
+    "delete from agentflow.dashboard_sessions s where s.hash": "the end of one's own session, by its token",
 }
 
 

@@ -3,6 +3,7 @@
 web.api         operations with typed bodies, and the checks before each of them
 web.access      who is asking
 web.jobs …      the operations, a module for each kind of thing
+web.dashboard   pages for people
 web.server      gunicorn's side: its worker, start and stop of a process
 """
 
@@ -22,6 +23,7 @@ from web import (
     callbacks,
     crm,
     crm_oauth,
+    dashboard,
     docs,
     embedding_models,
     endpoints,
@@ -87,6 +89,7 @@ def create_app(system: System) -> Flask:
     for routes in groups:
         mount(app, services, routes)
     docs.install(app, groups)
+    dashboard.install(app, services)
     return app
 
 

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
+from uuid import UUID
 
 import redis
 from flask import Request
@@ -18,7 +19,7 @@ from limits.strategies import FixedWindowRateLimiter
 
 from agentflow import log, metrics, organizations
 from agentflow.broker import redis as redis_broker
-from agentflow.organizations import DEFAULT_ORGANIZATION, SCOPES
+from agentflow.organizations import DEFAULT_ORGANIZATION, SCOPES, Presented
 from agentflow.system import System
 from web.address import Proxies
 from web.problems import Refused, invalid
@@ -74,6 +75,16 @@ class Access:
             raise Refused(403, f"this key lacks the scope `{needed}`", headers=_challenge(needed))
         return caller
 
+    def holder(self, key: str, request: Request) -> UUID | None:
+        """The id of a good key that somebody signs in with; None: it is the operator's. Raises Refused with 401, 429."""
+        if hmac.compare_digest(key.encode(), self._admin_key):
+            return None
+        return self._presented(key, request).id
+
+    @property
+    def operator_key(self) -> bytes:
+        return self._admin_key
+
     def _operator(self, named: str | None) -> Caller:
         scopes: frozenset[Needed] = frozenset((*SCOPES, "admin"))
         if named is None:
@@ -91,6 +102,15 @@ class Access:
             return known[0], known[1]
         self._remembered.pop(digest, None)
         asked_at = time.monotonic()  # before the look: a revocation that comes after it is noticed within the bound
+        found = self._presented(key, request)
+        caller = Caller(found.organization_id, found.organization_id, frozenset(found.scopes))
+        if len(self._remembered) >= _MOST_REMEMBERED:
+            self._remembered.clear()
+        good_for_s = min(REMEMBERED_S, found.expires_in_s if found.expires_in_s is not None else REMEMBERED_S)
+        self._remembered[digest] = (caller, found.organization_slug, asked_at + good_for_s)
+        return caller, found.organization_slug
+
+    def _presented(self, key: str, request: Request) -> Presented:
         found = None
         if organizations.looks_like_key(key):
             with self._system.database.connection() as conn:
@@ -101,12 +121,7 @@ class Access:
             self._failures.count(self._proxies.client_of(request))
             said = "is not known" if why == "unknown" else "was revoked" if why == "revoked" else "has expired"
             raise _unauthorized(f"this key {said}", error="invalid_token")
-        caller = Caller(found.organization_id, found.organization_id, frozenset(found.scopes))
-        if len(self._remembered) >= _MOST_REMEMBERED:
-            self._remembered.clear()
-        good_for_s = min(REMEMBERED_S, found.expires_in_s if found.expires_in_s is not None else REMEMBERED_S)
-        self._remembered[digest] = (caller, found.organization_slug, asked_at + good_for_s)
-        return caller, found.organization_slug
+        return found
 
     @cached_property
     def _admin_key(self) -> bytes:

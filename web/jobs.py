@@ -356,6 +356,18 @@ def retry(call: Call, job_id: UUID) -> Answer:
     return Answer(summary(call, new), 202, {"Location": f"/api/jobs/{new.id}"})
 
 
+@routes.post("/api/jobs/<uuid:job_id>/run-now", {200: JobSummary}, scope="manage", problems=(404, 409))
+def run_now(call: Call, job_id: UUID) -> JobSummary:
+    """Let a job that waits for a time (scheduled, a retry, a limit) start now. Pauses, caps and keys hold it as before."""
+    organization_id = find(call, job_id).organization_id
+    with call.system.transaction() as transaction:
+        ring = records.run_now(transaction.conn, organization_id, job_id)
+        if ring is None:
+            raise Refused(409, "the job does not wait for a time")
+        transaction.rings.append(ring)
+    return summary(call, find(call, job_id))
+
+
 @routes.get(
     "/api/jobs/<uuid:job_id>/events",
     {200: Media("text/event-stream", "Events, until the job has ended"), 204: "The end was seen already"},

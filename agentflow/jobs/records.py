@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from psycopg import sql
@@ -16,9 +16,14 @@ from uuid6 import uuid7
 from agentflow.database import Connection
 from agentflow.jobs.intake import InvalidJob, NewJob, Prepared, Submitted, prepare, submit
 from agentflow.jobs.model import JOB_COLUMNS, Attempt, Job, Ring, State, job_from_row
+from agentflow.jobs.statistics import id_floor
 
 #: Sees every organization's rows (the operator's key).
 EVERY_ORGANIZATION = None
+#: As the index over them has it.
+ERROR_WORDS: Final = (
+    "to_tsvector('simple', coalesce(j.error ->> 'code', '') || ' ' || left(coalesce(j.error ->> 'message', ''), 4000))"
+)
 #: A page of a hundred results of 4 MB each would be the end of a small instance.
 _LISTED = JOB_COLUMNS.replace("j.payload", "'{}'::jsonb").replace("j.result", "null::jsonb")
 
@@ -45,6 +50,13 @@ class Filter:
     correlation_id: str | None = None
     batch_id: UUID | None = None
     parent_id: UUID | None = None
+    retry_of: UUID | None = None
+    queue: str | None = None
+    #: Words of the error, as a search engine takes them: "a phrase", or, -without.
+    error: str | None = None
+    #: By the moment that the id was made at, which of `then` jobs is that of their chain.
+    since: datetime | None = None
+    until: datetime | None = None
 
 
 def search(
@@ -60,10 +72,17 @@ def search(
         clauses.append(sql.SQL("j.organization_id = %(organization)s"))
     if before is not None:
         clauses.append(sql.SQL("j.id < %(before)s"))
-    for name in ("state", "type", "correlation_id", "batch_id", "parent_id"):
+    for name in ("state", "type", "correlation_id", "batch_id", "parent_id", "retry_of", "queue"):
         if (value := getattr(wanted, name)) is not None:
             clauses.append(sql.SQL("j.{} = {}").format(sql.Identifier(name), sql.Placeholder(name)))
             values[name] = value
+    if wanted.error is not None:
+        clauses.append(sql.SQL(f"j.error is not null and {ERROR_WORDS} @@ websearch_to_tsquery('simple', %(error)s)"))
+        values["error"] = wanted.error
+    for name, comparison in (("since", ">="), ("until", "<")):
+        if (moment := getattr(wanted, name)) is not None:
+            clauses.append(sql.SQL(f"j.id {comparison} %({name})s"))
+            values[name] = id_floor(moment.timestamp())
     query = sql.SQL("select {} from agentflow.jobs j where {} order by j.id desc limit %(limit)s").format(
         sql.SQL(_LISTED), sql.SQL(" and ").join(clauses)
     )
@@ -127,37 +146,66 @@ def older(conn: Connection, job: Job, *, most: int = 1000) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A job of a chain; `job` is None as long as the one before it has not succeeded."""
+    """A job of a chain, `depth` steps behind its first; `job` is None as long as the one before it has not succeeded."""
 
     id: UUID
     type: str
     job: Job | None
+    depth: int = 0
 
 
 def chains(conn: Connection, organization_id: int | None, first: list[UUID]) -> dict[UUID, list[Link]]:
     """By the id of its first job, each chain with all its `then` jobs, in their order. Those that were cleaned up are missing."""
-    planned: dict[UUID, list[tuple[UUID, str]]] = {}
+    planned: dict[UUID, list[tuple[UUID, str, int]]] = {}
     for id_, type_, then in conn.execute(
         "select j.id, j.type, j.then_jobs from agentflow.jobs j where j.id = any (%(ids)s)"
         " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)",
         {"ids": first, "organization": organization_id},
     ).fetchall():
-        planned[id_] = [(id_, type_), *_planned(then)]
-    ids = [id_ for links in planned.values() for id_, _ in links]
+        planned[id_] = [(id_, type_, 0), *_planned(then)]
+    ids = [id_ for links in planned.values() for id_, _, _ in links]
     rows = conn.execute(
         f"select {_LISTED} from agentflow.jobs j where j.id = any (%(ids)s)"  # noqa: S608 - constants
         " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)",
         {"ids": ids, "organization": organization_id},
     ).fetchall()
     jobs = {job.id: job for job in map(job_from_row, rows)}
-    return {id_: [Link(each, type_, jobs.get(each)) for each, type_ in links] for id_, links in planned.items()}
+    return {
+        id_: [Link(each, type_, jobs.get(each), depth) for each, type_, depth in links]
+        for id_, links in planned.items()
+    }
 
 
-def _planned(then: list[dict[str, Any]] | None) -> list[tuple[UUID, str]]:
-    found: list[tuple[UUID, str]] = []
+def _planned(then: list[dict[str, Any]] | None, depth: int = 1) -> list[tuple[UUID, str, int]]:
+    found: list[tuple[UUID, str, int]] = []
     for child in then or ():
-        found += [(UUID(child["id"]), child["type"]), *_planned(child.get("then"))]
+        found += [(UUID(child["id"]), child["type"], depth), *_planned(child.get("then"), depth + 1)]
     return found
+
+
+def first_of_chain(conn: Connection, job: Job, *, most: int = 50) -> UUID:
+    """The id of the job whose `then` jobs this one is among, or its own. At most so many steps back are looked at."""
+    row = conn.execute(
+        "with recursive before as (select j.id, j.parent_id, 1 as n from agentflow.jobs j"
+        " where j.id = %(id)s and j.organization_id = %(organization)s"
+        " union all select p.id, p.parent_id, b.n + 1 from before b join agentflow.jobs p on p.id = b.parent_id"
+        " where p.organization_id = %(organization)s and p.then_jobs is not null and b.n < %(most)s)"
+        " select id from before order by n desc limit 1",
+        {"id": job.id, "organization": job.organization_id, "most": most},
+    ).fetchone()
+    return row[0] if row else job.id
+
+
+def run_now(conn: Connection, organization_id: int, job_id: UUID) -> Ring | None:
+    """Let a queued job that waits for a time go first thing. None: it does not wait for one. Pauses, caps and keys hold it as
+    before."""
+    row = conn.execute(
+        "update agentflow.jobs j set run_at = clock_timestamp(), wake_at = clock_timestamp(), sent_at = null, sends = 0,"
+        " wait_reason = null where j.id = %(id)s and j.organization_id = %(organization)s and j.state || '' = 'queued'"
+        " and j.run_at > clock_timestamp() returning j.id, j.queue, j.type, j.priority",
+        {"id": job_id, "organization": organization_id},
+    ).fetchone()
+    return Ring(*row) if row else None
 
 
 def cancel(conn: Connection, organization_id: int, job_id: UUID) -> tuple[State | None, list[UUID]]:
@@ -178,8 +226,8 @@ class NotRetryable(Exception):
     """Only a job that failed or was cancelled can be tried again."""
 
 
-def retry(conn: Connection, job: Job, *, max_payload_bytes: int) -> Submitted:
-    """Submit a dead letter's work as a new job that points to it; the old row stays as it is. Raises NotRetryable."""
+def retry(conn: Connection, job: Job, *, max_payload_bytes: int, run_at: datetime | None = None) -> Submitted:
+    """Submit a dead letter's work as a new job that points to it; the old row stays and is one no longer. Raises NotRetryable."""
     if job.state not in ("failed", "cancelled"):
         raise NotRetryable(f"job {job.id} is {job.state}; only a failed or cancelled job can be retried")
     new = NewJob(
@@ -192,9 +240,16 @@ def retry(conn: Connection, job: Job, *, max_payload_bytes: int) -> Submitted:
         correlation_id=job.correlation_id,
         callback_url=job.callback_url,
         retry_of=job.id,
+        run_at=run_at,
     )
     prepared = prepare(new, organization_id=job.organization_id, max_payload_bytes=max_payload_bytes, public_only=False)
-    return submit(conn, job.organization_id, _with_the_rest(conn, job, prepared))
+    submitted = submit(conn, job.organization_id, _with_the_rest(conn, job, prepared))
+    conn.execute(
+        "update agentflow.jobs j set dealt_with = 'retried' where j.id = %s and j.organization_id = %s"
+        " and j.state || '' = 'failed'",
+        (job.id, job.organization_id),
+    )
+    return submitted
 
 
 def _with_the_rest(conn: Connection, job: Job, prepared: Prepared) -> Prepared:
