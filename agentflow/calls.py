@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from agentflow import metrics
 from agentflow.database import Database, Unavailable
 from agentflow.errors import Wait
 from agentflow.jobs import budgets, rules
@@ -54,7 +55,10 @@ class Calls:
         self.within_budget(organization_id)
         seconds = self._limits.take(within, f"{holder}:within") if within else 0.0
         if seconds <= 0:
-            seconds = self._limits.take(self._buckets(service, organization_id), holder)
+            buckets = self._buckets(service, organization_id)
+            seconds = self._limits.take(buckets, holder)
+            if metrics.wants_share(service.provider, organization_id):
+                metrics.limit_share(service.provider, organization_id, self._limits.share(buckets[0]))
         if seconds > 0:
             raise Wait(seconds, "limit", message=f"{service.provider} may not be called more often")
 

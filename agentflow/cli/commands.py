@@ -11,6 +11,7 @@ import click
 import agentflow
 from agentflow.cli import errors
 from agentflow.cli.groups import (
+    alerts,
     callbacks,
     checks,
     crm,

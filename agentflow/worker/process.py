@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import dramatiq
 
-from agentflow import health, log, probe, settings
+from agentflow import health, log, probe, scraping, settings
 from agentflow.broker import DeliveredMessage, queue_name
 from agentflow.embedded import EmbeddedError
 from agentflow.jobs import registry
@@ -156,6 +156,8 @@ class WorkerProcess:
 
     def _ready(self) -> None:
         if self._serve_probe:
+            if multiprocessing.parent_process() is not None:  # one of `dramatiq`, whose processes have one port for all
+                scraping.join(self.system)
             self._probe = probe.serve(self.system, "worker", self.system.settings.port, listener=self._listener)
         self._is_ready = True
         self._on_ready()
@@ -175,6 +177,7 @@ class WorkerProcess:
         if self.runtime is None:
             return
         all_ended = self.runtime.drain(self.system.settings.shutdown_grace)
+        scraping.leave(self.system)
         if self._probe is not None:
             self._probe.close()
         if not all_ended:
