@@ -166,9 +166,20 @@ REGISTRY.register(_limit_shares)
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
+# Shown with zeros from the start: a counter that appears with its first failure hides that failure.
+for _counter, _words in (
+    (_dropped, ("given_back", "malformed", "not_claimable")),
+    (_keys_refused, ("unknown", "revoked", "expired", "limited")),
+    (_renders, ("done", "no_output", "partly_failed", "node_error", "out_of_memory", "interrupted", "timed_out", "lost", "stuck")),
+):
+    for _word in _words:
+        _counter.labels(_word)
+
+
 def known_types(types: Iterable[JobType]) -> None:
-    """Show these types with zeros from the start: a counter that appears with its first failure hides that failure."""
+    """The same for these types."""
     for each in types:
+        _time_limits.labels(each.name)
         for metric in (_jobs, _completed, _failed, _processing, _duration):
             metric.labels(each.name, each.queue)
 

@@ -90,6 +90,7 @@ for _command in (
     telegram.telegram,
     knowledge.knowledge,
     graph.graph,
+    alerts.alerts,
     checks.doctor,
     checks.prove,
 ):
