@@ -104,7 +104,9 @@ class _Container(Collector):
     def collect(self) -> Iterator[Metric]:
         if (limit := container.limit_bytes()) is not None:
             yield _gauge("agentflow_memory_limit_bytes", "What this container may use of memory", limit)
-        yield _gauge("agentflow_memory_used_bytes", "What it uses; without a limit: this process", container.used_bytes())
+        yield _gauge(
+            "agentflow_memory_used_bytes", "What it uses; without a limit: this process", container.used_bytes()
+        )
 
 
 def read(system: System, conn: Connection) -> Iterator[Metric]:

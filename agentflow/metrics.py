@@ -170,7 +170,20 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "O
 for _counter, _words in (
     (_dropped, ("given_back", "malformed", "not_claimable")),
     (_keys_refused, ("unknown", "revoked", "expired", "limited")),
-    (_renders, ("done", "no_output", "partly_failed", "node_error", "out_of_memory", "interrupted", "timed_out", "lost", "stuck")),
+    (
+        _renders,
+        (
+            "done",
+            "no_output",
+            "partly_failed",
+            "node_error",
+            "out_of_memory",
+            "interrupted",
+            "timed_out",
+            "lost",
+            "stuck",
+        ),
+    ),
 ):
     for _word in _words:
         _counter.labels(_word)

@@ -212,7 +212,9 @@ class Settings(BaseModel):
     alert_telegram_chat: str | None = Field(
         None, description="Chat or channel that `TELEGRAM_BOT_TOKEN`'s bot tells of alerts, as its number or `@name`"
     )
-    alert_webhook_url: SecretStr | None = Field(None, description="And a URL that they are posted to, signed as callbacks are")
+    alert_webhook_url: SecretStr | None = Field(
+        None, description="And a URL that they are posted to, signed as callbacks are"
+    )
     alert_webhook_secret: SecretStr | None = Field(None, description="With this secret, `whsec_` and base64")
     openrouter_api_key: SecretStr | None = Field(None, description="OpenRouter for everything that has no server below")
     openrouter_base_url: str = Field(

@@ -137,7 +137,7 @@ def _connect(path: Path) -> socket.socket | None:
 
 
 def _hear(connection: socket.socket, end: float) -> Report | None:
-    pieces = []
+    pieces: list[bytes] = []
     try:
         while True:
             connection.settimeout(max(0.01, end - time.monotonic()))

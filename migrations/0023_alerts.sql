@@ -19,7 +19,7 @@ create index api_keys_ending on agentflow.api_keys (expires_at)
 
 -- Which of several schedulers raises them; another takes over when it is not heard of. One row.
 create table agentflow.alert_watch (
-    only boolean primary key default true check (only),
+    one boolean primary key default true check (one),
     holder uuid not null,
     until timestamptz not null
 );

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Final
 from uuid import uuid4
 
+import psycopg
 from prometheus_client import Metric
 
 from agentflow import gauges, health, log, metrics
@@ -50,10 +51,12 @@ class Watch:
     def look(self) -> bool:
         """False where another scheduler watches, or there is no database."""
         lease_s = max(_LEASE_S, 4.0 * self._system.settings.alert_interval)
-        connections = health.of(self._system).connections()  # brings their gauges up to date, whether they answer or not
+        connections = health.of(
+            self._system
+        ).connections()  # brings their gauges up to date, whether they answer or not
         try:
             if not connections["database"].connected:
-                raise Unavailable[0](connections["database"].last_error)
+                raise psycopg.OperationalError(str(connections["database"].last_error))
             with self._system.database.connection() as conn:
                 self._holds = standing.hold(conn, self._holder, lease_s)
                 if self._holds:

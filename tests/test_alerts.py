@@ -1,13 +1,14 @@
-"""The table of alerts: as Prometheus' rules, which promtool tests; as the scheduler raises them by itself; in the runbook."""
+"""The table of alerts: as Prometheus' rules, which promtool tests; as the scheduler raises them by itself; in the documents.
+
+`python -m tests.test_alerts` writes the table of ops/monitoring/README.md.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import psycopg
 import pytest
@@ -23,13 +24,26 @@ from agentflow.system import System
 from scheduler.alerts import Watch
 from tests.calendar_support import schedule
 from tests.http_server import Reply, Server, serve
-from tests.processes import ROOT
+from tests.processes import ROOT, eventually
 from tests.prometheus import AMTOOL, PROMTOOL
 from tests.servers import Postgres
 
 FOLDER = ROOT / "ops" / "monitoring"
 RULES = FOLDER / "alerts.yml"
 SECRET = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
+
+
+_BEGIN = "<!-- alerts: .venv/bin/python -m tests.test_alerts writes this table -->\n"
+_END = "<!-- end of alerts -->"
+
+
+def alerts_table() -> str:
+    rows = "".join(
+        f"| {alert.name} | {alert.severity} | {alert.threshold:g} | {alert.meaning} | {alert.for_s // 60} min |"
+        f" {'yes' if alert.conditions else 'no'} |\n"
+        for alert in table.ALERTS
+    )
+    return f"\n| alert | severity | threshold | of what | for | by itself |\n|---|---|---|---|---|---|\n{rows}\n"
 
 
 def checked(*command: str | Path) -> str:
@@ -42,7 +56,9 @@ def checked(*command: str | Path) -> str:
 
 
 def test_the_rules_are_the_tables() -> None:
-    assert RULES.read_text() == prometheus.rules(table.ALERTS), "run: agentflow alerts rules > ops/monitoring/alerts.yml"
+    assert RULES.read_text() == prometheus.rules(table.ALERTS), (
+        "run: agentflow alerts rules > ops/monitoring/alerts.yml"
+    )
 
 
 def test_promtool_and_amtool_accept_the_files(tmp_path: Path) -> None:
@@ -55,8 +71,10 @@ def test_promtool_and_amtool_accept_the_files(tmp_path: Path) -> None:
     assert older.count("_file:") == 0 and written.count("_file:") == 2
     (tmp_path / "alertmanager.yml").write_text(older)
     checked(AMTOOL, "check-config", tmp_path / "alertmanager.yml")
-    routed = checked(AMTOOL, "config", "routes", "test", f"--config.file={tmp_path}/alertmanager.yml", "severity=critical")
-    assert routed.strip() == "everything"
+    routed = checked(
+        AMTOOL, "config", "routes", "test", f"--config.file={tmp_path}/alertmanager.yml", "severity=critical"
+    )
+    assert routed.split()[0] == "everything"
 
 
 def test_each_alert_fires_when_it_should_and_not_when_it_should_not() -> None:
@@ -70,7 +88,11 @@ def test_each_alert_fires_when_it_should_and_not_when_it_should_not() -> None:
 
 
 def test_inhibited_alerts_exist() -> None:
-    names = set(re.findall(r"[A-Z][A-Za-z]+", " ".join(re.findall(r'alertname=~?"([^"]+)"', (FOLDER / "alertmanager.yml").read_text()))))
+    names = set(
+        re.findall(
+            r"[A-Z][A-Za-z]+", " ".join(re.findall(r'alertname=~?"([^"]+)"', (FOLDER / "alertmanager.yml").read_text()))
+        )
+    )
 
     assert len(names) > 5 and names <= {alert.name for alert in table.ALERTS}
 
@@ -83,6 +105,12 @@ def test_each_alert_has_its_paragraph_in_the_runbook() -> None:
     assert all(len(paragraph) > 60 for paragraph in paragraphs.values())
 
 
+def test_the_documented_table_is_the_programs_own() -> None:
+    written = (FOLDER / "README.md").read_text().split(_BEGIN)[1].split(_END)[0]
+
+    assert written == alerts_table(), "run: .venv/bin/python -m tests.test_alerts"
+
+
 def test_other_thresholds_are_in_the_rules_and_wrong_names_are_refused() -> None:
     changed = settings.load({"ALERT_THRESHOLDS": "QueueTooLong=50, MemoryHigh=0.9"})
 
@@ -92,7 +120,7 @@ def test_other_thresholds_are_in_the_rules_and_wrong_names_are_refused() -> None
     assert expressions["QueueTooLong"] == 'max by (queue) (agentflow_jobs{state="due"}) > 50'
     assert expressions["MemoryHigh"].endswith("> 0.9")
     for wrong in ("QueueToLong=5", "QueueTooLong", "QueueTooLong=many"):
-        with pytest.raises(settings.SettingsError, match="ALERT_THRESHOLDS: .*Name=number"):
+        with pytest.raises(settings.SettingsError, match=r"ALERT_THRESHOLDS: .*Name=number"):
             settings.load({"ALERT_THRESHOLDS": wrong})
 
 
@@ -221,7 +249,10 @@ def test_subjects_are_judged_each_by_itself() -> None:
 
     found = judge(table.ALERTS, [family, failed])
 
-    assert [(each.name, each.subject["queue"]) for each in found] == [("CanaryFailed", "gpu"), ("CanaryFailed", "heavy")]
+    assert [(each.name, each.subject["queue"]) for each in found] == [
+        ("CanaryFailed", "gpu"),
+        ("CanaryFailed", "heavy"),
+    ]
 
 
 def test_an_outage_of_postgres_is_told_by_the_one_that_watched(
@@ -245,8 +276,6 @@ def test_an_outage_of_postgres_is_told_by_the_one_that_watched(
             assert not watch.look()
         assert told(receiver) == [("PostgresUnreachable", "firing", {})]
         server.start()
-        from tests.processes import eventually
-
         eventually(first.look, within_s=60)
         assert told(receiver)[1:] == [("PostgresUnreachable", "resolved", {})]
     finally:
@@ -268,3 +297,8 @@ def test_the_schedule_looks_at_alerts_unless_it_is_told_not_to(environment: dict
         running = schedule.Running(system, [])
         assert any("Watch.look" in job.func_ref for job in running.get_jobs()) == there
         system.close()
+
+
+if __name__ == "__main__":
+    head, rest = (FOLDER / "README.md").read_text().split(_BEGIN)
+    (FOLDER / "README.md").write_text(head + _BEGIN + alerts_table() + _END + rest.split(_END)[1])

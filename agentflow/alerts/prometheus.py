@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from agentflow.alerts.table import Alert, Condition
 
 RUNBOOK = "ops/runbook.md"
-_HEAD = "# Written by `agentflow alerts rules` from agentflow/alerts/table.py: change that, or ALERT_THRESHOLDS, and write it anew.\n"
+_HEAD = (
+    "# Written by `agentflow alerts rules` from agentflow/alerts/table.py:"
+    " change that, or ALERT_THRESHOLDS, and write it anew.\n"
+)
 _RANGE = re.compile(r"\$(\d+)m")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
 
 from psycopg.types.json import Jsonb
@@ -48,8 +48,9 @@ class Standing:
 def hold(conn: Connection, holder: UUID, for_s: float) -> bool:
     """Become or stay the one that watches, for so long. False: another one does."""
     row = conn.execute(
-        "insert into agentflow.alert_watch as w (holder, until) values (%(holder)s, clock_timestamp() + make_interval(secs => %(s)s))"
-        " on conflict (only) do update set holder = excluded.holder, until = excluded.until"
+        "insert into agentflow.alert_watch as w (holder, until)"
+        " values (%(holder)s, clock_timestamp() + make_interval(secs => %(s)s))"
+        " on conflict (one) do update set holder = excluded.holder, until = excluded.until"
         " where w.holder = excluded.holder or w.until < clock_timestamp() returning 1",
         {"holder": holder, "s": for_s},
     ).fetchone()
@@ -95,7 +96,12 @@ def every(conn: Connection) -> list[Standing]:
     rows = conn.execute(
         "select name, subject, value, since, fired_at, ended_at, told from agentflow.alerts order by since, name, subject"
     ).fetchall()
-    return [Standing(*row[:6], frozenset(row[6])) for row in rows]
+    return [_from_row(row) for row in rows]
+
+
+def _from_row(row: tuple[Any, ...]) -> Standing:
+    name, subject, value, since, fired_at, ended_at, told = row
+    return Standing(name, subject, value, since, fired_at, ended_at, frozenset(told))
 
 
 def was_told(conn: Connection, receiver: str, told: Collection[Standing]) -> None:

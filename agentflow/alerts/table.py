@@ -27,8 +27,8 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """It fires when any of `conditions`, or `expr`, has been true for `for_s`. `expr` is PromQL with $threshold and ranges such as
-    [$5m]. `meaning` says what the threshold is; `summary` may name labels and {value}.."""
+    """It fires when any of `conditions`, or `expr`, has been true for `for_s`. `expr` is PromQL with $threshold and ranges such
+    as [$5m]. `meaning` says what the threshold is; `summary` may name labels and {value}."""
 
     name: str
     severity: Severity
@@ -68,8 +68,8 @@ ALERTS: Final[tuple[Alert, ...]] = (
         "share of the jobs of a type that ended in 5 minutes, of which at least 3 failed",
         5 * _MINUTE,
         "{value} of the jobs of type {job_type} fail",
-        expr="sum by (job_type) (rate(worker_jobs_failed_total[$5m]))"
-        " / (sum by (job_type) (rate(worker_jobs_failed_total[$5m])) + sum by (job_type) (rate(worker_jobs_completed_total[$5m])))"
+        expr="sum by (job_type) (rate(worker_jobs_failed_total[$5m])) / (sum by (job_type)"
+        " (rate(worker_jobs_failed_total[$5m])) + sum by (job_type) (rate(worker_jobs_completed_total[$5m])))"
         " > $threshold and sum by (job_type) (increase(worker_jobs_failed_total[$5m])) > 2",
     ),
     Alert(

@@ -82,7 +82,7 @@ class TelegramChat:
 
 
 class Webhook:
-    """Signed as callbacks are (agentflow/signing.py), with ALERT_WEBHOOK_SECRET. The operator's own URL may be a private address."""
+    """Signed as callbacks are, with ALERT_WEBHOOK_SECRET. The operator's own URL may lead to a private address."""
 
     name = "webhook"
 
@@ -99,8 +99,12 @@ class Webhook:
     def tell(self, news: Sequence[Standing]) -> None:
         body = json.dumps({"type": "alerts.changed", "data": {"alerts": [_document(each) for each in news]}}).encode()
         # The same for the same news: whoever is told twice, since a scheduler died in between, can tell.
-        message_id = f"msg_{hashlib.sha256(body).hexdigest()[:32]}"
-        headers = {"Content-Type": "application/json", **signing.headers(message_id, int(time.time()), body, self._secrets)}
+        what = sorted((each.name, sorted(each.subject.items()), each.status, each.since.isoformat()) for each in news)
+        message_id = f"msg_{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}"
+        headers = {
+            "Content-Type": "application/json",
+            **signing.headers(message_id, int(time.time()), body, self._secrets),
+        }
         try:
             answer = post(
                 self._url, body, headers=headers, guard=self._guard, timeout_s=TIMEOUT_S, user_agent=USER_AGENT

@@ -117,7 +117,10 @@ class WorkerHealth:
     def _restarts(self) -> bytes:
         registry = CollectorRegistry()
         restarts = Counter(
-            metrics.PROCESS_RESTARTS, "Worker processes that died and were started again", ["process"], registry=registry
+            metrics.PROCESS_RESTARTS,
+            "Worker processes that died and were started again",
+            ["process"],
+            registry=registry,
         )
         for child in self._children:
             restarts.labels(str(child.number)).inc(max(0, child.starts - 1))
