@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx2
@@ -132,6 +133,7 @@ def _break_and_mend(
         eventually(lambda: made.running("default") == 3)
         for _ in range(12):
             submit(system, "ping")
+        submit(system, "ping", run_at=datetime.now(UTC) + timedelta(days=1))
         failing = [submit(system, "test_fails_slowly", {"sleep_ms": 1500}) for _ in range(60)]
 
         first = ["HighJobFailureRate", "HighJobProcessingTime", "HighJobProcessingQueue", "LowWorkerThroughput"]
