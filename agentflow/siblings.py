@@ -172,8 +172,9 @@ def _forget_the_dead(parent: Path) -> None:
         pid = folder.name.split("-")[2]
         if not pid.isdecimal() or folder.name.endswith(f"-{_identity(int(pid))}"):
             continue
-        if not any(_lives(path) for path in folder.iterdir() if path.name.isdecimal()):
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # somebody else has just removed it
+            if not any(_lives(path) for path in folder.iterdir() if path.name.isdecimal()):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def side_by_side(texts: Iterable[tuple[str, str]]) -> str:
