@@ -143,8 +143,11 @@ class Health:
         system = self._system()
         if system is None:
             return
-        metrics.database_connected(False)
-        self._ask_database(system)
+        try:
+            self._ask_database(system)
+        except Exception:
+            metrics.database_connected(False)
+            raise
         metrics.database_connected(True)
 
     def _ask_database(self, system: System) -> None:

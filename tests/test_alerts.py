@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -22,14 +23,18 @@ from agentflow.alerts.judging import judge
 from agentflow.alerts.standing import Found
 from agentflow.system import System
 from scheduler.alerts import Watch
+from tests import test_cli
 from tests.calendar_support import schedule
 from tests.http_server import Reply, Server, serve
 from tests.processes import ROOT, eventually
 from tests.prometheus import AMTOOL, PROMTOOL
 from tests.servers import Postgres
+from tests.test_cli import Command
 
+agentflow = test_cli.agentflow
 FOLDER = ROOT / "ops" / "monitoring"
 RULES = FOLDER / "alerts.yml"
+BOT_TOKEN = "123456789:AAtesttesttesttesttest"
 SECRET = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
 
 
@@ -291,12 +296,70 @@ def test_a_message_for_people_names_what_when_and_where_to_read_on(watched: Syst
     assert telling._line(found) == "🟡 QueueTooLong: Queue gpu has 1234 due jobs (ops/runbook.md#queuetoolong)"
 
 
+def test_a_chat_is_told_by_the_bot_and_a_refusal_is_told_again(
+    environment: dict[str, str], receiver: Server, conn: psycopg.Connection
+) -> None:
+    answer = Reply(body=b'{"ok": true, "result": {}}', headers={"Content-Type": "application/json"})
+    receiver.on(f"/bot{BOT_TOKEN}/sendMessage", Reply(502), answer)
+    environment |= {"TELEGRAM_BOT_TOKEN": BOT_TOKEN, "TELEGRAM_API_URL": receiver.url().rstrip("/")}
+    system = System.start(settings.load(environment | {"ALERT_TELEGRAM_CHAT": "-100123"}), "scheduler")
+    try:
+        watch = Watch(system)
+        watch.look()
+        later(conn)
+        for _ in range(3):
+            watch.look()
+    finally:
+        system.close()
+
+    said = [json.loads(request.body) for request in receiver.requests]
+    assert len(said) == 2 and said[0] == said[1]
+    assert said[0]["chat_id"] == "-100123"
+    assert said[0]["text"].startswith("🔴 WorkersSilent: No worker has been heard of for a minute (ops/runbook.md#")
+
+
 def test_the_schedule_looks_at_alerts_unless_it_is_told_not_to(environment: dict[str, str]) -> None:
     for seconds, there in (("15", True), ("0", False)):
         system = System.start(settings.load({**environment, "ALERT_INTERVAL": seconds}), "scheduler")
         running = schedule.Running(system, [])
         assert any("Watch.look" in job.func_ref for job in running.get_jobs()) == there
         system.close()
+
+
+# ---- on the command line ----
+
+
+def test_the_command_prints_the_rules_and_shows_what_is_up(
+    agentflow: Command, watched: System, conn: psycopg.Connection
+) -> None:
+    assert agentflow("alerts", "rules").out == RULES.read_text()
+    assert "nothing is wrong" in agentflow("alerts", "list").out
+    watch = Watch(watched)
+    watch.look()
+    later(conn)
+    watch.look()
+
+    (line,) = agentflow("alerts", "list", "--json").out.splitlines()
+
+    found = json.loads(line)
+    assert (found["alert"], found["status"], found["told"]) == ("WorkersSilent", "firing", "log, webhook")
+    assert "WorkersSilent" in agentflow("alerts", "list").out
+
+
+def test_the_command_tells_a_test_or_says_why_it_was_not_taken(
+    agentflow: Command, receiver: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = agentflow("alerts", "test")
+    monkeypatch.setenv("ALERT_WEBHOOK_URL", receiver.url("/alerts"))
+    monkeypatch.setenv("ALERT_WEBHOOK_SECRET", SECRET)
+    taken = agentflow("alerts", "test")
+    receiver.on("/alerts", Reply(503))
+    refused = agentflow("alerts", "test")
+
+    assert nobody.status == 2 and "ALERT_TELEGRAM_CHAT or ALERT_WEBHOOK_URL" in nobody.err
+    assert (taken.status, taken.out) == (0, "webhook was told\n")
+    assert told(receiver)[0] == ("Test", "firing", {})
+    assert refused.status == 1 and "ALERT_WEBHOOK_URL answered 503" in refused.err
 
 
 if __name__ == "__main__":
