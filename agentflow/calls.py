@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from agentflow import metrics
 from agentflow.database import Database, Unavailable
 from agentflow.errors import Wait
 from agentflow.jobs import budgets, rules
@@ -60,7 +61,10 @@ class Calls:
         self.within_budget(organization_id)
         seconds = self._take(within, f"{holder}:within") if within else 0.0
         if seconds <= 0:
-            seconds = self._take(self._buckets(service, organization_id), holder)
+            buckets = self._buckets(service, organization_id)
+            seconds = self._take(buckets, holder)
+            if metrics.wants_share(service.provider, organization_id):
+                metrics.limit_share(service.provider, organization_id, self._limits.share(buckets[0]))
         if seconds > 0:
             early = max(seconds - _ON_ITS_WAY_S, 0.0)
             raise Wait(early, "limit", message=f"{service.provider} may not be called more often")

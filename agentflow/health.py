@@ -155,6 +155,14 @@ class Health:
         system = self._system()
         if system is None:
             return
+        try:
+            self._ask_database(system)
+        except Exception:
+            metrics.database_connected(False)
+            raise
+        metrics.database_connected(True)
+
+    def _ask_database(self, system: System) -> None:
         if self.database._known.connected:
             with system.database.connection() as conn:
                 conn.execute("select 1")
@@ -245,14 +253,3 @@ def answer(system: System, service: str, path: str) -> tuple[int, dict[str, Any]
     if path == "/health":
         return 200, report(system, service)[0]
     return None
-
-
-def metrics_document(system: System) -> dict[str, Any]:
-    """The JSON form of /metrics."""
-    connections = of(system).connections()
-    return {**{name: each.view() for name, each in connections.items()}, "jobs": metrics.jobs()}
-
-
-def metrics_text(system: System) -> bytes:
-    """The text form; the checks bring `worker_redis_connection_status` up to date first."""
-    return metrics.render(system, with_queues=of(system).connections()["database"].connected)

@@ -93,6 +93,7 @@ class Limits:
         if client is not None:
             self._take = client.register_script(_TAKE)
             self._refuse = client.register_script(_REFUSE)
+            self._used = client.register_script(_USED)
 
     def take(self, buckets: Sequence[Bucket], holder: str) -> float:
         """Let a call through now (0.0), or say in how many seconds `holder` should ask again. Nothing is counted then."""
@@ -108,6 +109,17 @@ class Limits:
             return self._alone.take(buckets, holder, self._workers())
         self._back()
         return float(waits_ms) / 1000
+
+    def share(self, bucket: Bucket) -> float | None:
+        """How much of its fullest window is used up, from 0.0 to 1.0. None while Redis is away, or there is none."""
+        if self._client is None or time.monotonic() < self._ask_again_at or not bucket.windows:
+            return None
+        windows = [number for window in bucket.windows for number in (window.amount, window.length_ms)]
+        try:
+            return float(self._used(keys=self._keys(bucket)[:1], args=windows))
+        except redis.RedisError as error:
+            self._away(error)
+            return None
 
     def refused(self, bucket: Bucket, retry_after_s: float | None = None) -> None:
         """The vendor answered 429: closed for all workers until then (None: for one call's distance), and slower."""
@@ -274,6 +286,25 @@ redis.call('PEXPIRE', KEYS[1], math.ceil(math.max(3600000, closed - now + 360000
 return 0
 """
 )
+
+
+# KEYS: the bucket's calls. ARGV: of each window the amount and its length in ms. The calls of a window are found by halving: the
+# list is in the order of time. A share is a text: numbers lose what is after the point.
+_USED: Final = """
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local most = 0
+for arg = 1, #ARGV, 2 do
+    local amount, since = tonumber(ARGV[arg]), now - tonumber(ARGV[arg + 1])
+    local low, high = 0, math.min(amount, redis.call('LLEN', KEYS[1]))
+    while low < high do
+        local middle = math.ceil((low + high) / 2)
+        if tonumber(redis.call('LINDEX', KEYS[1], -middle)) > since then low = middle else high = middle - 1 end
+    end
+    most = math.max(most, low / amount)
+end
+return tostring(most)
+"""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What this process counts, in Prometheus' text format. The `worker_*` names are the product's contract.
 
-Counters are this process's own; the gauges of queues come from the database at scrape time and are the same from every
-process: take one of them, or `max by (queue, state)`.
+What the whole installation does comes from the database and is the same from every process: agentflow/gauges.py. What of both
+is answered where, agentflow/scraping.py knows.
 """
 
 from __future__ import annotations
@@ -9,40 +9,33 @@ from __future__ import annotations
 import hmac
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
-from agentflow import log
-from agentflow.database import Connection, Unavailable
-from agentflow.jobs import registry, staffing, statistics
 from agentflow.jobs.model import State
 from agentflow.jobs.registry import JobType
-from agentflow.schedules import canaries, ticks
-from agentflow.webhooks import silence
 
 if TYPE_CHECKING:
     from agentflow.system import System
 
-logger = log.get(__name__)
-
 #: Kept by `agentflow worker` itself (agentflow.cli.worker_health): worker processes that died and were started again.
 PROCESS_RESTARTS: Final = "agentflow_worker_process_restarts"
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
-#: The queues' gauges are at least so old before the database is asked again; and 20 times as old as asking took, so that
-#: scraping never costs more than a twentieth of a connection.
-CACHE_S: Final = 5.0
-_CACHE_SHARE: Final = 20
+#: Of how many organizations numbers are shown, those with the most; a label for each of thousands would drown who scrapes.
+MOST_ORGANIZATIONS: Final = 50
 
 prometheus_client.disable_created_metrics()
 
 REGISTRY: Final = CollectorRegistry()
+#: Shown where there is such a server: a status of 0 means that it should be there.
+_OF_REDIS: Final = CollectorRegistry()
+_OF_RABBITMQ: Final = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 
 _JOB: Final = ("job_type", "queue")
@@ -58,13 +51,14 @@ _duration = Histogram(
     buckets=(0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800),
     registry=REGISTRY,
 )
-_redis_status = Gauge("worker_redis_connection_status", "1 while Redis answers", registry=REGISTRY)
-_redis_reconnects = Counter("worker_redis_reconnect_attempts", "Connections to Redis made anew", registry=REGISTRY)
+_redis_status = Gauge("worker_redis_connection_status", "1 while Redis answers", registry=_OF_REDIS)
+_redis_reconnects = Counter("worker_redis_reconnect_attempts", "Connections to Redis made anew", registry=_OF_REDIS)
 
-_rabbitmq_status = Gauge("worker_rabbitmq_connection_status", "1 while RabbitMQ answers", registry=REGISTRY)
+_rabbitmq_status = Gauge("worker_rabbitmq_connection_status", "1 while RabbitMQ answers", registry=_OF_RABBITMQ)
 _rabbitmq_reconnects = Gauge(
-    "worker_rabbitmq_reconnects", "Connections to RabbitMQ made anew by this process", registry=REGISTRY
+    "worker_rabbitmq_reconnects", "Connections to RabbitMQ made anew by this process", registry=_OF_RABBITMQ
 )
+_database_status = Gauge("agentflow_database_connection_status", "1 while Postgres answers", registry=REGISTRY)
 
 _pickup = Histogram(
     "agentflow_pickup_seconds",
@@ -133,14 +127,81 @@ _renders = Counter(
     registry=REGISTRY,
 )
 
+
+class _LimitShares(Collector):
+    """How near calls come to their limits, as whoever calls has seen it within the last minute."""
+
+    _FRESH_S: Final = 60.0
+    _LOOK_EVERY_S: Final = 5.0
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._shares: dict[tuple[str, int], tuple[float, float | None]] = {}
+
+    def wants(self, provider: str, organization_id: int) -> bool:
+        """True for one of those that ask within a few seconds."""
+        key, now = (provider, organization_id), time.monotonic()
+        with self._lock:
+            before, share = self._shares.get(key, (float("-inf"), None))
+            if now - before < self._LOOK_EVERY_S:
+                return False
+            self._shares[key] = (now, share)
+            return True
+
+    def set(self, provider: str, organization_id: int, share: float | None) -> None:
+        with self._lock:
+            self._shares[provider, organization_id] = (time.monotonic(), share)
+
+    def collect(self) -> Iterator[Metric]:
+        oldest = time.monotonic() - self._FRESH_S
+        with self._lock:
+            self._shares = {key: known for key, known in self._shares.items() if known[0] >= oldest}
+            known = [(share, key) for key, (_, share) in self._shares.items() if share is not None]
+        used = GaugeMetricFamily(
+            "agentflow_limit_used_ratio",
+            "Share of a provider's fullest window that an organization's calls have used up",
+            labels=("provider", "organization"),
+        )
+        for share, (provider, organization_id) in sorted(known, reverse=True)[:MOST_ORGANIZATIONS]:
+            used.add_metric((provider, str(organization_id)), share)
+        yield used
+
+
+_limit_shares: Final = _LimitShares()
+REGISTRY.register(_limit_shares)
+
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
+# Shown with zeros from the start: a counter that appears with its first failure hides that failure.
+for _counter, _words in (
+    (_dropped, ("given_back", "malformed", "not_claimable")),
+    (_keys_refused, ("unknown", "revoked", "expired", "limited")),
+    (
+        _renders,
+        (
+            "done",
+            "no_output",
+            "partly_failed",
+            "node_error",
+            "out_of_memory",
+            "interrupted",
+            "timed_out",
+            "lost",
+            "stuck",
+        ),
+    ),
+):
+    for _word in _words:
+        _counter.labels(_word)
+
+
 def known_types(types: Iterable[JobType]) -> None:
-    """Show these types with zeros from the start: a counter that appears with its first failure hides that failure."""
+    """The same for these types."""
     for process in ("child", "worker"):
         _memory_kills.labels(process)
     for each in types:
+        _time_limits.labels(each.name)
         for metric in (_jobs, _completed, _failed, _processing, _duration):
             metric.labels(each.name, each.queue)
 
@@ -159,6 +220,11 @@ def job_ended(job_type: str, queue: str, state: State | None, seconds: float) ->
         _completed.labels(job_type, queue).inc()
     elif state == "failed":
         _failed.labels(job_type, queue).inc()
+
+
+def failed_unseen(job_type: str, queue: str) -> None:
+    """A job that was ended by a rescue: its worker is gone, and counted nothing."""
+    _failed.labels(job_type, queue).inc()
 
 
 def key_refused(why: str) -> None:
@@ -188,6 +254,15 @@ def comfyui_connections(server: str, count: Callable[[], int]) -> None:
     _comfyui_connections.labels(server).set_function(count)
 
 
+def wants_share(provider: str, organization_id: int) -> bool:
+    """Whether it is time to look how much of its limit is used up."""
+    return _limit_shares.wants(provider, organization_id)
+
+
+def limit_share(provider: str, organization_id: int, share: float | None) -> None:
+    _limit_shares.set(provider, organization_id, share)
+
+
 def render_ended(outcome: str) -> None:
     _renders.labels(outcome).inc()
 
@@ -203,6 +278,10 @@ def redis_reconnect() -> None:
 def rabbitmq_connected(connected: bool, reconnects: int) -> None:
     _rabbitmq_status.set(1 if connected else 0)
     _rabbitmq_reconnects.set(reconnects)
+
+
+def database_connected(connected: bool) -> None:
+    _database_status.set(1 if connected else 0)
 
 
 def rescued(jobs: int) -> None:
@@ -261,146 +340,20 @@ def permitted(system: System, authorization: str | None) -> bool:
     return scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode(), wanted.encode())
 
 
-def render(system: System, *, with_queues: bool = True) -> bytes:
-    """Everything, as text; without the gauges of the queues when the database is away, or known to be."""
-    registries = (REGISTRY, _queues_of(system)) if with_queues else (REGISTRY,)
-    return b"".join(prometheus_client.generate_latest(registry) for registry in registries)
+def own_text(system: System) -> bytes:
+    """Of this process alone."""
+    return b"".join(prometheus_client.generate_latest(registry) for registry in _registries(system))
 
 
-_of_systems: weakref.WeakKeyDictionary[System, CollectorRegistry] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+def own(system: System) -> Iterator[Metric]:
+    """The same, not as text."""
+    for registry in _registries(system):
+        yield from registry.collect()
 
 
-def _queues_of(system: System) -> CollectorRegistry:
-    with _lock:
-        if system not in _of_systems:
-            _of_systems[system] = CollectorRegistry()
-            _of_systems[system].register(Queues(weakref.ref(system)))
-        return _of_systems[system]
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What the database said."""
-
-    queues: list[statistics.Queue]
-    staff: staffing.Staff
-    entries: list[ticks.Latest]
-    canaries: list[canaries.Canary]
-    webhooks: list[silence.Watch]
-
-
-class Queues(prometheus_client.registry.Collector):
-    """Gauges from the database: queues, and the calendar. One scrape at a time asks it; the others get what was known before."""
-
-    def __init__(self, system: weakref.ref[System]) -> None:
-        self._system = system
-        self._found: _Known | None = None
-        self._fresh_until = 0.0
-        self._asking = threading.Lock()
-
-    def describe(self) -> Iterable[Metric]:
-        return ()  # registering must not ask the database
-
-    def collect(self) -> Iterator[Metric]:
-        self._refresh()
-        if self._found is None:
-            return
-        jobs_ = GaugeMetricFamily("agentflow_jobs", "Jobs by queue and state", labels=("queue", "state"))
-        parked = GaugeMetricFamily("agentflow_jobs_parked", "Queued jobs that wait", labels=("queue", "reason"))
-        oldest = GaugeMetricFamily("agentflow_oldest_due_age_seconds", "Age of the oldest due job", labels=("queue",))
-        threads = GaugeMetricFamily("agentflow_worker_threads", "Threads of live workers", labels=("queue",))
-        for queue in self._found.queues:
-            jobs_.add_metric((queue.name, "due"), queue.due)
-            jobs_.add_metric((queue.name, "parked"), sum(queue.parked.values()))
-            jobs_.add_metric((queue.name, "running"), queue.running)
-            oldest.add_metric((queue.name,), queue.oldest_due_age_s or 0.0)
-            threads.add_metric((queue.name,), queue.threads)
-            for reason, number in queue.parked.items():
-                parked.add_metric((queue.name, reason), number)
-        yield from (jobs_, parked, oldest, threads)
-        yield from _of_staff(self._found.staff)
-        yield from _of_calendar(self._found)
-        yield from _of_webhooks(self._found.webhooks)
-
-    def _refresh(self) -> None:
-        system: Any = self._system()
-        if system is None or time.monotonic() < self._fresh_until or not self._asking.acquire(blocking=False):
-            return
-        try:
-            began = time.monotonic()
-            with system.database.connection() as conn:
-                queues = statistics.queues(conn)
-                self._found = _Known(
-                    queues,
-                    _staff(system, conn, queues),
-                    ticks.latest(conn),
-                    canaries.states(conn),
-                    silence.watches(conn),
-                )
-            took = time.monotonic() - began
-            self._fresh_until = time.monotonic() + max(CACHE_S, _CACHE_SHARE * took)
-        except Unavailable as error:
-            self._found, self._fresh_until = None, time.monotonic() + CACHE_S
-            logger.debug("no gauges of queues: the database is away", error=str(error))
-        finally:
-            self._asking.release()
-
-
-def _staff(system: System, conn: Connection, queues: list[statistics.Queue]) -> staffing.Staff:
-    limits = {t.name: t.process_limit(system.settings) for t in registry.every() if t.process_limit is not None}
-    return staffing.staff(conn, queues, threads=system.settings.job_concurrency, limits=limits)
-
-
-def _of_staff(staff: staffing.Staff) -> Iterator[Metric]:
-    wanted = GaugeMetricFamily(
-        "agentflow_workers_wanted", "Worker processes for what waits and runs, of such as serve all queues"
-    )
-    wanted.add_metric((), staff.of_all)
-    of_queue = GaugeMetricFamily(
-        "agentflow_queue_workers_wanted", "The same, of such as serve one queue alone", labels=("queue",)
-    )
-    for name, number in staff.of_queues.items():
-        of_queue.add_metric((name,), number)
-    yield from (wanted, of_queue)
-
-
-def _of_calendar(known: _Known) -> Iterator[Metric]:
-    last = GaugeMetricFamily(
-        "agentflow_schedule_last_tick_timestamp_seconds", "When an entry ticked last", labels=("schedule",)
-    )
-    behind = GaugeMetricFamily(
-        "agentflow_cleanup_behind_seconds",
-        "Since clean-up last got to the end of what there was to delete; 0: its last run did",
-        labels=("what",),
-    )
-    for entry in known.entries:
-        last.add_metric((entry.schedule,), entry.claimed_at.timestamp())
-        kind, _, what = entry.schedule.partition(".")
-        if kind == "clean_up":
-            behind.add_metric((what,), entry.behind_s)
-    trip = GaugeMetricFamily(
-        "agentflow_canary_round_trip_seconds", "Of the last canary that came back", labels=("queue",)
-    )
-    away = GaugeMetricFamily(
-        "agentflow_canary_away_seconds",
-        "Since the canary that has not come back was sent; 0: it has",
-        labels=("queue",),
-    )
-    failed = GaugeMetricFamily("agentflow_canary_failed", "1 while the last canary failed", labels=("queue",))
-    for canary in known.canaries:
-        if canary.round_trip_s is not None:
-            trip.add_metric((canary.queue,), canary.round_trip_s)
-        away.add_metric((canary.queue,), canary.age_s if canary.state == "waiting" else 0.0)
-        failed.add_metric((canary.queue,), canary.state == "failed")
-    yield from (last, behind, trip, away, failed)
-
-
-def _of_webhooks(watched: Iterable[silence.Watch]) -> Iterator[Metric]:
-    labels = ("source", "endpoint")
-    quiet = GaugeMetricFamily("agentflow_webhook_quiet_seconds", "Since the last webhook, where watched", labels=labels)
-    silent = GaugeMetricFamily("agentflow_webhook_silence", "1: none for longer than silence_after_s", labels=labels)
-    for watch in watched:
-        quiet.add_metric((watch.source, str(watch.endpoint_id)), watch.quiet_s)
-        silent.add_metric((watch.source, str(watch.endpoint_id)), float(watch.is_silent))
-    yield from (quiet, silent)
+def _registries(system: System) -> Iterator[CollectorRegistry]:
+    yield REGISTRY
+    if system.settings.uses_redis:
+        yield _OF_REDIS
+    if system.settings.rabbitmq_url is not None:
+        yield _OF_RABBITMQ

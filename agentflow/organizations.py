@@ -29,6 +29,8 @@ DEFAULT_ORGANIZATION: Final = 1
 SLUG: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 #: How long a rotated key still works, unless said otherwise.
 ROTATION_GRACE_S: Final = 86_400.0
+#: Who makes a key for a shorter time knows that it ends.
+_LASTING_S: Final = 14 * 86_400.0
 _KEY: Final = re.compile(r"(af_[a-z0-9]{12})_[A-Za-z0-9_-]{43}")
 _PREFIX_CHARACTERS: Final = 15
 _LETTERS: Final = string.ascii_lowercase + string.digits
@@ -204,6 +206,17 @@ def rotate_key(
         (new.id, grace_s, key_id, row[0]),
     )
     return new, key
+
+
+def next_end_s(conn: Connection) -> float | None:
+    """Seconds until the next key ends that was made to last and has no successor. None: none does."""
+    row = conn.execute(
+        "select extract(epoch from expires_at - clock_timestamp())::float8 from agentflow.api_keys"
+        " where expires_at is not null and revoked_at is null and successor_id is null and expires_at > clock_timestamp()"
+        " and expires_at - created_at > make_interval(secs => %s) order by expires_at limit 1",
+        (_LASTING_S,),
+    ).fetchone()
+    return row[0] if row else None
 
 
 def looks_like_key(text: str) -> bool:

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 
-from agentflow import health, log, metrics
+from agentflow import health, log, metrics, scraping
 
 if TYPE_CHECKING:
     from agentflow.system import System
@@ -28,7 +28,8 @@ SOCKET_TIMEOUT_S: Final = 5.0
 
 
 class Answers(Protocol):
-    """What is served. Paths that are not there give None; `authorization` is that header as it came."""
+    """What is served. Paths that are not there give None; `authorization` is that header as it came; `only` what stands after
+    `/metrics?`: `own`, `shared` (agentflow.scraping) or, for all, nothing."""
 
     def health(self, path: str) -> tuple[int, dict[str, Any]] | None: ...
 
@@ -36,7 +37,7 @@ class Answers(Protocol):
 
     def metrics_document(self, authorization: str | None) -> dict[str, Any]: ...
 
-    def metrics_text(self, authorization: str | None) -> bytes: ...
+    def metrics_text(self, authorization: str | None, only: str) -> bytes: ...
 
 
 class _OwnAnswers:
@@ -53,10 +54,10 @@ class _OwnAnswers:
         return metrics.permitted(self._system, authorization)
 
     def metrics_document(self, authorization: str | None) -> dict[str, Any]:
-        return health.metrics_document(self._system)
+        return scraping.document(self._system)
 
-    def metrics_text(self, authorization: str | None) -> bytes:
-        return health.metrics_text(self._system)
+    def metrics_text(self, authorization: str | None, only: str) -> bytes:
+        return scraping.text(self._system, own=only != "shared", shared=only != "own")
 
 
 class Probe:
@@ -140,11 +141,11 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        if path == "/metrics":
-            self._metrics(self.server.answers)
+        url = urlsplit(self.path)
+        if url.path == "/metrics":
+            self._metrics(self.server.answers, url.query)
             return
-        found = self.server.answers.health(path)
+        found = self.server.answers.health(url.path)
         if found is None:
             self._problem(404, "Not Found", "this process serves /health, /health/live, /health/ready and /metrics")
         else:
@@ -152,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def _metrics(self, answers: Answers) -> None:
+    def _metrics(self, answers: Answers, only: str) -> None:
         authorization = self.headers.get("Authorization")
         if not answers.permitted(authorization):
             self._problem(
@@ -161,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif metrics.wants_json(self.headers.get("Accept", "")):
             self._send(200, "application/json", json.dumps(answers.metrics_document(authorization)).encode())
         else:
-            self._send(200, metrics.CONTENT_TYPE, answers.metrics_text(authorization))
+            self._send(200, metrics.CONTENT_TYPE, answers.metrics_text(authorization, only))
 
     def _problem(self, status: int, title: str, detail: str, headers: dict[str, str] | None = None) -> None:
         body = json.dumps({"type": "about:blank", "title": title, "status": status, "detail": detail}).encode()

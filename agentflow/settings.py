@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote, urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from agentflow import hosting, tls
+from agentflow.alerts import table
 from agentflow.comfyui import servers
 from agentflow.embedded import default_home
 from agentflow.tls import Trust
@@ -38,7 +39,20 @@ def _split_list(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _split_thresholds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    try:
+        found = {name.strip(): float(number) for name, _, number in pairs}
+        table.with_thresholds(found)
+    except ValueError as error:
+        raise ValueError(f"is a list of Name=number: {error}") from None
+    return tuple(found.items())
+
+
 StrList = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
+Thresholds = Annotated[tuple[tuple[str, float], ...], BeforeValidator(_split_thresholds)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -201,6 +215,19 @@ class Settings(BaseModel):
         32, description="Most tokens of a chunk's end that the next one repeats; at most half of `CHUNK_TOKENS`"
     )
     metrics_token: SecretStr | None = Field(None, description="Where set, `/metrics` wants it as a bearer token")
+    alert_interval: Annotated[int, Field(ge=0)] = Field(
+        15, description="Seconds between two looks of the scheduler at what it raises alerts for; `0`: none"
+    )
+    alert_thresholds: Thresholds = Field(
+        (), description="Other thresholds than those of `ops/monitoring`: `QueueTooLong=50,MemoryHigh=0.9`"
+    )
+    alert_telegram_chat: str | None = Field(
+        None, description="Chat or channel that `TELEGRAM_BOT_TOKEN`'s bot tells of alerts, as its number or `@name`"
+    )
+    alert_webhook_url: SecretStr | None = Field(
+        None, description="And a URL that they are posted to, signed as callbacks are"
+    )
+    alert_webhook_secret: SecretStr | None = Field(None, description="With this secret, `whsec_` and base64")
     openrouter_api_key: SecretStr | None = Field(None, description="OpenRouter for everything that has no server below")
     openrouter_base_url: str = Field(
         "https://openrouter.ai/api/v1", description="Another address of OpenRouter's API, such as a gateway's"
@@ -396,6 +423,14 @@ class Settings(BaseModel):
                     f"{kind}_model".upper(),
                     f"must be set where {kind.upper()}_BASE_URL is: it names the server's model",
                 )
+        if self.alert_telegram_chat is not None and self.telegram_bot_token is None:
+            raise SettingsError("ALERT_TELEGRAM_CHAT", "is told by the bot of TELEGRAM_BOT_TOKEN: set that, too")
+        if self.alert_webhook_secret is not None and not _SIGNING_SECRET.fullmatch(
+            self.alert_webhook_secret.get_secret_value()
+        ):
+            raise SettingsError(
+                "ALERT_WEBHOOK_SECRET", "is `whsec_` and base64; make one with: echo whsec_$(openssl rand -base64 32)"
+            )
         if self.chunk_overlap_tokens * 2 > self.chunk_tokens:
             raise SettingsError(
                 "CHUNK_OVERLAP_TOKENS",
@@ -437,8 +472,11 @@ _SCHEMES: dict[str, tuple[str, ...]] = {
     "embeddings_base_url": ("http", "https"),
     "transcription_base_url": ("http", "https"),
     "telegram_api_url": ("https", "http"),
+    "alert_webhook_url": ("https", "http"),
 }
 
+#: As agentflow/signing.py makes them: 24 bytes or more.
+_SIGNING_SECRET = re.compile(r"whsec_(?:[A-Za-z0-9+/]{4}){8,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 #: It becomes a part of URLs.
 _BOT_TOKEN = re.compile(r"[1-9][0-9]{0,18}:[A-Za-z0-9_-]{8,200}")
 

@@ -26,6 +26,7 @@ from agentflow.telegram import requests
 from agentflow.videos import delete_old as delete_old_videos
 from agentflow.webhooks import events, order, silence
 from scheduler import canary, clean_up, history, kommo, storage
+from scheduler.alerts import Watch
 from scheduler.calendar import Calendar, Entry, every
 
 HEARTBEAT_EVERY_S: Final = 5
@@ -145,8 +146,15 @@ class Running(BackgroundScheduler):  # type: ignore[misc]
         self.add_job(self.calendar.look, IntervalTrigger(seconds=LOOK_EVERY_S), next_run_time=datetime.now(UTC))
         self.add_job(system.heartbeat, IntervalTrigger(seconds=HEARTBEAT_EVERY_S))
         self.add_job(self._check_in, IntervalTrigger(seconds=_CHECK_IN_EVERY_S), next_run_time=datetime.now(UTC))
+        self._watch = Watch(system)
+        if interval_s := system.settings.alert_interval:
+            self.add_job(self._watch.look, IntervalTrigger(seconds=interval_s))
         health.of(system).also(self.degraded)
         health.of(system).watch(self.stuck)
+
+    def shutdown(self, wait: bool = True) -> None:
+        super().shutdown(wait=wait)
+        self._watch.leave()
 
     def degraded(self) -> Iterable[str]:
         """Sentences on what is not well."""

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import actors
+from agentflow.calls import Service
 from agentflow.errors import Permanent, Wait
 from agentflow.jobs.registry import Payload, Rate, job
+from agentflow.limits import Window
 from agentflow.models import Message, answers
 from agentflow.worker.running import JobContext
 from tests import statements
@@ -165,6 +167,31 @@ def spender(context: JobContext, payload: Spender) -> dict[str, Any]:
     if payload.then == "wait" and context.job.fence == 1:
         raise Wait(0.0, "asked")
     return {}
+
+
+class Slow(Payload):
+    sleep_ms: int
+
+
+@job("test_fails_slowly", payload=Slow, queue="gpu")
+def fails_slowly(context: JobContext, payload: Slow) -> dict[str, Any]:
+    context.permit(Service("test-provider", "test", (Window(1_000, 60.0),)))
+    context.sleep(payload.sleep_ms / 1000)
+    raise Permanent("as it was asked to")
+
+
+class Heavy(Gate):
+    megabytes: int
+
+
+@job("test_heavy", payload=Heavy)
+def heavy(context: JobContext, payload: Heavy) -> dict[str, Any]:
+    """Holds so much memory, and waits for a file."""
+    held = bytearray(payload.megabytes << 20)
+    for page in range(0, len(held), 4096):
+        held[page] = 1
+    gate(context, payload)
+    return {"held": len(held)}
 
 
 statements.install_in_a_process_of_a_test()

@@ -40,6 +40,8 @@ SHARED: Final = frozenset(
         "comfyui_servers",
         "render_times",
         "count_gpus_1",
+        "alerts",
+        "alert_watch",
     }
 )
 
@@ -85,6 +87,13 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "with recursive schedules as (": "the last tick of each entry of the calendar, for the operator and the metrics",
     "select schedule, subject, at from agentflow.ticks where": "which ticks are claimed already",
     "with old as materialized (select t.schedule": "retention of ticks",
+    "from ( select queue, organization_id, count(*) filter (where due)": "metrics: what waits and runs, by organization",
+    "select queue, count(*) from agentflow.jobs where state = 'running' and statement_timestamp()": "metrics: what is stuck",
+    "select queue, count(*) from agentflow.jobs where state = 'failed' and finished_at >": "metrics: what failed lately",
+    "as per_day from agentflow.usage_days d": "metrics: the budgets of which most is used up",
+    "- a.sync_every_s *": "metrics: how far the mirrors of each organization are behind",
+    "select extract(epoch from expires_at - clock_timestamp())": "metrics: when the next key ends",
+    "select extract(epoch from min(access_expires_at)": "metrics: when the next token ends",
     "delete from agentflow.workers w": "retention of workers' rows, not while one holds a job",
     "select count(*) filter (where id >= ": "what was done lately, for the operator and the metrics",
     "select q, x.type, x.slots, count(*) from unnest": "how many workers are wanted, for all that is due",

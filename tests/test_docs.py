@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import click
 import psycopg
+import pytest
 import yaml
 
 from agentflow import settings
@@ -186,7 +187,7 @@ def test_paths_and_variables_that_are_named_exist() -> None:
 
 
 def test_metrics_that_the_runbook_names_exist() -> None:
-    text = (ROOT / "agentflow" / "metrics.py").read_text()
+    text = "".join((ROOT / "agentflow" / name).read_text() for name in ("metrics.py", "gauges.py"))
     named = re.findall(r"`((?:worker|agentflow)_[a-z_]+?)(?:_total)?`", (ROOT / "ops" / "runbook.md").read_text())
 
     assert len(named) > 4
@@ -273,7 +274,14 @@ def compose() -> dict[str, Any]:
 def test_compose_runs_the_processes_of_the_procfile_on_servers_that_are_ready() -> None:
     services = compose()["services"]
 
-    assert set(services) == {"postgres", "valkey", "migrate", "web", "worker", "scheduler"}
+    by_profile: dict[str, set[str]] = {}
+    for name, service in services.items():
+        by_profile.setdefault(",".join(service.get("profiles", ())), set()).add(name)
+    assert by_profile == {
+        "": {"postgres", "valkey", "migrate", "web", "worker", "scheduler"},
+        "cluster": {"rabbitmq1", "rabbitmq2", "rabbitmq3"},
+        "monitoring": {"prometheus", "alertmanager", "grafana"},
+    }
     assert "pgvector" in services["postgres"]["image"] and "valkey" in services["valkey"]["image"]
     for name, process in (("migrate", "release"), ("web", "web"), ("worker", "worker"), ("scheduler", "scheduler")):
         words = services[name]["command"]
@@ -287,20 +295,36 @@ def test_compose_runs_the_processes_of_the_procfile_on_servers_that_are_ready() 
     assert services["migrate"]["depends_on"]["postgres"]["condition"] == "service_healthy"
     for name in ("postgres", "valkey"):
         assert services[name]["healthcheck"]["test"][0] == "CMD"
-    assert {volume.split(":")[0] for s in services.values() for volume in s.get("volumes", [])} == set(
-        compose()["volumes"]
-    )
+    mounted = {volume.split(":")[0] for s in services.values() for volume in s.get("volumes", [])}
+    assert {volume for volume in mounted if not volume.startswith("./")} == set(compose()["volumes"])
+    made_by_its_owner = "./ops/monitoring/secrets"
+    assert all((ROOT / volume).exists() for volume in mounted - {made_by_its_owner} if volume.startswith("./"))
 
 
 def test_the_settings_in_compose_are_read_without_a_complaint() -> None:
-    environment = {k: str(v) for k, v in compose()["services"]["web"]["environment"].items()}
-    unknown = set(environment) - set(TABLE)
-    key = environment["ADMIN_API_KEY"]
+    written = {k: str(v) for k, v in compose()["services"]["web"]["environment"].items()}
+    unknown = set(written) - set(TABLE)
+    key = written["ADMIN_API_KEY"]
+    unset = {name: re.sub(r"\$\{\w+:-(.*)\}", r"\1", value) for name, value in written.items()}
 
-    read = settings.load(environment | {"ADMIN_API_KEY": "a-key-of-16-or-more"})
+    read = settings.load(unset | {"ADMIN_API_KEY": "a-key-of-16-or-more"})
 
     assert not unknown and not read.warnings()
     assert key.startswith("${ADMIN_API_KEY:?"), "it must not start with a key that everybody knows"
+
+
+@pytest.mark.parametrize("profile", ["default", "monitoring", "cluster"])
+def test_docker_compose_itself_accepts_the_file(profile: str) -> None:
+    """Debian's, which knows no engine here; the newer plugin takes the same format."""
+    variables = {"PATH": os.environ["PATH"], "ADMIN_API_KEY": "a-key-of-16-or-more", "COMPOSE_PROFILES": profile}
+
+    done = subprocess.run(
+        ["/usr/bin/docker-compose", "config"], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert set(compose()["services"]) >= set(yaml.safe_load(done.stdout)["services"])
 
 
 def test_the_image_is_made_of_what_is_there() -> None:

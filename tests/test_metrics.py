@@ -11,7 +11,7 @@ import pytest
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from agentflow import health, metrics, settings
+from agentflow import metrics, scraping, settings
 from agentflow.jobs import registry, statistics
 from agentflow.system import System
 from tests.web_support import claim, client, run, submit
@@ -29,12 +29,12 @@ def samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def value(system: System, name: str, **labels: str) -> float:
-    return samples(metrics.render(system)).get((name, tuple(sorted(labels.items()))), 0.0)
+    return samples(metrics.own_text(system)).get((name, tuple(sorted(labels.items()))), 0.0)
 
 
 def test_the_contracts_names_are_there_before_anything_happened(system: System) -> None:
     metrics.known_types([registry.get("ping")])
-    names = {name for name, _ in samples(metrics.render(system))}
+    names = {name for name, _ in samples(metrics.own_text(system))}
 
     assert {
         "worker_jobs_total",
@@ -70,14 +70,14 @@ def test_an_attempt_is_counted_from_start_to_end(system: System) -> None:
 
 
 def test_the_other_counters_have_helpers(system: System) -> None:
-    before = samples(metrics.render(system))
+    before = samples(metrics.own_text(system))
     metrics.redis_connected(True)
     metrics.redis_reconnect()
     metrics.rescued(3)
     metrics.message_dropped("not_claimable")
     metrics.time_limit("ping")
     metrics.lease_lost(2)
-    after = samples(metrics.render(system))
+    after = samples(metrics.own_text(system))
 
     def rise(name: str, **labels: str) -> float:
         key = (name, tuple(sorted(labels.items())))
@@ -222,9 +222,9 @@ def test_a_scrape_works_and_is_quick_while_the_database_is_away(environment: dic
 
 def test_a_scrape_says_whether_redis_answers(system: System, environment: dict[str, str]) -> None:
     metrics.redis_connected(False)
-    with_redis = samples(health.metrics_text(system))
+    with_redis = samples(scraping.text(system))
     lonely = System(settings.load({**environment, "REDIS_URL": "redis://127.0.0.1:1"}), "test")
-    without = samples(health.metrics_text(lonely))
+    without = samples(scraping.text(lonely))
 
     assert with_redis["worker_redis_connection_status", ()] == 1
     assert without["worker_redis_connection_status", ()] == 0

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from agentflow import embedded
-from agentflow.jobs import claims, dispatch, intake, leases, records, retention, usage
+from agentflow.jobs import backlog, claims, dispatch, intake, leases, records, retention, usage
 from agentflow.jobs.leases import Held
 from agentflow.jobs.model import Job, Verdict
 from agentflow.jobs.records import Filter
@@ -268,8 +268,21 @@ def _retention(conn: Connection) -> Act:
     return lambda: retention.delete_jobs(conn, succeeded=True, keep=Keep(0, 100))
 
 
+def _shares(conn: Connection) -> Act:
+    return lambda: backlog.shares(conn)
+
+
+def _stuck(conn: Connection) -> Act:
+    return lambda: backlog.stuck(conn)
+
+
+def _failed_lately(conn: Connection) -> Act:
+    return lambda: backlog.failed_lately(conn)
+
+
 PKEY, LINE, SLOT, READY, SENT = "jobs_pkey", "jobs_line", "jobs_slot", "jobs_ready", "jobs_sent"
 LIST, RUNNING, PARENT, AHEAD, BACK = "jobs_list", "jobs_running", "jobs_parent", "jobs_ahead", "jobs_back"
+FAILED = "jobs_failed"
 #: statement -> how it is made, whether its plans are kept (in a function) or made each time, and the indexes that they may use.
 #: Of a key the running jobs are few, and found by the index of all running ones as well as by that of the slots.
 HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
@@ -293,6 +306,9 @@ HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
     "attempts": (_attempts, False, {PKEY}),
     "children": (_children, False, {PARENT}),
     "list": (_list, False, {LIST, PKEY}),
+    "metrics: what waits and runs": (_shares, False, {READY, SENT, AHEAD, RUNNING, SLOT}),
+    "metrics: what is stuck": (_stuck, False, {RUNNING, SLOT}),
+    "metrics: what failed lately": (_failed_lately, False, {FAILED}),
     "retention": (_retention, False, {LIST, PARENT, PKEY}),
 }
 

@@ -17,7 +17,7 @@ from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
 
-from agentflow import health, log, metrics, sentry
+from agentflow import health, log, metrics, scraping, sentry
 from agentflow.database import Unavailable
 from agentflow.embedded import EmbeddedError
 from agentflow.jobs import registry
@@ -137,6 +137,7 @@ def start(worker: Any) -> None:
         sys.exit(Arbiter.WORKER_BOOT_ERROR)
     system.admin_key()  # made now, so that it stands there when the process is ready
     metrics.known_types(registry.every())
+    scraping.join(system)
     threading.Thread(target=_keep, args=(system,), name="web-heartbeat", daemon=True).start()
     logger.info("web is ready", address=", ".join(worker.cfg.bind), threads=worker.cfg.threads)
 
@@ -146,6 +147,7 @@ def stop(worker: Any) -> None:
     if system is not None:
         health.of(system).draining = True
         sentry.stop(REPORT_S)
+        scraping.leave(system)
         system.close()
 
 

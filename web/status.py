@@ -12,7 +12,7 @@ from flask import Response, redirect, request
 from pydantic import Field
 
 import agentflow
-from agentflow import health, metrics
+from agentflow import health, metrics, scraping
 from agentflow.jobs import statistics
 from agentflow.schedules import canaries, ticks
 from web.api import Call, Media, Routes, View
@@ -178,8 +178,8 @@ def show_metrics(call: Call) -> Response:
     if not metrics.permitted(call.system, request.headers.get("Authorization")):
         raise Refused(401, "METRICS_TOKEN is wanted as a bearer token", headers={"WWW-Authenticate": "Bearer"})
     if metrics.wants_json(request.headers.get("Accept", "")):
-        return Response(json.dumps(health.metrics_document(call.system)), content_type="application/json")
-    return Response(health.metrics_text(call.system), content_type=metrics.CONTENT_TYPE)
+        return Response(json.dumps(scraping.document(call.system)), content_type="application/json")
+    return Response(scraping.text(call.system), content_type=metrics.CONTENT_TYPE)
 
 
 @open_routes.get("/", {302: "To the documentation"}, open=True)

@@ -11,6 +11,7 @@ import click
 import agentflow
 from agentflow.cli import errors
 from agentflow.cli.groups import (
+    alerts,
     backups,
     callbacks,
     checks,
@@ -90,6 +91,7 @@ for _command in (
     telegram.telegram,
     knowledge.knowledge,
     graph.graph,
+    alerts.alerts,
     backups.backup,
     backups.restore,
     checks.doctor,

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from prometheus_client import Metric, generate_latest
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from agentflow import metrics
+from agentflow import metrics, scraping
+from agentflow.siblings import side_by_side
 from agentflow.system import System
 
 if TYPE_CHECKING:
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 #: Above what a process takes for its own answer (health.PATIENCE_S).
 _ANSWER_S: Final = 4.0
-_JOBS: Final = ("total", "completed", "failed", "processing")
 _SERVERS: Final = ("redis", "rabbitmq", "database")
 
 
@@ -105,10 +102,29 @@ class WorkerHealth:
             ],
         }
 
-    def metrics_text(self, authorization: str | None) -> bytes:
-        """As if each process had been scraped by itself, told apart by the label `process`."""
-        answers = self._ask("/metrics", _bearer(authorization))
-        return generate_latest(_SideBySide(answers))
+    def metrics_text(self, authorization: str | None, only: str) -> bytes:
+        """As if each process had been scraped by itself, told apart by the label `process`; and what is the same from all, as
+        one of them has it."""
+        found = b""
+        answers = self._ask("/metrics?own", _bearer(authorization))
+        if only != "shared":
+            told = [(str(a.child.number), a.body.decode()) for a in answers if a.status == 200]
+            found = side_by_side(told).encode() + self._restarts()
+        if only != "own" and (child := next((a.child for a in answers if a.status == 200), None)) is not None:
+            found += _ask_one(child, "/metrics?shared", _bearer(authorization)).body
+        return found
+
+    def _restarts(self) -> bytes:
+        registry = CollectorRegistry()
+        restarts = Counter(
+            metrics.PROCESS_RESTARTS,
+            "Worker processes that died and were started again",
+            ["process"],
+            registry=registry,
+        )
+        for child in self._children:
+            restarts.labels(str(child.number)).inc(max(0, child.starts - 1))
+        return generate_latest(registry)
 
     def _ask(self, path: str, headers: dict[str, str] | None = None) -> list[Answer]:
         with ThreadPoolExecutor(len(self._children)) as callers:
@@ -126,7 +142,7 @@ class WorkerHealth:
 
     @staticmethod
     def _jobs(answers: Sequence[Answer]) -> dict[str, int]:
-        return {name: sum(a.document.get("jobs", {}).get(name, 0) for a in answers) for name in _JOBS}
+        return scraping.sum_jobs(a.document.get("jobs", {}) for a in answers)
 
     @staticmethod
     def _process(answer: Answer) -> dict[str, Any]:
@@ -138,38 +154,6 @@ class WorkerHealth:
             "restarts": max(0, answer.child.starts - 1),
             **{name: answer.document[name] for name in ("uptime", "jobs", *_SERVERS) if name in answer.document},
         }
-
-
-class _SideBySide(CollectorRegistry):
-    """The answers' families, merged by name."""
-
-    def __init__(self, answers: Sequence[Answer]) -> None:
-        super().__init__()
-        self.register(_Merged(answers))
-
-
-class _Merged(Collector):
-    def __init__(self, answers: Sequence[Answer]) -> None:
-        self._answers = answers
-
-    def describe(self) -> list[Metric]:
-        return []
-
-    def collect(self) -> list[Metric]:
-        restarts = CounterMetricFamily(
-            metrics.PROCESS_RESTARTS, "Worker processes that died and were started again", labels=["process"]
-        )
-        merged: dict[str, Metric] = {}
-        for answer in self._answers:
-            number = str(answer.child.number)
-            restarts.add_metric([number], max(0, answer.child.starts - 1))
-            if answer.status != 200:
-                continue
-            for family in text_string_to_metric_families(answer.body.decode()):
-                into = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                for sample in family.samples:
-                    into.add_sample(sample.name, {**sample.labels, "process": number}, sample.value)
-        return [*merged.values(), restarts]
 
 
 def _ask_one(child: Child, path: str, headers: dict[str, str]) -> Answer:

@@ -47,6 +47,28 @@ def reached(conn: Connection, organization_id: int) -> Reached | None:
     return Reached(*row) if row else None
 
 
+@dataclass(frozen=True, slots=True)
+class Used:
+    """How much of a day's budget is used up: 1.0 and more is all of it."""
+
+    organization_id: int
+    measure: str
+    share: float
+
+
+def nearest(conn: Connection, *, limit: int) -> list[Used]:
+    """The budgets of which most is used up today."""
+    rows = conn.execute(
+        "select organization_id, measure, (amount / per_day)::float8 from (select d.organization_id, d.measure, d.amount,"
+        " case when mine.own then least(mine.per_day, each.per_day) else coalesce(mine.per_day, each.per_day) end as per_day"
+        " from agentflow.usage_days d left join agentflow.budgets mine on mine.organization_id = d.organization_id"
+        " and mine.measure = d.measure left join agentflow.budgets each on each.organization_id = 0 and each.measure = d.measure"
+        " where d.day = (now() at time zone 'UTC')::date) days where per_day is not null order by 3 desc limit %s",
+        (limit,),
+    ).fetchall()
+    return [Used(*row) for row in rows]
+
+
 def delete_old_days(conn: Connection, *, days: int, limit: int = 1000) -> int:
     """Forget one batch of days' totals older than that. Returns how many; fewer than `limit`: done."""
     return conn.execute(

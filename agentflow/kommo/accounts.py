@@ -302,6 +302,28 @@ def due(conn: Connection, *, limit: int = 1000) -> list[Due]:
     return [Due(*row) for row in rows]
 
 
+def lags(conn: Connection, *, limit: int) -> dict[int, float]:
+    """By organization: seconds by which its oldest mirror is older than that account's interval allows. The largest ones."""
+    rows = conn.execute(
+        "select a.organization_id, max(greatest(0, extract(epoch from clock_timestamp() - coalesce(r.started_at, a.created_at))"
+        " - a.sync_every_s * %s))::float8 from agentflow.crm_accounts a left join lateral (select r.started_at"
+        " from agentflow.sync_runs r where r.account_id = a.id and r.state = 'succeeded'"
+        " and r.mode in ('incremental', 'reconcile') order by r.id desc limit 1) r on true"
+        " where a.state <> 'removed' group by 1 order by 2 desc limit %s",
+        (1 + _JITTER, limit),
+    ).fetchall()
+    return dict(rows)
+
+
+def next_end_s(conn: Connection) -> float | None:
+    """Seconds until the next token ends that nobody but a person can renew. None: none does."""
+    row = conn.execute(
+        "select extract(epoch from min(access_expires_at) - clock_timestamp())::float8 from agentflow.crm_accounts"
+        " where state <> 'removed' and access_expires_at > clock_timestamp() and (auth = 'token' or grant_refused_at is not null)"
+    ).fetchone()
+    return row[0] if row else None
+
+
 def submit_due(transaction: Transaction, which: Due) -> Submitted:
     """Hand in the sync of a due account, and say when the next one is. In the caller's transaction."""
     factor = random.uniform(1 - _JITTER, 1 + _JITTER)

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import dramatiq
 
-from agentflow import health, log, probe, sentry, settings
+from agentflow import health, log, probe, scraping, sentry, settings
 from agentflow.broker import DeliveredMessage, queue_name
 from agentflow.embedded import EmbeddedError
 from agentflow.jobs import registry
@@ -160,6 +160,8 @@ class WorkerProcess:
 
     def _ready(self) -> None:
         if self._serve_probe:
+            if multiprocessing.parent_process() is not None:  # one of `dramatiq`, whose processes have one port for all
+                scraping.join(self.system)
             self._probe = probe.serve(self.system, "worker", self.system.settings.port, listener=self._listener)
         self._is_ready = True
         self._on_ready()
@@ -184,6 +186,7 @@ class WorkerProcess:
         if self._serve_probe:  # else there is more in this process, which ends later
             left_s = grace_s - (time.monotonic() - self._told_at) if self._told_at is not None else grace_s
             sentry.stop(min(_REPORT_MOST_S, max(_REPORT_LEAST_S, left_s)))
+        scraping.leave(self.system)
         if self._probe is not None:
             self._probe.close()
         if not all_ended:

@@ -351,6 +351,9 @@ class Runtime:
     def _after_rescue(self, settled: Settled) -> None:
         metrics.rescued(len(settled.states))
         performing.report_lost(self.system, settled)
+        for _, queue, type_, state in settled.finished:
+            if state == "failed":
+                metrics.failed_unseen(type_, queue)
         self.system.publisher.ring(settled.rings)
         self.system.publisher.finished(
             [Finished(id_, queue, type_, state, None, None) for id_, queue, type_, state in settled.finished]
