@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import structlog
@@ -21,3 +22,13 @@ def configured_log(test_settings: Settings) -> Iterator[None]:
     structlog.configure(**before)
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@contextmanager
+def unseen(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Past pytest's own handlers: what its workers send to their master has to be text that can be encoded."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    root.handlers[:] = [handler for handler in before if not isinstance(handler, type(caplog.handler))]
+    yield
+    root.handlers[:] = before

@@ -26,7 +26,7 @@ from agentflow.system import System
 from agentflow.worker.lines import Writer, collected
 from agentflow.worker.running import Running
 from tests import watched_worker  # noqa: F401 - registers its types
-from tests.log_support import configured_log
+from tests.log_support import configured_log, unseen
 from tests.processes import eventually, worker
 from tests.web_support import claim, client, count, problem
 
@@ -149,7 +149,7 @@ def test_a_flood_is_cut_before_it_reaches_the_database(
 
 
 def test_secrets_are_taken_out_before_lines_are_stored(
-    system: System, client: FlaskClient, conn: psycopg.Connection, writer: Writer
+    system: System, client: FlaskClient, conn: psycopg.Connection, writer: Writer, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = system.submit(1, NewJob("ping", {})).job
     conn.execute("update agentflow.jobs set payload = %s", (json.dumps({"api_key": "of-the-payload"}),))
@@ -161,7 +161,8 @@ def test_secrets_are_taken_out_before_lines_are_stored(
             log.get("x").exception(
                 "known-to-us is wrong", deep={"list": [{"client_secret": "of-a-field"}]}, tokens_in=7
             )
-        logging.getLogger("x").info("password=of-a-text NUL \x00 and \ud800")
+        with unseen(caplog):
+            logging.getLogger("x").info("password=of-a-text NUL \x00 and \ud800")
         writer.stop(30.0)
 
     found = kept(client, running)

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentflow import gauges
 from agentflow.jobs import forecasts, staffing
 from agentflow.jobs.estimates import Durations
 from agentflow.jobs.staffing import SOON_S, Kind
 from agentflow.settings import Settings
 from agentflow.system import System
 from tests import core_support as core
-from tests.test_metrics import value
+from tests.test_metrics import samples
 
 QUICK, LONG = Durations([1.0]), Durations([120.0])
 
@@ -99,19 +100,20 @@ def test_what_is_beyond_the_looked_at_is_taken_to_be_like_them(
 def test_the_gauges_say_it_from_what_was_learned(test_settings: Settings, conn: psycopg.Connection) -> None:
     """Of workers with eight threads, of which six are for any job."""
     read = test_settings.model_copy(update={"job_concurrency": 8})
-    idle = gauges(read)
+    idle = wanted(read)
     jobs = [core.submit(conn) for _ in range(40)]
     forecasts.note_durations(conn, {jobs[0].type: [60.0]})
-    busy = gauges(read)
+    busy = wanted(read)
 
     assert (idle["all"], idle["default"], idle["heavy"]) == (1, 0, 0)
     assert (busy["all"], busy["default"], busy["heavy"]) == (7, 7, 0)
 
 
-def gauges(read: Settings) -> dict[str, float]:
+def wanted(read: Settings) -> dict[str, float]:
     system = System(read, "test")
     try:
-        queues = {name: value(system, "agentflow_queue_workers_wanted", queue=name) for name in ("default", "heavy")}
-        return {"all": value(system, "agentflow_workers_wanted"), **queues}
+        found = samples(gauges.text(system, ask=True))
+        queues = {name: found["agentflow_queue_workers_wanted", (("queue", name),)] for name in ("default", "heavy")}
+        return {"all": found["agentflow_workers_wanted", ()], **queues}
     finally:
         system.close()
