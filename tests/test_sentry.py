@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tests import (
 )
 from tests.calendar_support import calendar
 from tests.connection_support import Servers
+from tests.http_server import Reply, Request
 from tests.log_support import configured_log
 from tests.processes import ROOT, eventually, free_port, started, worker
 from tests.sentry_sink import Sink
@@ -269,8 +271,24 @@ def test_a_job_that_killed_its_workers_is_reported_by_who_finds_it(
     assert event["contexts"]["trace"]["trace_id"] == job.id.hex
 
 
+def test_a_stop_sends_what_waits_and_nothing_is_sent_after_it(reporting: Sink) -> None:
+    def slowly(_request: Request) -> Reply:
+        time.sleep(0.2)
+        return Reply(body=b"{}")
+
+    reporting.server.on("/api/", slowly)
+    logger = log.get("agentflow.somewhere")
+    for number in range(5):
+        logger.error(f"error {number}")
+
+    sentry.stop(60.0)
+    logger.error("too late")
+
+    assert [event["logentry"]["message"] for event in reporting.events()] == [f"error {n}" for n in range(5)]
+
+
 def test_sentrys_word_that_it_wants_no_more_is_heeded(reporting: Sink) -> None:
-    reporting.reply = sentry_sink.Reply(429, headers={"Retry-After": "3600"})
+    reporting.reply = Reply(429, headers={"Retry-After": "3600"})
     logger = log.get("agentflow.somewhere")
 
     logger.error("the first")
