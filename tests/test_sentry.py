@@ -22,7 +22,7 @@ from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Settled
 from agentflow.sentry import failures, lines
 from agentflow.system import System
-from agentflow.worker.runtime import Runtime
+from agentflow.worker import reporting as worker_reporting
 from scheduler.calendar import Done, Entry, every
 from tests import (
     sentry_sink,
@@ -261,10 +261,8 @@ def test_a_job_that_killed_its_workers_is_reported_by_who_finds_it(
         "update agentflow.jobs set state = 'failed', error = %s, finished_at = now(), wake_at = null, sent_at = null",
         (error,),
     )
-    runtime = Runtime.__new__(Runtime)
-    runtime.system = system
 
-    runtime._report_lost(Settled({}, [(job.id, "default", "ping", "failed")]))
+    worker_reporting.lost(system.database, Settled({}, [(job.id, "default", "ping", "failed")]))
 
     (event,) = sent(reporting).events()
     assert (event["tags"]["job_id"], event["tags"]["code"]) == (str(job.id), "worker_lost")

@@ -24,6 +24,7 @@ from agentflow.jobs import dispatch, leases, records, registry
 from agentflow.jobs.model import QUEUES, Ring, Settled, State, Verdict
 from agentflow.live import Finished
 from agentflow.system import System
+from agentflow.worker import reporting
 from agentflow.worker.admission import Admission
 from agentflow.worker.chores import Relay, Rescue
 from agentflow.worker.claimer import ClaimAbandoned, Claimer
@@ -336,7 +337,7 @@ class Runtime:
         if state == "succeeded":
             self.observer.ended(running.job.type, seconds)
         elif state == "failed":
-            _report(running, verdict)
+            reporting.failed(running, verdict)
         if state is None:
             metrics.lease_lost()
             logger.warning(
@@ -365,27 +366,12 @@ class Runtime:
 
     def _after_rescue(self, settled: Settled) -> None:
         metrics.rescued(len(settled.states))
-        self._report_lost(settled)
+        reporting.lost(self.system.database, settled)
         self.system.publisher.ring(settled.rings)
         self.system.publisher.finished(
             [Finished(id_, queue, type_, state, None, None) for id_, queue, type_, state in settled.finished]
         )
         self.relay.wake()
-
-    def _report_lost(self, settled: Settled) -> None:
-        """Jobs that have failed since too many workers died under them."""
-        lost = [id_ for id_, _, _, state in settled.finished if state == "failed"]
-        if not lost or not sentry.wants_failures():
-            return
-        try:
-            with self.system.database.connection() as conn:
-                found = [records.get(conn, records.EVERY_ORGANIZATION, id_) for id_ in lost]
-        except Unavailable:
-            logger.debug("failed jobs are not reported: the database is away")
-            return
-        for job in found:
-            if job is not None:
-                sentry.job_failed(job, job.error)
 
     def _give_up(self, running: Running, verdict: Verdict) -> None:
         """Settle a job whose thread does not end."""
@@ -461,18 +447,6 @@ class Runtime:
         time.sleep(random.uniform(0, 2.0))  # so that a bad input does not take all processes down in step
         sentry.stop(_REPORT_S)
         self._replace()
-
-
-def _report(running: Running, verdict: Verdict) -> None:
-    """Tell Sentry of a job that has failed for good."""
-    sentry.job_failed(
-        running.job,
-        json.loads(verdict.error) if verdict.error else None,
-        cause=running.cause,
-        trace=running.seen.context if running.seen is not None else None,
-        lines=running.lines.breadcrumbs() if running.lines is not None else (),
-    )
-    running.cause = None  # and with it whatever its frames hold
 
 
 def _parked(running: Running, error: Exception) -> Verdict:
