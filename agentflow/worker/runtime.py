@@ -173,10 +173,10 @@ class Runtime:
         return next((said for loop in self._loops if (said := loop.stuck())), None)
 
     def failing(self) -> Iterator[str]:
-        """Loops that go on failing, while the database is there or not."""
+        """Loops that go on failing though the database is there."""
         for loop in self._loops:
-            if loop.failures >= _FAILING:
-                yield f"{loop.name}: failed {loop.failures} times in a row"
+            if loop.unexpected >= _FAILING:
+                yield f"{loop.name}: failed {loop.unexpected} times in a row"
 
     def drain(self, grace_s: float) -> bool:
         """Stop taking work; give running jobs `grace_s`; hand back the rest. True when every job's thread has ended.
