@@ -30,9 +30,9 @@ _NAMES: Final = rf"(?:(?:{_WORDS})[a-z0-9_]*|\b(?:auth|pwd|sig|dsn|session(?:_?i
 _NAME: Final = re.compile(rf"{_NAMES}\Z", re.IGNORECASE)
 #: Counted, not secret: what models' usage is named by.
 _COUNTED: Final = re.compile(r"(?:^|_)tokens?_(?:in|out|count|limit)\Z|(?:^|_)tokens\Z", re.IGNORECASE)
+_BARE: Final = rf"(?:{re.escape(REDACTED)}|[^\s\"',;&)\]}}]+)"
 _NAMED: Final = re.compile(
-    rf"""({_NAMES}["']?\s*(?:=>|[=:])\s*)"""
-    r"""(?:"(?:[^"\\]|\\.)+"|'(?:[^'\\]|\\.)+'|(?:bearer|basic)\s+[^\s"',;&)\]}]+|[^\s"',;&)\]}]+)""",
+    rf"""({_NAMES}["']?\s*(?:=>|[=:])\s*)(?:"(?:[^"\\]|\\.)+"|'(?:[^'\\]|\\.)+'|(?:bearer|basic)\s+{_BARE}|{_BARE})""",
     re.IGNORECASE,
 )
 _SHAPES: Final = (

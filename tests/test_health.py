@@ -321,3 +321,19 @@ def live(system: System) -> tuple[int, dict[str, str]]:
     answer = health.answer(system, "worker", "/health/live")
     assert answer is not None
     return answer
+
+
+def test_a_loop_that_goes_on_failing_is_said_and_one_without_a_database_is_not(system: System) -> None:
+    class Breaks(Stalled):
+        error: Exception = KeyError("x")
+
+        def step(self, conn: BoundedConnection) -> float:
+            raise self.error
+
+    for error, unexpected in ((KeyError("x"), True), (psycopg.OperationalError("gone"), False)):
+        loop = Breaks(system)
+        loop.error = error
+        loop.start()
+        eventually(lambda loop=loop: loop.failures >= 3)
+        assert (loop.unexpected >= 3) is unexpected
+        loop.stop()

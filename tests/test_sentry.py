@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Settled
 from agentflow.sentry import failures, lines
 from agentflow.system import System
-from agentflow.worker.runtime import Runtime
+from agentflow.worker import reporting as worker_reporting
 from scheduler.calendar import Done, Entry, every
 from tests import (
     sentry_sink,
@@ -30,6 +31,7 @@ from tests import (
 )
 from tests.calendar_support import calendar
 from tests.connection_support import Servers
+from tests.http_server import Reply, Request
 from tests.log_support import configured_log
 from tests.processes import ROOT, eventually, free_port, started, worker
 from tests.sentry_sink import Sink
@@ -184,9 +186,10 @@ def test_the_scheduler_and_its_entries_check_in(environment: dict[str, str], sin
     assert runs[0]["monitor_config"]["schedule"] == {"type": "interval", "value": 10, "unit": "minute"}
 
 
-@pytest.mark.parametrize("modules", ["actors, agentflow.worker.process", "actors, web", "actors, scheduler.schedule"])
-def test_without_sentry_its_sdk_is_not_even_imported(modules: str) -> None:
-    code = f"import sys, {modules}\nassert 'sentry_sdk' not in sys.modules"
+def test_without_sentry_its_sdk_is_not_even_imported() -> None:
+    code = (
+        "import sys, actors, agentflow.worker.process, web, scheduler.schedule\nassert 'sentry_sdk' not in sys.modules"
+    )
 
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "SENTRY_DSN": ""})
 
@@ -258,18 +261,32 @@ def test_a_job_that_killed_its_workers_is_reported_by_who_finds_it(
         "update agentflow.jobs set state = 'failed', error = %s, finished_at = now(), wake_at = null, sent_at = null",
         (error,),
     )
-    runtime = Runtime.__new__(Runtime)
-    runtime.system = system
 
-    runtime._report_lost(Settled({}, [(job.id, "default", "ping", "failed")]))
+    worker_reporting.lost(system.database, Settled({}, [(job.id, "default", "ping", "failed")]))
 
     (event,) = sent(reporting).events()
     assert (event["tags"]["job_id"], event["tags"]["code"]) == (str(job.id), "worker_lost")
     assert event["contexts"]["trace"]["trace_id"] == job.id.hex
 
 
+def test_a_stop_sends_what_waits_and_nothing_is_sent_after_it(reporting: Sink) -> None:
+    def slowly(_request: Request) -> Reply:
+        time.sleep(0.2)
+        return Reply(body=b"{}")
+
+    reporting.server.on("/api/", slowly)
+    logger = log.get("agentflow.somewhere")
+    for number in range(5):
+        logger.error(f"error {number}")
+
+    sentry.stop(60.0)
+    logger.error("too late")
+
+    assert [event["logentry"]["message"] for event in reporting.events()] == [f"error {n}" for n in range(5)]
+
+
 def test_sentrys_word_that_it_wants_no_more_is_heeded(reporting: Sink) -> None:
-    reporting.reply = sentry_sink.Reply(429, headers={"Retry-After": "3600"})
+    reporting.reply = Reply(429, headers={"Retry-After": "3600"})
     logger = log.get("agentflow.somewhere")
 
     logger.error("the first")

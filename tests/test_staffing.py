@@ -100,16 +100,16 @@ def test_what_is_beyond_the_looked_at_is_taken_to_be_like_them(
 def test_the_gauges_say_it_from_what_was_learned(test_settings: Settings, conn: psycopg.Connection) -> None:
     """Of workers with eight threads, of which six are for any job."""
     read = test_settings.model_copy(update={"job_concurrency": 8})
-    idle = wanted(read)
+    idle = shown(read)
     jobs = [core.submit(conn) for _ in range(40)]
     forecasts.note_durations(conn, {jobs[0].type: [60.0]})
-    busy = wanted(read)
+    busy = shown(read)
 
     assert (idle["all"], idle["default"], idle["heavy"]) == (1, 0, 0)
     assert (busy["all"], busy["default"], busy["heavy"]) == (7, 7, 0)
 
 
-def wanted(read: Settings) -> dict[str, float]:
+def shown(read: Settings) -> dict[str, float]:
     system = System(read, "test")
     try:
         found = samples(gauges.text(system, ask=True))

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from rich.markup import escape
 
+from agentflow import traces
 from agentflow.cli import output
 from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure, one_line
@@ -266,7 +267,8 @@ def _ended(system: System, job: Job) -> Job:
 
 def _plain(job: Job) -> dict[str, Any]:
     hidden = ("fence", "slot", "wake_at")
-    return {name: value for name, value in dataclasses.asdict(job).items() if name not in hidden}
+    shown = {name: value for name, value in dataclasses.asdict(job).items() if name not in hidden}
+    return {**shown, "trace": traces.id_of(traces.of_job(job.id, job.trace))}
 
 
 def _state(job: Job) -> str:
@@ -309,6 +311,7 @@ def _facts(job: Job, outlook: Outlook | None, parent: Job | None, children: list
         ("key", job.concurrency_key),
         ("correlation", job.correlation_id),
         ("callback", job.callback_url),
+        ("trace", traces.id_of(traces.of_job(job.id, job.trace))),
     ):
         if value is not None:
             yield name, value

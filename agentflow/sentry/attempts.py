@@ -10,6 +10,7 @@ from agentflow import traces
 from agentflow.jobs.model import Job
 from agentflow.sentry.process import started
 
+_MOST_BAGGAGE: Final = 2000
 _STATUS: Final = {
     "succeeded": "ok",
     "failed": "internal_error",
@@ -28,7 +29,8 @@ def trace_of_request(traceparent: str | None) -> str | None:
 def _current() -> str:
     import sentry_sdk
 
-    return f"{sentry_sdk.get_traceparent()} {sentry_sdk.get_baggage() or ''}".rstrip()
+    baggage = sentry_sdk.get_baggage() or ""  # which a caller may have begun
+    return f"{sentry_sdk.get_traceparent()} {baggage if len(baggage) <= _MOST_BAGGAGE else ''}".rstrip()
 
 
 class Attempt:

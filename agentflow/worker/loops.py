@@ -30,6 +30,7 @@ class Loop:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.failures = 0
+        self.unexpected = 0  # rounds in a row that failed for another reason than the database's absence
         self._in_round_since: float | None = None
 
     def start(self) -> None:
@@ -86,7 +87,7 @@ class Loop:
             if self._conn is None or self._conn.closed:
                 self._conn = self._database.connect(answer_timeout_s=self._answer_timeout_s)
             pause_s = self.step(self._conn)
-            self.failures = 0
+            self.failures = self.unexpected = 0
             return pause_s
         except Unavailable as error:
             # That the connection is gone and cannot be had again is said once for all loops (agentflow/presence.py).
@@ -100,6 +101,7 @@ class Loop:
         except Exception:
             self._disconnect()
             self.failures += 1
+            self.unexpected += 1
             logger.exception("unexpected error", loop=self.name)
             return backoff_s(self.failures)
 

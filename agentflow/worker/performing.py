@@ -1,4 +1,4 @@
-"""From a claimed job to its verdict: what logs and traces say of it meanwhile, and Sentry when it has failed for good."""
+"""From a claimed job to its verdict, and what logs and traces say of it meanwhile."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import structlog
 from agentflow import log, metrics, sentry, traces
 from agentflow.database import Unavailable
 from agentflow.errors import Permanent, Wait
-from agentflow.jobs import records
-from agentflow.jobs.model import Settled, Verdict
+from agentflow.jobs.model import Verdict
 from agentflow.system import System
 from agentflow.worker.admission import Admission
 from agentflow.worker.memory import Memory
@@ -70,34 +69,6 @@ class Performing:
                 said = json.dumps({"code": "internal", "message": f"{type(error).__name__}: {error}"})
                 verdict = verdict or Verdict(*running.key, "retry", delay_s=_NO_VERDICT_S, reason="retry", error=said)
         return verdict
-
-
-def report(running: Running, verdict: Verdict) -> None:
-    """Tell Sentry of a job that has failed for good."""
-    sentry.job_failed(
-        running.job,
-        json.loads(verdict.error) if verdict.error else None,
-        cause=running.cause,
-        trace=running.seen.context if running.seen is not None else None,
-        lines=running.lines.breadcrumbs() if running.lines is not None else (),
-    )
-    running.cause = None  # and with it whatever its frames hold
-
-
-def report_lost(system: System, settled: Settled) -> None:
-    """Likewise of those that have failed since too many workers died under them."""
-    lost = [id_ for id_, _, _, state in settled.finished if state == "failed"]
-    if not lost or not sentry.wants_failures():
-        return
-    try:
-        with system.database.connection() as conn:
-            found = [records.get(conn, records.EVERY_ORGANIZATION, id_) for id_ in lost]
-    except Unavailable:
-        logger.debug("failed jobs are not reported: the database is away")
-        return
-    for job in found:
-        if job is not None:
-            sentry.job_failed(job, job.error)
 
 
 def verdict_for_stop(running: Running) -> Verdict:

@@ -19,7 +19,7 @@ from agentflow.jobs import dispatch, leases, records, registry
 from agentflow.jobs.model import USUAL_QUEUES, Ring, Settled, State, Verdict
 from agentflow.live import Finished
 from agentflow.system import System
-from agentflow.worker import performing
+from agentflow.worker import performing, reporting
 from agentflow.worker.admission import Admission
 from agentflow.worker.chores import Relay, Rescue
 from agentflow.worker.claimer import ClaimAbandoned, Claimer
@@ -172,10 +172,10 @@ class Runtime:
         return next((said for loop in self._loops if (said := loop.stuck())), None)
 
     def failing(self) -> Iterator[str]:
-        """Loops that go on failing, while the database is there or not."""
+        """Loops that go on failing though the database is there."""
         for loop in self._loops:
-            if loop.failures >= _FAILING:
-                yield f"{loop.name}: failed {loop.failures} times in a row"
+            if loop.unexpected >= _FAILING:
+                yield f"{loop.name}: failed {loop.unexpected} times in a row"
 
     def drain(self, grace_s: float) -> bool:
         """Stop taking work; give running jobs `grace_s`; hand back the rest. True when every job's thread has ended.
@@ -321,7 +321,7 @@ class Runtime:
         if state == "succeeded":
             self.observer.ended(running.job.type, seconds)
         elif state == "failed":
-            performing.report(running, verdict)
+            reporting.failed(running, verdict)
         if state is None:
             metrics.lease_lost()
             logger.warning(
@@ -350,7 +350,7 @@ class Runtime:
 
     def _after_rescue(self, settled: Settled) -> None:
         metrics.rescued(len(settled.states))
-        performing.report_lost(self.system, settled)
+        reporting.lost(self.system.database, settled)
         for _, queue, type_, state in settled.finished:
             if state == "failed":
                 metrics.failed_unseen(type_, queue)
