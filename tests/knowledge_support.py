@@ -64,6 +64,12 @@ class Context:
     def check(self) -> None:
         self.at()
 
+    def joined_by(self, pid: int | None) -> None:
+        pass
+
+    def memory_done(self) -> None:
+        pass
+
     def spent(self, **measures: float) -> None:
         for name, value in measures.items():
             self.measures[name] = self.measures.get(name, 0.0) + value

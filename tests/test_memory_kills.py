@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from agentflow.jobs import records
@@ -70,16 +71,20 @@ def test_a_job_waits_until_another_ones_memory_is_free(
     assert group.kills == 0
 
 
+def serves(conn: psycopg.Connection, queue: str) -> bool:
+    return conn.execute("select from agentflow.workers where %s = any (queues)", (queue,)).fetchone() is not None
+
+
 def parked(system: System, job: Job) -> Job | None:
     found = read(system, job.id)
     return found if found.wait_reason == "memory" else None
 
 
 def test_a_child_that_the_kernel_killed_is_named_and_the_second_time_its_job_fails_or_goes_to_the_large_queue(
-    environment: dict[str, str], system: System, group: MemoryGroup, tmp_path: Path
+    environment: dict[str, str], system: System, conn: psycopg.Connection, group: MemoryGroup, tmp_path: Path
 ) -> None:
     with worker(group, environment, tmp_path / "log") as process:
-        alone = ended(system, hungry(system, LIMIT_MB))
+        alone = ended(system, hungry(system, LIMIT_MB), 60.0)
 
         assert (alone.state, alone.attempt) == ("failed", 2)
         assert alone.error is not None and alone.error["code"] == "out_of_memory"
@@ -94,9 +99,10 @@ def test_a_child_that_the_kernel_killed_is_named_and_the_second_time_its_job_fai
         assert f"need {LIMIT_MB} MB of memory" in never.error["message"]
 
         with worker(None, environment, tmp_path / "large.log", "large"):
+            eventually(lambda: serves(conn, "large"))
             served = [hungry(system, LIMIT_MB, said_mb=1), hungry(system, 10, said_mb=LIMIT_MB)]
             for job in served:
-                done = ended(system, job)
+                done = ended(system, job, 60.0)
                 assert (done.state, done.queue) == ("succeeded", "large"), done
             assert group.kills == 4
         assert "a worker process died" not in process.text()  # the kernel took the children alone
@@ -109,7 +115,7 @@ def test_a_worker_that_the_kernel_killed_is_named_by_its_successor(
     with worker(group, environment, tmp_path / "log") as process:
         held = hungry(system, LIMIT_MB, in_child=False)
 
-        done = ended(system, held)
+        done = ended(system, held, 60.0)
 
         assert (done.state, done.crashes) == ("failed", 1)
         assert done.error is not None and done.error["code"] == "worker_out_of_memory"

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,8 @@ from agentflow import log
 logger = log.get(__name__)
 
 _MOST_WAITING: Final = 500
+#: Whoever clears temporary folders takes what was not touched for days.
+_TOUCH_S: Final = 3600.0
 
 
 @dataclass(slots=True)
@@ -106,6 +109,7 @@ class Ledger:
         self._private = State()
         self._private_lock = threading.Lock()
         self._alive: int | None = None
+        self._touched_at = time.monotonic()
         self._folder = self._shared_folder(identity, parent or Path(tempfile.gettempdir()))
 
     def close(self) -> None:
@@ -131,11 +135,13 @@ class Ledger:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = _read(folder / "state.json")
+            before = asdict(state)
             dead = self._strike_out_dead(folder, state)
             state.owners[self.owner] = str(self._worker)
             yield state, dead
             try:
-                _write(folder / "state.json", state)
+                if asdict(state) != before:
+                    _write(folder / "state.json", state)
             except OSError as error:  # a full disk: what is counted here is an estimate
                 logger.warning("what jobs may still take could not be noted", error=str(error))
         finally:
@@ -146,7 +152,9 @@ class Ledger:
         if self._folder is None or self._alive is None:
             return None
         try:
-            os.utime(self._alive)  # whoever clears temporary folders takes what is old
+            if time.monotonic() - self._touched_at > _TOUCH_S:
+                os.utime(self._alive)
+                self._touched_at = time.monotonic()
             return os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             logger.warning("the ledger of the container's memory is gone", error=str(error))
