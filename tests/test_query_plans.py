@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from agentflow import embedded
-from agentflow.jobs import claims, dispatch, intake, leases, records, retention, usage
+from agentflow.jobs import claims, dispatch, intake, leases, records, retention, staffing, usage
 from agentflow.jobs.leases import Held
 from agentflow.jobs.model import Job, Verdict
 from agentflow.jobs.records import Filter
@@ -264,6 +264,10 @@ def _retention(conn: Connection) -> Act:
     return lambda: retention.delete_jobs(conn, succeeded=True, keep=Keep(0, 100))
 
 
+def _kinds(conn: Connection) -> Act:
+    return lambda: staffing.kinds(conn, {"default": 20_000, "heavy": 0})
+
+
 PKEY, LINE, SLOT, READY, SENT = "jobs_pkey", "jobs_line", "jobs_slot", "jobs_ready", "jobs_sent"
 LIST, RUNNING, PARENT, AHEAD = "jobs_list", "jobs_running", "jobs_parent", "jobs_ahead"
 #: statement -> how it is made, whether its plans are kept (in a function) or made each time, and the indexes that they may use.
@@ -290,6 +294,7 @@ HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
     "children": (_children, False, {PARENT}),
     "list": (_list, False, {LIST, PKEY}),
     "retention": (_retention, False, {LIST, PARENT, PKEY}),
+    "workers wanted": (_kinds, False, {READY, AHEAD, RUNNING}),
 }
 
 
