@@ -50,7 +50,7 @@ def main(ctx=None):
             database,
             scratchpad,
             process("agentflow-web", "gunicorn -c web/gunicorn_config.py web.wsgi:app", 2, "/health/ready"),
-            # A start command of an image gets no shell; exec makes the worker the process that gets SIGTERM.
+            # Right with and without a shell around it; exec makes the worker the process that gets SIGTERM.
             process(
                 "agentflow-worker",
                 "sh -c 'exec dramatiq actors --processes 1 --threads ${JOB_CONCURRENCY:-25}'",

@@ -94,12 +94,15 @@ def test_a_web_without_workers_and_scheduler_is_told_with_what_to_do(
 ) -> None:
     with gunicorn(environment, tmp_path, METRICS_TOKEN="a-token-of-theirs") as web:
         said = agentflow("doctor", "--url", web.url)
+        there = Deployed(Client(web.url, ADMIN_KEY), "a-token-of-theirs")
+        there.key()
+        by_token = there.metrics()
     found = lines(said)
 
     assert said.status == WRONG and "3 of 5 checks failed" in said.err
     assert {name for name, line in found.items() if line[0] in "✗W"} == {"metrics", "scheduler", "workers"}
     assert "METRICS_TOKEN" in said.out and "never ticked" in found["scheduler"] and "none is alive" in found["workers"]
-    assert ADMIN_KEY not in said.out
+    assert ADMIN_KEY not in said.out and "of the same queues" in by_token
 
 
 @pytest.mark.parametrize(

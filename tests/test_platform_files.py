@@ -65,7 +65,9 @@ def railway() -> dict[str, Any]:
 
 
 def railway_services() -> dict[str, dict[str, Any]]:
-    return {each["name"]: each for each in railway()["resources"] if "startCommand" in each.get("deploy", {})}
+    """By process."""
+    found = (each for each in railway()["resources"] if "startCommand" in each.get("deploy", {}))
+    return {each["name"].removeprefix("agentflow-"): each for each in found}
 
 
 def problems(document: Any, schema: str) -> list[str]:
@@ -153,7 +155,7 @@ def test_railway_restarts_drains_and_runs_two_of_what_may_be_two() -> None:
     services = railway_services()
     replicas = {name: sum(n["numReplicas"] for n in regions(each).values()) for name, each in services.items()}
 
-    assert replicas == {"agentflow-web": 2, "agentflow-worker": 2, "agentflow-scheduler": 1}
+    assert replicas == {"web": 2, "worker": 2, "scheduler": 1}
     for each in services.values():
         deploy = each["deploy"]
         assert (deploy["restartPolicyType"], deploy["restartPolicyMaxRetries"]) == ("ON_FAILURE", 10)
@@ -180,7 +182,7 @@ def platform_commands() -> Iterator[tuple[str, str, str]]:
         yield "fly.toml", name, command
     yield "fly.toml", "release", fly()["deploy"]["release_command"]
     for name, service in railway_services().items():
-        yield "railway.py", name.removeprefix("agentflow-"), service["deploy"]["startCommand"]
+        yield "railway.py", name, service["deploy"]["startCommand"]
         (before,) = service["deploy"]["preDeployCommand"]
         yield "railway.py", "release", before
     for unit, name in (("web", "web"), ("worker@", "worker"), ("scheduler", "scheduler"), ("migrate", "release")):

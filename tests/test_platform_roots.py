@@ -31,7 +31,8 @@ from tests.processes import ROOT, Process, eventually, free_port
 from tests.test_platform_files import environments, platform_commands
 from tests.test_tiers import Valkey, submitting
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+#: Most of it is for the root, which takes five minutes where the packages come slowly.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 #: Where the systemd units want the checkout; the other files' commands do not care.
 HOME = "/srv/agentflow"

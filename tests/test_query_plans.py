@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from agentflow import embedded
-from agentflow.jobs import backlog, claims, dispatch, intake, leases, records, retention, usage
+from agentflow.jobs import backlog, claims, dispatch, intake, leases, records, retention, staffing, usage
 from agentflow.jobs.leases import Held
 from agentflow.jobs.model import Job, Verdict
 from agentflow.jobs.records import Filter
@@ -280,6 +280,10 @@ def _failed_lately(conn: Connection) -> Act:
     return lambda: backlog.failed_lately(conn)
 
 
+def _kinds(conn: Connection) -> Act:
+    return lambda: staffing.kinds(conn, {"default": 20_000, "heavy": 0})
+
+
 PKEY, LINE, SLOT, READY, SENT = "jobs_pkey", "jobs_line", "jobs_slot", "jobs_ready", "jobs_sent"
 LIST, RUNNING, PARENT, AHEAD, BACK = "jobs_list", "jobs_running", "jobs_parent", "jobs_ahead", "jobs_back"
 FAILED = "jobs_failed"
@@ -306,10 +310,11 @@ HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
     "attempts": (_attempts, False, {PKEY}),
     "children": (_children, False, {PARENT}),
     "list": (_list, False, {LIST, PKEY}),
-    "metrics: what waits and runs": (_shares, False, {READY, SENT, AHEAD, RUNNING, SLOT}),
+    "metrics: what waits and runs": (_shares, False, {READY, SENT, AHEAD, BACK, RUNNING, SLOT}),
     "metrics: what is stuck": (_stuck, False, {RUNNING, SLOT}),
     "metrics: what failed lately": (_failed_lately, False, {FAILED}),
     "retention": (_retention, False, {LIST, PARENT, PKEY}),
+    "workers wanted": (_kinds, False, {READY, SENT, AHEAD, BACK, RUNNING, SLOT}),
 }
 
 
