@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,8 @@ from flask.testing import FlaskClient
 
 from actors import write_crm
 from agentflow import embedded, organizations, schema, settings, signing
-from agentflow.backup import guard, making, restoring, tables
-from agentflow.backup.errors import Refused
+from agentflow.backup import guard, making, packing, restoring, tables
+from agentflow.backup.errors import Damaged, Refused
 from agentflow.backup.place import Place
 from agentflow.jobs import files
 from agentflow.jobs.files import Doomed
@@ -436,6 +438,19 @@ def test_what_is_damaged_is_found_and_nothing_comes_of_it(
     if "file" in part and part != "files.gz":
         assert next(iter(FILES)) in checked.err and next(iter(FILES)) in restored.err
     assert is_empty(target)
+
+
+@pytest.mark.parametrize("stored", [gzip.compress(b"another table"), gzip.compress(b"the table")[:-9], b""])
+def test_a_part_is_what_was_written_or_refused(stored: bytes) -> None:
+    """Exchanged for another that is whole; cut off, also where the checksum is that of the rest; empty."""
+    whole = gzip.compress(b"the table")
+
+    assert b"".join(packing.unpacked([whole[:5], whole[5:]], hashlib.sha256(whole).hexdigest(), "it")) == b"the table"
+    with pytest.raises(Damaged):
+        list(packing.unpacked([stored], hashlib.sha256(whole).hexdigest(), "it"))
+    if stored[-8:] != gzip.compress(b"another table")[-8:]:
+        with pytest.raises(Damaged):
+            list(packing.unpacked([stored], hashlib.sha256(stored).hexdigest(), "it"))
 
 
 def test_a_whole_backup_passes_its_check(agentflow: Command, system: System, where: Path) -> None:
