@@ -86,7 +86,7 @@ def _take(browser: Browser, address: str, kind: str, folder: Path, ids: dict[str
             page.get_by_role("button", name="24 hours").click()
             page.wait_for_selector("#charts[data-ready='24h']")
         page.screenshot(
-            path=folder / f"{name}-{kind}.png", full_page=name in ("overview", "job") or phone and name != "runbook"
+            path=folder / f"{name}-{kind}.png", full_page=name in ("overview", "job") or (phone and name != "runbook")
         )
     for problem in visitor.problems():
         print(f"{kind}: {problem}", file=sys.stderr)
