@@ -138,7 +138,7 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "from agentflow.job_history f where f.seconds": "the same, folded into longer times",
     "insert into agentflow.depth_history as h": "how much waits, by organization inside",
     "delete from agentflow.job_history where ctid": "retention of the history",
-    "delete from agentflow.depth_history where ctid": "the same",
+    "delete from agentflow.depth_history where ctid": "retention of how much waited",
 }
 
 #: The same, and needed while a request of an organization's key is answered.

@@ -181,6 +181,28 @@ def test_the_calendar_keeps_it(system: System, conn: psycopg.Connection) -> None
     assert behind_s is not None and behind_s < 300
 
 
+def test_the_statements_find_their_rows_by_index(conn: psycopg.Connection) -> None:
+    conn.execute(
+        "insert into agentflow.jobs (id, organization_id, type, queue, max_attempts, time_limit_s, state, error, attempt, fence,"
+        " created_at, started_at, finished_at) select agentflow.uuid7_1(), 1 + n % 20, 't' || n % 9, 'default', 5, 60,"
+        " case when n % 50 = 0 then 'failed' else 'succeeded' end,"
+        """ case when n % 50 = 0 then jsonb_build_object('code', 'c' || n % 7, 'message', 'no answer ' || n) end, 1, 1,"""
+        " at, at, at from generate_series(1, 20000) n cross join lateral (select clock_timestamp() - n * interval '20 s' as at) a"
+    )
+    conn.execute("analyze agentflow.jobs")
+    now = datetime.now(UTC)
+    span = {"since": now - timedelta(minutes=5), "until": now, "first": uuid_at(now), "last": uuid_at(now)}
+    asked: list[tuple[Any, dict[str, Any]]] = [
+        (dead_letters._GROUPS, {"organization": None, "limit": 100, "most": 1000}),
+        (dead_letters._GROUPS, {"organization": 3, "limit": 100, "most": 1000}),
+        (history._COUNT, {**span, "bounds": list(history.PICKUP_BOUNDS)}),
+        (history._SAMPLE, {}),
+    ]
+    for statement, values in asked:
+        plan = "\n".join(row[0] for row in conn.execute(f"explain {statement}", values).fetchall())
+        assert "Seq Scan on jobs" not in plan, plan
+
+
 # ---- dead letters ----
 
 

@@ -44,7 +44,7 @@ SAID_COOKIE: Final = "agentflow_said"
 PREFIX: Final = "/dashboard"
 #: No script and no style but our files; nothing from elsewhere. Pictures come by signed links, which a store may answer itself.
 POLICY: Final = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:{stores}; connect-src 'self'; font-src 'self';"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'{stores}; connect-src 'self'; font-src 'self';"
     " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 #: What stands in the menu, in its order: endpoint, name, icon, key.
