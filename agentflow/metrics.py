@@ -34,8 +34,8 @@ prometheus_client.disable_created_metrics()
 
 REGISTRY: Final = CollectorRegistry()
 #: Shown where there is such a server: a status of 0 means that it should be there.
-_OF_REDIS: Final = CollectorRegistry()
-_OF_RABBITMQ: Final = CollectorRegistry()
+OF_REDIS: Final = CollectorRegistry()
+OF_RABBITMQ: Final = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 
 _JOB: Final = ("job_type", "queue")
@@ -51,12 +51,12 @@ _duration = Histogram(
     buckets=(0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800),
     registry=REGISTRY,
 )
-_redis_status = Gauge("worker_redis_connection_status", "1 while Redis answers", registry=_OF_REDIS)
-_redis_reconnects = Counter("worker_redis_reconnect_attempts", "Connections to Redis made anew", registry=_OF_REDIS)
+_redis_status = Gauge("worker_redis_connection_status", "1 while Redis answers", registry=OF_REDIS)
+_redis_reconnects = Counter("worker_redis_reconnect_attempts", "Connections to Redis made anew", registry=OF_REDIS)
 
-_rabbitmq_status = Gauge("worker_rabbitmq_connection_status", "1 while RabbitMQ answers", registry=_OF_RABBITMQ)
+_rabbitmq_status = Gauge("worker_rabbitmq_connection_status", "1 while RabbitMQ answers", registry=OF_RABBITMQ)
 _rabbitmq_reconnects = Gauge(
-    "worker_rabbitmq_reconnects", "Connections to RabbitMQ made anew by this process", registry=_OF_RABBITMQ
+    "worker_rabbitmq_reconnects", "Connections to RabbitMQ made anew by this process", registry=OF_RABBITMQ
 )
 _database_status = Gauge("agentflow_database_connection_status", "1 while Postgres answers", registry=REGISTRY)
 
@@ -354,6 +354,6 @@ def own(system: System) -> Iterator[Metric]:
 def _registries(system: System) -> Iterator[CollectorRegistry]:
     yield REGISTRY
     if system.settings.uses_redis:
-        yield _OF_REDIS
+        yield OF_REDIS
     if system.settings.rabbitmq_url is not None:
-        yield _OF_RABBITMQ
+        yield OF_RABBITMQ

@@ -97,6 +97,7 @@ def environment(stack: embedded.Embedded, database_url: str, tmp_path: Path) -> 
         "ADMIN_API_KEY": ADMIN_KEY,
         "JOB_QUEUE_NAME": f"t{os.getpid()}-{next(_numbers)}",
         "CANARY_INTERVAL": "0",  # jobs are counted
+        "ALERT_INTERVAL": "0",
         "JOB_CONCURRENCY": "8",
         "WORKER_POLLING_INTERVAL": "0.2",
         statements.FOLDER: str(tmp_path / "statements"),

@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from agentflow import health, metrics, settings
+from agentflow import health, scraping, settings
 from agentflow.errors import Permanent
 from agentflow.jobs import rules
 from agentflow.jobs.intake import NewJob
@@ -408,7 +408,7 @@ def test_clean_up_that_cannot_keep_up_says_so_until_it_can(
     assert ticks.latest(conn)[0].outcome == "behind" and ticks.latest(conn)[0].behind_s > 0
     document, ready = health.report(system, "scheduler")
     assert (document["status"], document["degraded"], ready) == ("degraded", looking.alarms(), True)
-    shown = metrics.render(system).decode()
+    shown = scraping.text(system).decode()
     assert float(_sample(shown, 'agentflow_cleanup_behind_seconds{what="things"}')) > 0
 
     monkeypatch.setattr(clean_up, "BUDGET_S", 60.0)
@@ -418,7 +418,7 @@ def test_clean_up_that_cannot_keep_up_says_so_until_it_can(
     assert left == [] and looking.alarms() == []
     assert [row[2] for row in ticks_of(conn, "clean_up.things")] == ["behind", "done"]
     assert ticks.latest(conn)[0].behind_s == 0
-    assert float(_sample(metrics.render(system).decode(), 'agentflow_cleanup_deleted_total{what="things"}')) >= 12
+    assert float(_sample(scraping.text(system).decode(), 'agentflow_cleanup_deleted_total{what="things"}')) >= 12
 
 
 def _sample(shown: str, name: str) -> str:
@@ -490,9 +490,7 @@ def test_a_canary_goes_through_each_queue_that_is_served_and_its_round_trip_is_k
     left = conn.execute("select queue, count(*) from agentflow.jobs group by 1 order by 1").fetchall()
     assert left == [("default", 1), ("heavy", 1)]
     assert looking.alarms() == []
-    assert (
-        float(_sample(metrics.render(system).decode(), 'agentflow_canary_round_trip_seconds{queue="default"}')) == 7.0
-    )
+    assert float(_sample(scraping.text(system).decode(), 'agentflow_canary_round_trip_seconds{queue="default"}')) == 7.0
 
 
 def test_a_canary_that_does_not_come_back_is_an_alarm_until_it_does(
@@ -509,7 +507,7 @@ def test_a_canary_that_does_not_come_back_is_an_alarm_until_it_does(
     later(looking, now, 60)
 
     assert looking.alarms() == ["the canary of queue default does not come back"]
-    assert float(_sample(metrics.render(system).decode(), 'agentflow_canary_away_seconds{queue="default"}')) > 120
+    assert float(_sample(scraping.text(system).decode(), 'agentflow_canary_away_seconds{queue="default"}')) > 120
     ((job,),) = conn.execute("select id from agentflow.jobs").fetchall()  # they do not pile up
 
     run(system, conn, job, "failed", error={"code": "no", "message": "No."})

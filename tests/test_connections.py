@@ -591,7 +591,7 @@ def test_the_metrics_of_redis_follow_its_connection(
     environment: dict[str, str], servers: Servers, names: dict[str, list[str]]
 ) -> None:
     def sample(name: str) -> float:
-        return metrics.REGISTRY.get_sample_value(name) or 0.0
+        return metrics.OF_REDIS.get_sample_value(name) or 0.0
 
     with servers.behind() as middlemen:
         system = System(settings.load({**environment, **servers.environment(HOST)}), "test")

@@ -66,7 +66,7 @@ def refused_claims(port: int) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     assert "agentflow_messages_dropped" in text
-    found = re.findall(r'^agentflow_messages_dropped_total\{why="not_claimable"\} (\S+)', text, re.MULTILINE)
+    found = re.findall(r'^agentflow_messages_dropped_total\{[^}]*why="not_claimable"\} (\S+)', text, re.MULTILINE)
     return sum(map(float, found))
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from agentflow import metrics, settings
+from agentflow import metrics, scraping, settings
 from agentflow.system import System
 from agentflow.webhooks import endpoints, events, order, silence
 from agentflow.webhooks.intake import moment_of
@@ -469,7 +469,7 @@ def test_a_silence_is_told_once_and_so_is_its_end(
 
     assert states == [1, 1, 1] and [level for level, _ in told] == ["error"]
     assert client.get(f"/api/webhook-endpoints/{watched.id}").json["silent_since"] is not None
-    text = metrics.render(system).decode()
+    text = scraping.text(system).decode()
     assert f'agentflow_webhook_silence{{endpoint="{watched.id}",source="github"}} 1.0' in text
     client.post(watched.path, data=b"{}")  # refused: this is not the sender
     assert len(silence.silent(conn)) == 1
