@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -47,8 +49,9 @@ class Inside:
 
 
 @pytest.fixture
-def inside(monkeypatch: pytest.MonkeyPatch) -> Inside:
+def inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Inside:
     """Of which the processes hold nothing that is known."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(memory_module.container, "private_bytes", lambda _pid: 0)
     made = Inside()
     monkeypatch.setattr(memory_module.container, "of", lambda _settings: made)

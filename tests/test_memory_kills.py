@@ -35,7 +35,7 @@ def worker(group: MemoryGroup | None, environment: dict[str, str], log: Path, *q
     arguments = [str(BIN / "python"), "-m", "agentflow.cli", "worker", "--module", "tests.memory_jobs"]
     arguments += [word for queue in queues for word in ("-Q", queue)]
     command = group.inside(arguments) if group is not None else arguments
-    with started(command, {"PORT": str(free_port()), **environment}, log) as process:
+    with started(command, {"PORT": str(free_port()), "TMPDIR": str(log.parent), **environment}, log) as process:
         process.wait_for("worker ready", within_s=90.0)
         yield process
 
