@@ -18,7 +18,8 @@ from tests.memory_group import MemoryGroup, memory_group
 from tests.processes import BIN, Process, eventually, free_port, started
 from tests.test_worker import ended, read, submit
 
-pytestmark = pytest.mark.timeout(180)
+# Long, since the kernel's groups cannot be had in every container that can run all else.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
 LIMIT_MB = 400
 
