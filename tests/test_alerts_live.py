@@ -96,10 +96,12 @@ def fleet(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[Fleet, 
         yield made, workers
 
 
+@pytest.mark.long
 def test_the_first_ten_alerts_come_when_they_should_and_end(
     environment: dict[str, str], redis_of_its_own: Redis, conn: psycopg.Connection, tmp_path: Path
 ) -> None:
     environment |= {"REDIS_URL": redis_of_its_own.url, "SHUTDOWN_GRACE": "2", "ALERT_INTERVAL": "2"}
+    environment["MEMORY_ADMISSION"] = "false"  # it would not let a job fill the memory
     rules = prometheus.rules(table.with_thresholds(THRESHOLDS), pace=PACE)
     with fleet(environment, tmp_path) as (made, workers):
         _have_something_of_everything(conn)

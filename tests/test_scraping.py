@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import psutil
 import psycopg
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from agentflow import container, gauges, metrics, scraping, siblings
+from agentflow import gauges, metrics, scraping, siblings
 from agentflow.siblings import Siblings
 from agentflow.system import System
-from tests.memory_cgroup import memory_cgroup
 from tests.processes import BIN, ROOT, Process, eventually, free_port, started
 from tests.prometheus import PROMTOOL
 from tests.test_worker import submit
@@ -272,51 +270,6 @@ def test_the_share_of_a_limit_is_shown_while_somebody_calls(system: System, monk
 
     assert found == {"": 0.7}
     assert later == {}
-
-
-def test_the_container_says_what_it_may_use_and_what_it_uses() -> None:
-    said = "from agentflow import container; print(container.limit_bytes(), container.used_bytes())"
-    with memory_cgroup() as cgroup:
-        cgroup.limit(256 << 20)
-        process = subprocess.Popen(
-            [sys.executable, "-c", f"import sys; sys.stdin.readline(); held = bytearray(64 << 20); {said}"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        )  # fmt: skip
-        cgroup.take(process.pid)
-        limit, used = map(int, process.communicate("go\n", timeout=60)[0].split())
-
-    assert limit == 256 << 20
-    assert 64 << 20 < used < 128 << 20
-
-
-def test_without_a_limit_the_process_itself_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "_groups", lambda: iter(()))
-
-    assert container.limit_bytes() is None
-    assert container.used_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
-
-
-@pytest.mark.parametrize(
-    ("files", "limit", "used"),
-    [
-        ({"memory.max": "536870912", "memory.current": "400000000", "memory.stat": "inactive_file 1000\n"}, 512 << 20, 399999000),
-        ({"memory.max": "max", "memory.current": "400000000", "memory.stat": "inactive_file 1000\n"}, None, None),
-        ({"memory/memory.limit_in_bytes": "536870912", "memory/memory.usage_in_bytes": "5000",
-          "memory/memory.stat": "total_inactive_file 1000\n"}, 512 << 20, 4000),
-        ({"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "5000"}, None, None),
-        ({}, None, None),
-    ],
-)  # fmt: skip
-def test_both_versions_of_cgroups_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], limit: int | None, used: int | None
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(container, "_MOUNT", tmp_path)
-
-    assert container.limit_bytes() == limit
-    assert used is None or container.used_bytes() == used
 
 
 def test_json_of_several_processes_is_summed() -> None:
