@@ -22,8 +22,9 @@ from agentflow.backup.manifest import Numbers
 from agentflow.database import Connection
 
 SCHEMA: Final = "agentflow"
-#: Not copied: which files were applied is in the manifest, and processes of the old system are none of the new one.
-_OWN: Final = ("migrations", "workers")
+#: Not copied: which files were applied is in the manifest; processes of the old system, and who is signed in there, are none of
+#: the new one's.
+_OWN: Final = ("migrations", "workers", "dashboard_sessions", "alert_watch")
 #: What a new system holds before anybody has used it: the default organization, and secrets that are made at the first look.
 _FROM_THE_START: Final = {"organizations": 1, "installation": 100}
 _LOCK_WAIT: Final = "30s"
