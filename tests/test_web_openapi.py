@@ -61,6 +61,10 @@ include-path = "/api/jobs/{{job_id}}/cancel"
 parameters = {{ job_id = "{cancelled}" }}
 
 [[operations]]
+include-path = "/api/jobs/{{job_id}}/run-now"
+parameters = {{ job_id = "{later}" }}
+
+[[operations]]
 include-path = "/api/keys/{{key_id}}/revoke"
 parameters = {{ key_id = "{revoked}" }}
 
@@ -254,6 +258,7 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
     failed, cancelled = batch["ids"]
     run(system, conn, failed, "failed", error={"message": "no"})  # ended: nobody has to wait for it
     web.http.post(f"/api/jobs/{cancelled}/cancel").raise_for_status()
+    later = web.http.post("/api/jobs", json={"type": "ping", "run_at": "2100-01-01T00:00:00Z"}).json()["id"]
     task = web.http.post("/api/videos/analyze", json={"url": "https://8.8.8.8/film.mp4"}).json()
     run(system, conn, task["task_id"], "failed", error={"message": "no"})
     system.storage.put_bytes("o/1/x.png", b"x" * 100)
@@ -299,6 +304,7 @@ def things(web: Web, system: System, conn: psycopg.Connection) -> dict[str, str]
         "token": path.rpartition("/")[2],
         "failed": failed,
         "cancelled": cancelled,
+        "later": later,
         "callback": callback(failed),
         "batch": batch["batch_id"],
         "batch_callback": callback(batch["batch_id"]),
