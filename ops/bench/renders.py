@@ -4,8 +4,9 @@
 
 Starts private servers, a ComfyUI of the tests and one worker process. Pick-up: `--rounds` renders of 0.2 s wait in line for one
 GPU; counted at the ComfyUI, from the end of a run to the beginning of the next. Soak: `--renders` small ones; each 5 s what the
-worker and its children hold (PSS, descriptors, threads), and what of it the ComfyUI sees (connections). Flat is: the last fifth's
-median is no more than 2 % of memory and 2 descriptors above that of the second fifth. Writes ops/bench/results/renders.json.
+worker holds (PSS, descriptors, threads; without the children of jobs, which come and go), and what of it the ComfyUI sees
+(connections). Flat is: the last fifth's median is no more than 2 % of memory and 2 descriptors above that of the second fifth.
+Writes ops/bench/results/renders.json.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def soak(system: System, comfy: Comfy, process: psutil.Process, renders: int) ->
 
 
 def held(process: psutil.Process, comfy: Comfy) -> dict[str, float]:
-    family = [process, *process.children(recursive=True)]
+    family = [process, *(each for each in process.children(recursive=True) if not of_a_job(each))]
     pss = descriptors = threads = 0
     for each in family:
         with suppress(psutil.NoSuchProcess):
@@ -123,6 +124,13 @@ def held(process: psutil.Process, comfy: Comfy) -> dict[str, float]:
             descriptors += each.num_fds()
             threads += each.num_threads()
     return {"PSS MB": pss / 1e6, "descriptors": descriptors, "threads": threads, "connections": comfy.server.open_now}
+
+
+def of_a_job(process: psutil.Process) -> bool:
+    try:
+        return "agentflow.worker.child" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return True
 
 
 def submit(system: System, numbers: Sequence[int]) -> None:
