@@ -12,6 +12,8 @@ from typing import Any
 
 Graph = dict[str, Any]
 Errors = list[dict[str, Any]]
+#: What Python raises of inputs that are not of the shape that a node expects.
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Validation:
         for output in outputs:
             try:
                 reasons = self._errors(graph, output, seen)
-            except Exception as error:  # noqa: BLE001 - ComfyUI's validation answers whatever a node's check raises
+            except MALFORMED as error:  # ComfyUI answers it, as it does whatever a node's check raises
                 reasons = seen[output] = [_raised(error)]
             if reasons is None:
                 good.append(output)
@@ -118,7 +120,7 @@ class Validation:
     ) -> Errors | None:
         try:
             return self._errors(graph, link[0], seen)
-        except Exception as error:  # noqa: BLE001 - and whatever that of a node before it raises
+        except MALFORMED as error:
             about = {"input_name": name, "input_config": config, "linked_node": link, "exception_message": str(error)}
             raised = _raised(error)
             raised |= {"type": "exception_during_inner_validation", "message": "Exception when validating inner node"}

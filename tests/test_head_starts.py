@@ -47,13 +47,9 @@ def order(conn: Connection, how: str) -> list[UUID]:
     """One after the other: each round has room for one."""
     found: list[UUID] = []
     for _ in range(50):
-        if how == "poll":
-            rings, _ = dispatch.poll(conn, "default", 1, 0, ["test"])
-        else:  # the window is full but for one
-            rings, _ = dispatch.pick_due(conn, "default")
-        if not rings:
+        if not (ids := round_of(conn, how, room=1)):
             break
-        found += [ring.job_id for ring in rings]
+        found += ids
         conn.execute(
             "update agentflow.jobs set state = 'cancelled', finished_at = now(), wake_at = null where id = %s",
             (found[-1],),
@@ -61,12 +57,20 @@ def order(conn: Connection, how: str) -> list[UUID]:
     return found
 
 
-@pytest.fixture(params=["relay", "poll"])
-def how(request: pytest.FixtureRequest, conn: Connection) -> str:
-    if request.param == "relay":
+def round_of(conn: Connection, how: str, room: int) -> list[UUID]:
+    if how == "poll":
+        rings, _ = dispatch.poll(conn, "default", room, 0, ["test"])
+    else:
         conn.execute(
-            "create or replace function agentflow.window_1(p_queue text) returns integer language sql stable as 'select 1'"
+            "create or replace function agentflow.window_1(p_queue text) returns integer language sql stable"
+            f" as 'select {room}'"
         )
+        rings, _ = dispatch.pick_due(conn, "default")
+    return [ring.job_id for ring in rings]
+
+
+@pytest.fixture(params=["relay", "poll"])
+def how(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -127,10 +131,17 @@ def test_who_is_back_from_the_line_of_a_limit_comes_before_those_who_have_no_pla
     assert records.get(conn, None, not_yet.id).state == "queued"  # type: ignore[union-attr]
 
 
-def test_who_is_back_with_a_head_start_comes_once(conn: Connection, how: str) -> None:
-    fresh, both = due(conn, 900), back(conn, 1, "limit", head_start_s=5)
+@pytest.mark.parametrize("head_start_s", [0, 5])
+def test_who_is_back_takes_one_place_of_a_round(conn: Connection, how: str, head_start_s: HeadStart) -> None:
+    both, fresh = back(conn, 900, "limit", head_start_s), due(conn, 5)
 
-    assert order(conn, how) == [both.id, fresh.id]
+    assert {*round_of(conn, how, room=2)} == {both.id, fresh.id}
+
+
+def test_who_has_a_head_start_takes_one_place_of_a_round(conn: Connection, how: str) -> None:
+    ahead, fresh = due(conn, 900, 5), due(conn, 5)
+
+    assert {*round_of(conn, how, room=2)} == {ahead.id, fresh.id}
 
 
 def test_who_waited_for_something_else_comes_in_the_order_of_time(conn: Connection, how: str) -> None:
