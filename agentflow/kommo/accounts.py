@@ -315,6 +315,11 @@ def lags(conn: Connection, *, limit: int) -> dict[int, float]:
     return dict(rows)
 
 
+def behind_s(account: Account, read_at: datetime | None, now: datetime) -> float:
+    """The same of one account, of which everything up to `read_at` is in the mirror."""
+    return max(0.0, (now - (read_at or account.created_at)).total_seconds() - account.sync_every_s * (1 + _JITTER))
+
+
 def next_end_s(conn: Connection) -> float | None:
     """Seconds until the next token ends that nobody but a person can renew. None: none does."""
     row = conn.execute(

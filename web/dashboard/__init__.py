@@ -12,11 +12,11 @@ from __future__ import annotations
 from flask import Flask
 
 from web.api import Services
-from web.dashboard import dead_letters, frame, job, jobs, overview, runbook, signing
+from web.dashboard import crm, dead_letters, frame, graph, job, jobs, knowledge, overview, runbook, signing
 
 
 def install(app: Flask, services: Services) -> None:
     """A further page is a module with its `pages`, named here, and a line in frame.SECTIONS."""
-    frame.install(
-        app, services, [signing.pages, overview.pages, jobs.pages, job.pages, dead_letters.pages, runbook.pages]
-    )
+    groups = [signing.pages, overview.pages, jobs.pages, job.pages, dead_letters.pages]
+    groups += [knowledge.pages, graph.pages, crm.pages]
+    frame.install(app, services, [*groups, runbook.pages])
