@@ -153,9 +153,7 @@ def latest(conn: Connection, sees: int | None, *, limit: int) -> list[tuple[UUID
     ).fetchall()
 
 
-def of_documents(
-    conn: Connection, organization_id: int, document_ids: Sequence[UUID], *, limit: int
-) -> Neighbourhood:
+def of_documents(conn: Connection, organization_id: int, document_ids: Sequence[UUID], *, limit: int) -> Neighbourhood:
     """At most `limit` things that these documents speak of, those of most mentions there first, and what they say of them."""
     given = {"organization": organization_id, "documents": list(document_ids)}
     mentioned = conn.execute(

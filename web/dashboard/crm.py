@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final, get_args
 from uuid import UUID
@@ -14,12 +15,12 @@ from agentflow.kommo.accounts import Account
 from agentflow.kommo.runs import Latest
 from web import crm as api
 from web import crm_oauth, crm_views, rules
-from web.api import parse_json, validated
+from web.api import Answer, parse_json, validated
+from web.crm_views import WriteItems
 from web.dashboard import fields, shown
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import plural, say
 from web.jobs import cursor_of, read_cursor
-from web.problems import Refused
 
 pages = Pages()
 
@@ -27,12 +28,13 @@ PAGE: Final = 50
 _RUNS: Final = 20
 _ROWS: Final = 50
 _SYNC: Final = "sync_crm"
-_SECRET_CHARACTERS: Final = 8000
+#: One more than a secret may have: a longer one is refused, not cut.
+_SECRET_CHARACTERS: Final = 8001
 _ITEMS_BYTES: Final = 1 << 20
 #: What may be written: the operation that does it, its body, and what else stands in that.
-_WRITES: Final = {
-    "leads": (api.write_leads, crm_views.WriteItems, ""),
-    "contacts": (api.write_contacts, crm_views.WriteItems, ""),
+_WRITES: Final[dict[str, tuple[Callable[..., Answer], type[WriteItems], str]]] = {
+    "leads": (api.write_leads, WriteItems, ""),
+    "contacts": (api.write_contacts, WriteItems, ""),
     "tasks": (api.write_tasks, crm_views.TaskItems, ""),
     "lead_notes": (api.write_notes, crm_views.NoteItems, ', "of": "leads"'),
     "contact_notes": (api.write_notes, crm_views.NoteItems, ', "of": "contacts"'),
@@ -163,9 +165,9 @@ def _has_oauth(visit: Visit) -> bool:
 
 def _pause(visit: Visit) -> Pause | None:
     """What holds the syncs back."""
-    known = visit.system.rules.now().pauses
-    whose = {EVERY, visit.sees if visit.sees is not None else EVERY}
-    return next((known[key] for each in whose if (key := ("type", _SYNC, each)) in known), None)
+    pauses = visit.system.rules.now().pauses
+    own = pauses.get(("type", _SYNC, visit.sees)) if visit.sees is not None else None
+    return own or pauses.get(("type", _SYNC, EVERY))
 
 
 # ---- connecting ----
@@ -174,7 +176,11 @@ def _pause(visit: Visit) -> Pause | None:
 @pages.post("/crm/connect", scope="manage")
 def connect_account(visit: Visit) -> Response:
     """By a long-lived token."""
-    values = {"host": fields.given("host"), "name": fields.given("name"), "token": fields.given("token", _SECRET_CHARACTERS)}
+    values = {
+        "host": fields.given("host"),
+        "name": fields.given("name"),
+        "token": fields.given("token", _SECRET_CHARACTERS),
+    }
     values = {name: value for name, value in values.items() if value is not None}
     body = validated(lambda: crm_views.AccountRequest.model_validate(values), "body")
     made: Any = api.connect(visit, body).model
@@ -228,7 +234,9 @@ def sync_account(visit: Visit, account_id: UUID) -> Response:
 @pages.post("/crm/<uuid:account_id>/plan", scope="manage")
 def plan_sync(visit: Visit, account_id: UUID) -> Response:
     job: Any = api.plan(visit, account_id, _sync_asked()).model
-    return visit.go("job", job_id=job.id, said=say("The result of this job says what a sync would change, and changes nothing."))
+    return visit.go(
+        "job", job_id=job.id, said=say("The result of this job says what a sync would change, and changes nothing.")
+    )
 
 
 def _sync_asked() -> crm_views.SyncRequest:

@@ -8,13 +8,13 @@ from typing import Any, Final
 from uuid import UUID
 
 from flask import Response, request
-from pydantic import ValidationError
 
 from agentflow.knowledge import graph_matches, graph_queries, graph_types
 from agentflow.knowledge.graph_queries import MAX_DEPTH, MAX_LENGTH, Edge, Neighbourhood, Path, Thing
 from agentflow.knowledge.graph_types import GraphTypes
 from web import graph as api
 from web import knowledge as documents_api
+from web.api import validated
 from web.dashboard import fields, places
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import say
@@ -211,12 +211,7 @@ def knowledge_types(visit: Visit) -> Response:
 @pages.post("/knowledge/types", scope="manage")
 def set_graph_types(visit: Visit) -> Response:
     kinds = {name: _types(fields.given(name, _TYPES_CHARACTERS) or "") for name in ("entities", "relations")}
-    try:
-        wanted = GraphTypes.model_validate(kinds)
-    except ValidationError as error:
-        first = error.errors()[0]
-        line = f"{first['loc'][0]}, {first['loc'][1] + 1}" if len(first["loc"]) > 1 else ", ".join(map(str, first["loc"]))
-        raise Refused(422, say("Line {line}: {problem}", line=line, problem=first["msg"])) from None
+    wanted = validated(lambda: GraphTypes.model_validate(kinds), "body")
     api.set_types(visit, wanted)
     return visit.go("knowledge_types", said=say("These types are looked for from now on."))
 

@@ -96,7 +96,7 @@ def knowledge_document(visit: Visit, document_id: UUID) -> Response:
         start=start,
         before=max(0, start - _CHUNKS),
         more=found[_CHUNKS].position if len(found) > _CHUNKS else None,
-        file=_link_to_file(visit, document),
+        download=_link_to_file(visit, document),
         place_in_words=places.in_words,
     )
 
@@ -118,7 +118,9 @@ def extract_graph(visit: Visit, document_id: UUID) -> Response:
 @pages.post("/knowledge/documents/<uuid:document_id>/remove", scope="manage")
 def remove_document(visit: Visit, document_id: UUID) -> Response:
     api.delete(visit, document_id)
-    return visit.go("knowledge", said=say("The document is gone, with its chunks and all that was known from it alone."))
+    return visit.go(
+        "knowledge", said=say("The document is gone, with its chunks and all that was known from it alone.")
+    )
 
 
 # ---- search ----
@@ -136,7 +138,7 @@ def knowledge_search(visit: Visit) -> Response:
                 question,
                 limit=_HITS,
                 filters=Filters(documents=_only(fields.asked("document"))),
-                mode=next((each for each in ("vector", "text") if each == mode), "hybrid"),  # type: ignore[arg-type]
+                mode=next((each for each in ("vector", "text") if each == mode), "hybrid"),
             )
         except Unsearchable as error:
             problem = str(error)
