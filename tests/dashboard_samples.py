@@ -1,4 +1,4 @@
-"""Knowledge and CRM accounts to see in the dashboard: a handbook, a film with keyframes, their graph; mirrors in step and behind."""
+"""Knowledge and CRM accounts to see in the dashboard: a handbook, a film with keyframes, their graph; mirrors of accounts."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _merge(conn: psycopg.Connection, organization_id: int, facts: tuple[Fact, ..
     for thing, called in names.items():
         ids = sorted(graph.entity_id(organization_id, Entity(thing.type, name)) for name in called)
         found = [(Match(ids[0], other, True), "names") for other in ids[1:]]
-        graph_matches.decide(conn, organization_id, found)  # type: ignore[arg-type]
+        graph_matches.decide(conn, organization_id, found)
 
 
 def picture(number: int) -> bytes:

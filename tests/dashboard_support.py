@@ -41,16 +41,25 @@ document.addEventListener("securitypolicyviolation", (event) => {
 """
 
 
+_launched: list[Browser] = []
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
+    """One for all modules, though each that imports this fixture has its own node of it."""
+    if _launched:
+        yield _launched[0]
+        return
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
-            timeout=PATIENCE_MS,
+        _launched.append(
+            playwright.chromium.launch(
+                executable_path=CHROMIUM,
+                args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
+                timeout=PATIENCE_MS,
+            )
         )
-        yield launched
-        launched.close()
+        yield _launched[0]
+        _launched.pop().close()
 
 
 @contextmanager

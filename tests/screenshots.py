@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from agentflow import embedded, settings
 from agentflow.system import System
+from tests import dashboard_samples
 from tests.conftest import ADMIN_KEY
 from tests.dashboard_support import CHROMIUM, DESKTOP, PHONE, fill, put_job, rich_job, served, window
 from web import create_app
@@ -25,6 +26,13 @@ PAGES: Final = {
     "waiting": "/jobs/{waiting}",
     "dead-letters": "/dead-letters",
     "preview": "/dead-letters/retry?type=answer_telegram",
+    "knowledge": "/knowledge",
+    "document": "/knowledge/documents/{film}",
+    "search": "/knowledge/search?q=Margaret+Hughes+founded+Acme&mode=text",
+    "graph": "/knowledge/graph",
+    "names": "/knowledge/names",
+    "crm": "/crm",
+    "account": "/crm/{account}",
     "runbook": "/runbook",
 }
 
@@ -45,7 +53,8 @@ def main() -> int:
             with psycopg.connect(servers.database_url, autocommit=True) as conn:
                 conn.execute("insert into agentflow.organizations (slug, name) values ('acme', 'Acme')")
                 fill(conn)
-                ids = {"job": rich_job(conn), "waiting": _waiting(conn)}
+                ids = {"job": rich_job(conn), "waiting": _waiting(conn), "account": dashboard_samples.accounts(conn)}
+                ids |= dashboard_samples.knowledge(conn, system.storage)
             with served(create_app(system)) as address, sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
                 for kind in wanted:
@@ -85,8 +94,13 @@ def _take(browser: Browser, address: str, kind: str, folder: Path, ids: dict[str
         if name == "overview":
             page.get_by_role("button", name="24 hours").click()
             page.wait_for_selector("#charts[data-ready='24h']")
+        if name == "graph":
+            page.wait_for_selector("#graph[data-ready]")
+            page.get_by_role("link", name="ООО «Ромашка» uses").locator("text").click()
+            page.locator("#panel img").wait_for()
         page.screenshot(
-            path=folder / f"{name}-{kind}.png", full_page=name in ("overview", "job") or (phone and name != "runbook")
+            path=folder / f"{name}-{kind}.png",
+            full_page=name in ("overview", "job", "graph", "account") or (phone and name != "runbook"),
         )
     for problem in visitor.problems():
         print(f"{kind}: {problem}", file=sys.stderr)

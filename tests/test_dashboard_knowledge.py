@@ -111,6 +111,21 @@ def test_a_graph_is_made_of_a_document_where_there_is_a_model(
     assert one(conn, "select payload from agentflow.jobs where id = %s", job) == payload
 
 
+def test_another_embedding_model_is_filled_and_given_up(app: Flask, conn: psycopg.Connection) -> None:
+    client = sign_in(app)
+    models = "/dashboard/knowledge/models"
+
+    assert change(client, models, model="nonsense").status_code == 422
+    asked = change(client, models, model="local/universal-sentence-encoder-multilingual-3")
+    page = client.get(models)
+
+    assert asked.status_code == 303 and page.status_code == 200
+    assert one(conn, "select type from agentflow.jobs where id = %s", asked.headers["Location"].rpartition("/")[2]) == (
+        "backfill_embeddings"
+    )
+    assert change(client, f"{models}/discard").status_code == 303
+
+
 def test_what_is_another_organizations_is_neither_shown_nor_changed(
     app: Flask, system: System, conn: psycopg.Connection, tenants: dict[str, str]
 ) -> None:

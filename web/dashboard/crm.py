@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Final, get_args
 from uuid import UUID
 
-from flask import Response, redirect, request
+from flask import Response, request
 
 from agentflow.jobs.rules import EVERY, Pause
 from agentflow.kommo import accounts, mirror, runs
@@ -17,7 +17,7 @@ from web import crm as api
 from web import crm_oauth, crm_views, rules
 from web.api import Answer, parse_json, validated
 from web.crm_views import WriteItems
-from web.dashboard import fields, shown
+from web.dashboard import fields, frame, shown
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import plural, say
 from web.jobs import cursor_of, read_cursor
@@ -60,10 +60,11 @@ def crm(visit: Visit) -> Response:
         "older": cursor_of(page[-1].id) if len(found) > PAGE else None,
         "cursor": cursor,
         "pause": _pause(visit),
+        "oauth": _has_oauth(visit),
     }
     if request.args.get("part") == "rows":
         return visit.part("crm_rows.html", **values)
-    return visit.page("crm.html", **values, oauth=_has_oauth(visit))
+    return visit.page("crm.html", **values)
 
 
 @pages.get("/crm/<uuid:account_id>")
@@ -147,15 +148,17 @@ def mode_in_words(run: Any) -> str:
 
 
 def counts_in_words(counts: dict[str, int]) -> str:
+    """What was done with how many, of one kind of thing."""
     said = {
-        "created": lambda n: plural(n, "{n} created", "{n} were created"),
-        "updated": lambda n: plural(n, "{n} updated", "{n} were updated"),
-        "unchanged": lambda n: plural(n, "{n} unchanged", "{n} were unchanged"),
-        "deleted": lambda n: plural(n, "{n} deleted", "{n} were deleted"),
-        "stale": lambda n: plural(n, "{n} stale", "{n} were stale"),
-        "held": lambda n: plural(n, "{n} held", "{n} were held"),
+        "created": lambda n: plural(n, "{n} created", "{n} created"),
+        "updated": lambda n: plural(n, "{n} updated", "{n} updated"),
+        "deleted": lambda n: plural(n, "{n} deleted", "{n} deleted"),
+        "held": lambda n: plural(n, "{n} held", "{n} held"),
+        "stale": lambda n: plural(n, "{n} stale", "{n} stale"),
+        "unchanged": lambda n: plural(n, "{n} unchanged", "{n} unchanged"),
     }
-    return ", ".join(said[name](counts[name]) if name in said else f"{counts[name]} {name}" for name in counts)
+    known = [in_words(counts[name]) for name, in_words in said.items() if counts.get(name)]
+    return ", ".join(known + [f"{number} {name}" for name, number in counts.items() if name not in said])
 
 
 def _has_oauth(visit: Visit) -> bool:
@@ -196,7 +199,7 @@ def crm_authorize(visit: Visit) -> Response:
     named = fields.asked("account")
     values = {"account_id": named or None, "name": fields.asked("name") or None}
     body = validated(lambda: crm_views.AuthorizationRequest.model_validate(values, strict=False), "query")
-    return redirect(crm_oauth.authorize(visit, body).url, 303)  # type: ignore[return-value]
+    return frame.to(crm_oauth.authorize(visit, body).url)
 
 
 @pages.post("/crm/<uuid:account_id>/token", scope="manage")

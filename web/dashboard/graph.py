@@ -70,9 +70,11 @@ def knowledge_graph(visit: Visit) -> Response:
     if words or type_:
         cursor = request.args.get("cursor")
         after = read_cursor(cursor) if cursor else None
+        # By words through all organizations; all that are of a type only in one, whose index they are read from.
+        sees = visit.sees if words else visit.organization_id
         with visit.system.database.connection() as conn:
             found = graph_queries.search(
-                conn, visit.sees, words=words or None, type_=type_ or None, after=after, limit=PAGE + 1
+                conn, sees, words=words or None, type_=type_ or None, after=after, limit=PAGE + 1
             )
         if len(found) == 1 and cursor is None:
             return visit.go("knowledge_thing", entity_id=found[0].id)
