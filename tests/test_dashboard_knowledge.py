@@ -66,6 +66,8 @@ def test_a_document_is_handed_in_by_its_address_as_a_text_and_removed(app: Flask
     by_text = change(client, "/dashboard/knowledge/documents", text="Words.\n" * 9_000, title="")
 
     assert (by_url.status_code, by_text.status_code) == (303, 303)
+    named = client.get("/dashboard/knowledge?source_id=https://example.com/a.pdf").text
+    assert named.count('id="document-') == 1 and 'id="document-' not in client.get("/dashboard/knowledge?source_id=b").text
     rows = conn.execute("select title, source_url, storage_key from agentflow.documents order by id").fetchall()
     assert rows[0] == ("A", "https://example.com/a.pdf", None) and rows[1][0].startswith("text:") and rows[1][2]
     assert one(conn, "select count(*) from agentflow.jobs where type = 'generate_embeddings'") == 2

@@ -37,14 +37,16 @@ _MODES: Final = ("hybrid", "vector", "text")
 def knowledge(visit: Visit) -> Response:
     cursor = request.args.get("cursor")
     before = read_cursor(cursor) if cursor else None
+    source_id = fields.asked("source_id", 500)
     with visit.system.database.connection() as conn:
-        found = documents.search(conn, visit.sees, before=before, limit=PAGE + 1)
+        found = documents.search(conn, visit.sees, source_id=source_id or None, before=before, limit=PAGE + 1)
     shown = found[:PAGE]
     values: dict[str, Any] = {
         "documents": api.views(visit, shown),
         "slugs": {each.id: each.slug for each in visit.organizations()} if visit.sees is None else {},
         "older": cursor_of(shown[-1].id) if len(found) > PAGE else None,
         "cursor": cursor,
+        "source_id": source_id,
     }
     if request.args.get("part") == "rows":
         return visit.part("knowledge_rows.html", **values)
@@ -129,6 +131,7 @@ def remove_document(visit: Visit, document_id: UUID) -> Response:
 @pages.get("/knowledge/search")
 def knowledge_search(visit: Visit) -> Response:
     question, mode = fields.asked("q", 1000), fields.asked("mode")
+    language = fields.asked("language", 3).lower()
     found, problem = None, None
     if question:
         try:
@@ -137,7 +140,7 @@ def knowledge_search(visit: Visit) -> Response:
                 visit.organization_id,
                 question,
                 limit=_HITS,
-                filters=Filters(documents=_only(fields.asked("document"))),
+                filters=Filters(language or None, _only(fields.asked("document"))),
                 mode=next((each for each in ("vector", "text") if each == mode), "hybrid"),
             )
         except Unsearchable as error:
@@ -148,6 +151,7 @@ def knowledge_search(visit: Visit) -> Response:
         mode=mode,
         modes=_MODES,
         document=fields.asked("document"),
+        language_asked=language,
         found=found,
         problem=problem,
         hits=[_explained(visit, hit) for hit in found.hits] if found else [],
