@@ -243,6 +243,8 @@ def test_the_frame_behind_an_edge_is_three_clicks_away(
     expect(frame).to_be_visible()
     page.wait_for_function("image => image.complete && image.naturalWidth === 320", arg=frame.element_handle())
     assert "shot-0001.jpg" in str(frame.get_attribute("src")) and clicks.number <= 3
+    page.reload()
+    expect(panel.locator("mark")).to_contain_text("возглавляет")
     panel.get_by_role("link", name="A visit to the plant", exact=True).click()
     expect(page.locator("#chunk-0")).to_contain_text("возглавляет")
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
+from uuid import UUID
 
 from flask import request
 
 from agentflow.jobs.text import is_storable
+from web.dashboard.words import say
+from web.problems import Refused
 
 _MOST_CHARACTERS: Final = 200
 
@@ -23,6 +26,15 @@ def number_asked(name: str, *, least: int, most: int, default: int) -> int:
         return min(most, max(least, int(asked(name, 10) or default)))
     except ValueError:
         return default
+
+
+def id_asked(name: str) -> UUID | None:
+    """None where none is; raises Refused where it is no id."""
+    text = asked(name)
+    try:
+        return UUID(text) if text else None
+    except ValueError:
+        raise Refused(422, say("{field} is not known.", field=name)) from None
 
 
 def given(name: str, most: int = _MOST_CHARACTERS) -> str | None:

@@ -19,7 +19,6 @@ from web.dashboard import fields, places
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import say
 from web.jobs import cursor_of, read_cursor
-from web.problems import Refused
 
 pages = Pages()
 
@@ -92,10 +91,7 @@ def knowledge_graph(visit: Visit) -> Response:
 
 def _documents_asked(visit: Visit) -> tuple[list[UUID], int | None, str | None]:
     """Of which documents the graph is wanted, whose they are (None: there is none yet), and the title of the one."""
-    try:
-        named = UUID(fields.asked("document")) if fields.asked("document") else None
-    except ValueError:
-        raise Refused(422, say("{field} is not known.", field="document")) from None
+    named = fields.id_asked("document")
     if named is not None:
         document = documents_api.find(visit, named)
         return [document.id], document.organization_id, document.title
@@ -151,10 +147,7 @@ def knowledge_edge(visit: Visit, edge_id: UUID) -> Response:
 
 def _evidence_asked(visit: Visit) -> dict[str, Any]:
     """Of the edge that the address names, for its place beside the picture."""
-    try:
-        edge_id = UUID(fields.asked("edge")) if fields.asked("edge") else None
-    except ValueError:
-        edge_id = None
+    edge_id = fields.id_asked("edge")
     return {"explained": _explained(visit, edge_id) if edge_id is not None else None}
 
 

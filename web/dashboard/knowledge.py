@@ -20,7 +20,6 @@ from web.dashboard import fields, places
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import say
 from web.jobs import cursor_of, read_cursor
-from web.problems import Refused
 
 pages = Pages()
 
@@ -131,7 +130,7 @@ def remove_document(visit: Visit, document_id: UUID) -> Response:
 @pages.get("/knowledge/search")
 def knowledge_search(visit: Visit) -> Response:
     question, mode = fields.asked("q", 1000), fields.asked("mode")
-    language = fields.asked("language", 3).lower()
+    language, document_id = fields.asked("language", 3).lower(), fields.id_asked("document")
     found, problem = None, None
     if question:
         try:
@@ -140,7 +139,7 @@ def knowledge_search(visit: Visit) -> Response:
                 visit.organization_id,
                 question,
                 limit=_HITS,
-                filters=Filters(language or None, _only(fields.asked("document"))),
+                filters=Filters(language or None, (document_id,) if document_id else ()),
                 mode=next((each for each in ("vector", "text") if each == mode), "hybrid"),
             )
         except Unsearchable as error:
@@ -150,19 +149,12 @@ def knowledge_search(visit: Visit) -> Response:
         question=question,
         mode=mode,
         modes=_MODES,
-        document=fields.asked("document"),
+        document=document_id,
         language_asked=language,
         found=found,
         problem=problem,
         hits=[_explained(visit, hit) for hit in found.hits] if found else [],
     )
-
-
-def _only(named: str) -> tuple[UUID, ...]:
-    try:
-        return (UUID(named),) if named else ()
-    except ValueError:
-        raise Refused(422, say("{field} is not known.", field="document")) from None
 
 
 def _explained(visit: Visit, hit: Hit) -> dict[str, Any]:

@@ -207,6 +207,10 @@
     chosen = link.closest("svg") ? link : chosen;
     chosen?.classList.add("chosen");
     await htmx.ajax("GET", address.pathname + address.search, { target: panel, swap: "innerHTML" });
+    const here = new URL(location);
+    if (link.matches(".thing")) here.searchParams.delete("edge");
+    else here.searchParams.set("edge", address.pathname.split("/").at(-1)); // as it is loaded again, or sent to somebody
+    history.replaceState(null, "", here);
     panel.focus({ preventScroll: true });
     panel.scrollIntoView({ block: "nearest" });
   }
