@@ -85,7 +85,7 @@ def with_database(url: str, name: str) -> str:
 def _in_memory() -> str | None:
     """Where files are pages of memory, if there is plenty of it: a database is a thousand files, and a disk's file system takes
     ten times as long to make and remove them."""
-    memory = Path("/dev/shm")  # noqa: S108 - nothing is read there that others could have written
+    memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         return None
     available_kb = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
