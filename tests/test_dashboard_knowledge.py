@@ -67,7 +67,9 @@ def test_a_document_is_handed_in_by_its_address_as_a_text_and_removed(app: Flask
 
     assert (by_url.status_code, by_text.status_code) == (303, 303)
     named = client.get("/dashboard/knowledge?source_id=https://example.com/a.pdf").text
-    assert named.count('id="document-') == 1 and 'id="document-' not in client.get("/dashboard/knowledge?source_id=b").text
+    assert (
+        named.count('id="document-') == 1 and 'id="document-' not in client.get("/dashboard/knowledge?source_id=b").text
+    )
     rows = conn.execute("select title, source_url, storage_key from agentflow.documents order by id").fetchall()
     assert rows[0] == ("A", "https://example.com/a.pdf", None) and rows[1][0].startswith("text:") and rows[1][2]
     assert one(conn, "select count(*) from agentflow.jobs where type = 'generate_embeddings'") == 2
