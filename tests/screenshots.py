@@ -96,7 +96,7 @@ def _take(browser: Browser, address: str, kind: str, folder: Path, ids: dict[str
             page.wait_for_selector("#charts[data-ready='24h']")
         if name == "graph":
             page.wait_for_selector("#graph[data-ready]")
-            page.get_by_role("link", name="ООО «Ромашка» uses").locator("text").click()
+            page.locator("#picture .says", has_text="ООО «Ромашка» uses").locator("text").click()
             page.locator("#panel img").wait_for()
         page.screenshot(
             path=folder / f"{name}-{kind}.png",

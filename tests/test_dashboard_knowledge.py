@@ -232,7 +232,7 @@ def test_the_frame_behind_an_edge_is_three_clicks_away(
     clicks.on(page.get_by_role("link", name="Knowledge"))
     clicks.on(page.get_by_role("link", name="Graph", exact=True))
     page.wait_for_selector("#graph[data-ready]")
-    clicks.on(page.get_by_role("link", name="Мария Сергеевна Иванова leads").locator("text"))
+    clicks.on(page.locator("#picture .says", has_text="Мария Сергеевна Иванова leads").locator("text"))
 
     panel = page.get_by_role("region", name="What is behind it")
     expect(panel.locator("mark")).to_have_text(
@@ -411,7 +411,7 @@ def test_every_page_of_knowledge_is_whole_and_within_reach_of_all(
         page = visitor.open(f"/knowledge{path}")
         if path == "/graph":
             page.wait_for_selector("#graph[data-ready]")
-            page.locator("#picture .edge text").first.click()
+            page.locator("#picture .says text").first.click()
             expect(page.locator("#panel header")).to_be_visible()
         found[path] = (visitor.overflow(), visitor.complaints())
     page.emulate_media(color_scheme="dark")

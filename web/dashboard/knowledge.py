@@ -97,6 +97,7 @@ def knowledge_document(visit: Visit, document_id: UUID) -> Response:
         start=start,
         before=max(0, start - _CHUNKS),
         more=found[_CHUNKS].position if len(found) > _CHUNKS else None,
+        facts={name: value for name, value in view.facts.items() if name != "keyframes"},  # seen below, by chunk
         download=_link_to_file(visit, document),
         place_in_words=places.in_words,
     )

@@ -82,8 +82,16 @@
   function drawEdge(edge) {
     edge.line = make("path", { class: "line", "marker-end": "url(#arrow)" });
     edge.hit = make("path", { class: "hit" });
+    return linkTo(edge, "edge", edge.hit, edge.line);
+  }
+
+  // Above all lines, so that none of them takes a click on it.
+  function drawLabel(edge) {
     edge.label = make("text", {}, short(edge.link.textContent));
-    return linkTo(edge, "edge", edge.hit, edge.line, edge.label);
+    const said = make("title", {}, edge.said);
+    edge.says = make("a", { class: "says", href: edge.link.getAttribute("href"), tabindex: -1, "aria-hidden": true }, said, edge.label);
+    edge.says.item = edge;
+    return edge.says;
   }
 
   function drawThing(thing) {
@@ -197,15 +205,28 @@
   addEventListener("pointercancel", () => { drag = null; });
   svg.addEventListener("dragstart", (event) => event.preventDefault());
 
-  // ---- what is behind it ----
+  // ---- what is pointed at, and what is behind it ----
+
+  const mark = (item, name, on) => { for (const each of [item?.element, item?.says]) each?.classList.toggle(name, on); };
+
+  let pointed = null;
+  function point(item) {
+    if (item === pointed) return;
+    mark(pointed, "pointed", false);
+    pointed = item ?? null;
+    mark(pointed, "pointed", true);
+  }
+  svg.addEventListener("pointerover", (event) => point(event.target.closest("a")?.item));
+  svg.addEventListener("pointerleave", () => point(document.activeElement.item));
+  svg.addEventListener("focusout", () => point(null));
 
   let chosen = null;
   async function open(link) {
     const address = new URL(link.getAttribute("href"), location);
     address.searchParams.set("part", "panel");
-    chosen?.classList.remove("chosen");
-    chosen = link.closest("svg") ? link : chosen;
-    chosen?.classList.add("chosen");
+    mark(chosen, "chosen", false);
+    chosen = link.item ?? chosen;
+    mark(chosen, "chosen", true);
     await htmx.ajax("GET", address.pathname + address.search, { target: panel, swap: "innerHTML" });
     const here = new URL(location);
     if (link.matches(".thing")) here.searchParams.delete("edge");
@@ -223,7 +244,7 @@
   }
   svg.addEventListener("click", clicked);
   panel.addEventListener("click", clicked);
-  panel.addEventListener("keydown", (event) => { if (event.key === "Escape") chosen?.focus(); });
+  panel.addEventListener("keydown", (event) => { if (event.key === "Escape") chosen?.element.focus(); });
 
   // ---- by keys: to the nearest one in a direction ----
 
@@ -254,6 +275,7 @@
   }
   svg.addEventListener("focusin", (event) => { // also by a click
     const item = event.target.closest("a")?.item;
+    point(item);
     for (const each of [...things, ...edges]) each.element.setAttribute("tabindex", each === item ? 0 : -1);
   });
 
@@ -263,7 +285,7 @@
   svg.classList.toggle("busy", edges.length > MANY_EDGES);
   const arrow = make("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto-start-reverse" });
   arrow.append(make("path", { d: "M0 0 8 4 0 8z" }));
-  svg.append(make("defs", {}, arrow), make("g", {}, ...edges.map(drawEdge)), make("g", {}, ...things.map(drawThing)));
+  svg.append(make("defs", {}, arrow), make("g", {}, ...edges.map(drawEdge)), make("g", {}, ...edges.map(drawLabel)), make("g", {}, ...things.map(drawThing)));
   figure.append(svg);
   figure.hidden = false;
   table.open = false;
