@@ -40,6 +40,8 @@ __all__ = ["app", "browser", "tenants", "visitors"]
 
 expect.set_options(timeout=PATIENCE_MS)
 
+#: Pages that are others on a phone: tables become cards.
+_ANOTHER = ("",)
 OAUTH = {
     "KOMMO_CLIENT_ID": "c-1",
     "KOMMO_CLIENT_SECRET": "s-1",
@@ -284,6 +286,7 @@ def test_every_page_of_the_crm_is_whole_and_within_reach_of_all(
     found = {}
     for path in ("", f"/{account}", f"/{account}/mirror", "?language=ru"):
         visitor.open(f"/crm{path}")
-        found[path] = (visitor.overflow(), visitor.complaints())
+        # What axe-core finds wrong does not depend on the width, but where the page is another one.
+        found[path] = (visitor.overflow(), visitor.complaints() if viewport is DESKTOP or path in _ANOTHER else [])
 
     assert {path: each for path, each in found.items() if each[0] > 0 or each[1]} == {}

@@ -39,6 +39,10 @@ __all__ = ["app", "browser", "tenants", "visitors"]
 expect.set_options(timeout=PATIENCE_MS)
 
 
+#: Pages that are others on a phone: tables become cards, and the panel stands below the picture.
+_ANOTHER = ("", "/graph")
+
+
 class Clicks:
     """Clicks on a page, counted."""
 
@@ -413,7 +417,8 @@ def test_every_page_of_knowledge_is_whole_and_within_reach_of_all(
             page.wait_for_selector("#graph[data-ready]")
             page.locator("#picture .says text").first.click()
             expect(page.locator("#panel header")).to_be_visible()
-        found[path] = (visitor.overflow(), visitor.complaints())
+        # What axe-core finds wrong does not depend on the width, but where the page is another one.
+        found[path] = (visitor.overflow(), visitor.complaints() if viewport is DESKTOP or path in _ANOTHER else [])
     page.emulate_media(color_scheme="dark")
     visitor.open("/knowledge/graph?language=ru")
     found["dark"] = (visitor.overflow(), visitor.complaints())

@@ -149,7 +149,7 @@ def mode_in_words(run: Any) -> str:
 
 def counts_in_words(counts: dict[str, int]) -> str:
     """What was done with how many, of one kind of thing."""
-    said = {
+    said: dict[str, Callable[[int], str]] = {
         "created": lambda n: plural(n, "{n} created", "{n} created"),
         "updated": lambda n: plural(n, "{n} updated", "{n} updated"),
         "deleted": lambda n: plural(n, "{n} deleted", "{n} deleted"),
