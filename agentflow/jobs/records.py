@@ -144,6 +144,28 @@ def older(conn: Connection, job: Job, *, most: int = 1000) -> int:
     return int(row[0]) if row else 0
 
 
+def by_ids(conn: Connection, organization_id: int | None, ids: Sequence[UUID]) -> list[Job]:
+    """Those of these jobs that are there, without payload and result."""
+    rows = conn.execute(
+        f"select {_LISTED} from agentflow.jobs j where j.id = any (%(ids)s)"  # noqa: S608 - constants
+        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)",
+        {"ids": list(ids), "organization": organization_id},
+    ).fetchall()
+    return [job_from_row(row) for row in rows]
+
+
+def line(conn: Connection, organization_id: int | None, keys: Sequence[str], *, limit: int) -> list[Job]:
+    """Jobs that are queued under these concurrency keys, in the order in which they get its slots; without their results."""
+    rows = conn.execute(
+        f"select {JOB_COLUMNS.replace('j.result', 'null::jsonb')} from agentflow.jobs j"  # noqa: S608 - constants
+        " where j.concurrency_key = any (%(keys)s) and j.state = 'queued'"
+        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)"
+        " order by j.run_at, j.id limit %(limit)s",
+        {"keys": list(keys), "organization": organization_id, "limit": limit},
+    ).fetchall()
+    return [job_from_row(row) for row in rows]
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """A job of a chain, `depth` steps behind its first; `job` is None as long as the one before it has not succeeded."""
@@ -164,12 +186,7 @@ def chains(conn: Connection, organization_id: int | None, first: list[UUID]) -> 
     ).fetchall():
         planned[id_] = [(id_, type_, 0), *_planned(then)]
     ids = [id_ for links in planned.values() for id_, _, _ in links]
-    rows = conn.execute(
-        f"select {_LISTED} from agentflow.jobs j where j.id = any (%(ids)s)"  # noqa: S608 - constants
-        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)",
-        {"ids": ids, "organization": organization_id},
-    ).fetchall()
-    jobs = {job.id: job for job in map(job_from_row, rows)}
+    jobs = {job.id: job for job in by_ids(conn, organization_id, ids)}
     return {
         id_: [Link(each, type_, jobs.get(each), depth) for each, type_, depth in links]
         for id_, links in planned.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -94,6 +95,27 @@ def queues(conn: Connection, organization_id: int | None = None) -> list[Queue]:
             Queue(name, due, _few(parked), running.get(name, 0), age_s, windows.get(name, 0), workers, threads)
         )
     return found
+
+
+def running_by_type(conn: Connection, organization_id: int) -> dict[str, int]:
+    """How many jobs of an organization run now."""
+    return dict(
+        conn.execute(
+            "select type, count(*) from agentflow.jobs where state = 'running' and organization_id = %s group by 1 order by 1",
+            (organization_id,),
+        ).fetchall()
+    )
+
+
+def running_by_organization(conn: Connection, organization_ids: Sequence[int]) -> dict[int, int]:
+    """The same of several, by their ids; those of which none runs are missing."""
+    return dict(
+        conn.execute(
+            "select organization_id, count(*) from agentflow.jobs where state = 'running' and organization_id = any (%s)"
+            " group by 1",
+            (list(organization_ids),),
+        ).fetchall()
+    )
 
 
 def _few(parked: dict[str, int]) -> dict[str, int]:
