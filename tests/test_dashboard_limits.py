@@ -184,7 +184,7 @@ def test_budgets_caps_and_calls_are_set_changed_and_taken_away(
     for name, table in (("openrouter", "rate_limits"), ("ping", "caps"), ("video_min", "budgets")):
         page.get_by_role("button", name=f"Take away {name}").click()
         expect(page.get_by_role("status").first).to_have_text(f"{name}: the rule is taken away.")
-        assert rows(conn, f"select from agentflow.{table}") == []  # noqa: S608
+        assert rows(conn, f"select from agentflow.{table}") == []
 
 
 def permit(system: System, organization_id: int, n: int) -> None:

@@ -1,0 +1,289 @@
+"""Renders on the dashboard, and what a job's page shows of pictures, films and its log: signed links to its own files alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from flask import Flask
+from playwright.sync_api import expect
+
+from agentflow.comfyui import pool
+from agentflow.comfyui.servers import Server
+from agentflow.jobs import lines
+from agentflow.jobs.lines import Line, Place
+from agentflow.system import System
+from tests.dashboard_support import (
+    DESKTOP,
+    MINE,
+    PATIENCE_MS,
+    PHONE,
+    THEIRS,
+    Opened,
+    app,
+    browser,
+    put_job,
+    tenants,
+    visitors,
+)
+from tests.render_support import png
+from tests.test_dashboard import sign_in
+
+__all__ = ["app", "browser", "tenants", "visitors"]
+
+expect.set_options(timeout=PATIENCE_MS)
+Connection = psycopg.Connection
+SCRIPT = "<img src=x onerror='window.ran = true'>"
+WIDTHS = pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+GB = 1 << 30
+
+
+def put_picture(system: System, organization_id: int, name: str, colour: bytes = b"\x20\x90\x60") -> str:
+    key = f"o/{organization_id}/{name}"
+    system.storage.put_bytes(key, png(64, 36, colour))
+    return key
+
+
+def put_server(conn: Connection, name: str, *, free: int = 6 * GB, **columns: Any) -> None:
+    pool.list_servers(conn, [Server(name, "default", 2)])
+    devices = [{"name": "cuda:0 NVIDIA L4", "type": "cuda", "vram_total": 24 * GB, "vram_free": free}]
+    values = {"well": True, "version": "0.33.0", "queue": 1, "devices": json.dumps(devices), **columns}
+    for column, value in {**values, "seen_at": datetime.now(UTC)}.items():
+        conn.execute(f"update agentflow.comfyui_servers set {column} = %s where name = %s", (value, name))  # noqa: S608
+
+
+def put_render(
+    conn: Connection, system: System, organization_id: int = 1, *, outputs: int = 1, payload: Any = None, **more: Any
+) -> UUID:
+    """One that succeeded, with its files in storage."""
+    id_ = uuid4()
+    files = [
+        {
+            "node": "9", "kind": "image", "key": put_picture(system, organization_id, f"renders/{id_}/{n:03d}-out.png"),
+            "thumbnail_key": put_picture(system, organization_id, f"renders/{id_}/{n:03d}-thumbnail.jpg"),
+            "width": 64, "height": 36, "bytes": 100, "media_type": "image/png",
+        }
+        for n in range(outputs)
+    ]  # fmt: skip
+    said = {"workflow": "smoke", "version": 3, "parameters": {}, "seeds": {}}
+    result = {"outputs": files, "provenance": said, "cached": False, "seconds": 1.5, **more}
+    job = put_job(
+        conn, "succeeded", organization_id=organization_id, type="comfy_render", queue="gpu", result=result,
+        payload=payload or {"workflow": "smoke", "images": {}},
+    )  # fmt: skip
+    put_prompt(conn, job, organization_id, "collected", found=json.dumps(result))
+    return job
+
+
+def put_prompt(conn: Connection, job: UUID, organization_id: int, state: str, **columns: Any) -> None:
+    values = {
+        "prompt_id": uuid4(), "organization_id": organization_id, "job_id": job, "fence": 1, "server": "http://gpu-1:8188",
+        "slot": 0, "state": state, "ended_at": datetime.now(UTC) if state == "collected" else None, **columns,
+    }  # fmt: skip
+    names = ", ".join(values)
+    conn.execute(
+        f"insert into agentflow.renders ({names}) values ({', '.join(['%s'] * len(values))})",  # noqa: S608
+        list(values.values()),
+    )
+
+
+def film(system: System, organization_id: int, shots: int = 3) -> dict[str, Any]:
+    """A result as analyze_video gives one."""
+    found = [
+        {
+            "index": n, "start_s": 4.0 * n, "end_s": 4.0 * (n + 1), "duration_s": 4.0, "duplicate_of": 0 if n == 2 else None,
+            "keyframe": {"file": "x", "key": put_picture(system, organization_id, f"films/a/shot-{n}.png"), "time_s": 4.0 * n},
+        }
+        for n in range(shots)
+    ]  # fmt: skip
+    segments = [{"start_s": 63.0 * n, "end_s": 63.0 * n + 2, "text": f"Sentence {n}."} for n in range(3)]
+    return {
+        "shots": found,
+        "contact_sheet": {"file": "s", "key": put_picture(system, organization_id, "films/a/sheet.png")},
+        "captions": {"status": "done", "items": [{"shot": 1, "caption": "A bicycle in the rain"}]},
+        "transcript": {"status": "done", "language": "en", "segments": segments},
+        "chapters": {"status": "done", "items": [{"start_s": 0.0, "end_s": 12.0, "title": "The beginning"}]},
+        "summary": {"status": "done", "short": "Somebody rides home.", "long": "…"},
+    }
+
+
+def put_lines(conn: Connection, job: UUID, *said: tuple[str, str, dict[str, Any]]) -> None:
+    for n, (level, message, fields) in enumerate(said):
+        line = Line(Place(1, n), 1, datetime.now(UTC), lines.LEVELS[level], "actors.x", message, fields, 50)  # type: ignore[index]
+        lines.write(conn, [(job, line)])
+
+
+# ---- renders ----
+
+
+@WIDTHS
+def test_servers_gallery_and_line_are_shown_and_lead_to_the_jobs(
+    visitors: Opened, system: System, conn: Connection, viewport: dict[str, int]
+) -> None:
+    put_server(conn, "http://gpu-1:8188")
+    put_server(conn, "http://gpu-2:8188", well=False, problem="stuck", free=24 * GB)
+    done = put_render(conn, system, outputs=3)
+    running = put_job(conn, "running", type="comfy_render", queue="gpu", progress=0.5, stage="sampling 3/6")
+    put_prompt(conn, running, 1, "sent")
+    line = {"type": "comfy_render", "queue": "gpu", "concurrency_key": "gpu:default", "wait_reason": "busy"}
+    first, second = (
+        put_job(conn, "queued", age_s=age, payload={"workflow": name}, **line) for age, name in ((90, "a"), (30, "b"))
+    )
+    visitor = visitors(viewport).sign_in()
+    visitor.page.get_by_role("link", name="Renders").click()
+    page = visitor.page
+
+    servers = page.get_by_role("region", name="Servers")
+    expect(servers.get_by_role("row").filter(has_text="gpu-1")).to_contain_text(
+        re.compile("well.*1/2.*19\u202fGB / 26\u202fGB", re.DOTALL)
+    )
+    expect(servers.get_by_role("row").filter(has_text="gpu-2")).to_contain_text(re.compile("stuck.*0/2", re.DOTALL))
+    expect(page.get_by_role("region", name="At work")).to_contain_text("sampling 3/6")
+    waits = page.get_by_role("region", name="Waiting").get_by_role("row").filter(has_text="Place")
+    expect(waits).to_have_count(2)
+    assert [str(first) in waits.nth(0).inner_html(), str(second) in waits.nth(1).inner_html()] == [True, True]
+    pictures = page.locator(f"article:has(#render-{done}) img")
+    assert pictures.count() == 3
+    page.wait_for_function("[...document.querySelectorAll('article img')].every(each => each.naturalWidth === 64)")
+    assert (visitor.overflow(), visitor.complaints()) == (0, [])
+
+    page.locator(f"#render-{done}").click()
+    page.wait_for_url(f"**/jobs/{done}")
+
+
+def test_the_gallery_comes_in_pages(app: Flask, system: System, conn: Connection) -> None:
+    made = sorted((put_render(conn, system) for _ in range(27)), reverse=True)
+    client = sign_in(app)
+
+    first = client.get("/dashboard/renders").text
+    cursor = re.search(r"cursor=([\w-]+)", first)
+    assert cursor is not None
+    second = client.get(f"/dashboard/renders?cursor={cursor[1]}").text
+
+    assert [UUID(each) for each in re.findall(r'id="render-([0-9a-f-]+)"', first + second)] == made
+
+
+def test_renders_of_others_and_the_machines_are_not_there(
+    app: Flask, system: System, conn: Connection, tenants: dict[str, str]
+) -> None:
+    put_server(conn, "http://gpu-1:8188")
+    mine, theirs = put_render(conn, system, MINE), put_render(conn, system, THEIRS)
+    waiting = {}
+    for organization_id in (MINE, THEIRS):
+        running = put_job(conn, "running", organization_id=organization_id, type="comfy_render", queue="gpu")
+        put_prompt(conn, running, organization_id, "sent", slot=organization_id % 16)
+        line = {"queue": "gpu", "concurrency_key": "gpu:default", "wait_reason": "busy"}
+        waiting[organization_id] = put_job(conn, "queued", organization_id=organization_id, type="comfy_render", **line)
+        waiting[organization_id, "running"] = running
+    client = sign_in(app, tenants["mine"])
+
+    text = client.get("/dashboard/renders").text + client.get("/dashboard/renders?part=now").text
+
+    assert all(str(each) in text for each in (mine, waiting[MINE], waiting[MINE, "running"]))
+    assert not any(str(each) in text for each in (theirs, waiting[THEIRS], waiting[THEIRS, "running"]))
+    assert "gpu-1" not in text and f"o/{THEIRS}/" not in text
+    for link in set(re.findall(r'"(/artefacts/[^"]+)"', text)):
+        assert client.get(link.replace("&amp;", "&")).status_code == 200
+
+
+# ---- a job's page ----
+
+
+@WIDTHS
+def test_a_render_is_shown_beside_what_it_was_made_of(
+    visitors: Opened, system: System, conn: Connection, viewport: dict[str, int]
+) -> None:
+    before = put_picture(system, 1, "renders/source/in.png")
+    foreign = put_picture(system, THEIRS, "renders/source/secret.png")
+    images = {"image": {"artefact": before}, "mask": {"artefact": foreign}, "far": {"url": "https://example.com/x.png"}}
+    job = put_render(conn, system, outputs=2, payload={"workflow": "edit", "images": images})
+    visitor = visitors(viewport).sign_in()
+    page = visitor.open(f"/jobs/{job}")
+
+    compared = page.get_by_role("region", name="Before and after")
+    assert [each.get_attribute("alt") for each in compared.locator("img").all()] == [
+        "in.png",
+        "000-out.png",
+        "001-out.png",
+    ]
+    page.wait_for_function("[...document.querySelectorAll('.compared img')].every(each => each.naturalWidth === 64)")
+    assert f"/artefacts/o/{THEIRS}/" not in page.content()
+    assert (visitor.overflow(), visitor.complaints()) == (0, [])
+
+
+@WIDTHS
+def test_a_film_is_its_shots_along_the_time_and_what_is_said(
+    visitors: Opened, system: System, conn: Connection, viewport: dict[str, int]
+) -> None:
+    job = put_job(conn, "succeeded", type="analyze_video", queue="heavy", result=film(system, 1))
+    visitor = visitors(viewport).sign_in()
+    page = visitor.open(f"/jobs/{job}")
+
+    assert page.evaluate("[...document.querySelectorAll('.reel rect')].map(each => +each.getAttribute('x'))") == [
+        0,
+        333.33,
+        666.67,
+    ]
+    assert " ".join(page.locator(".shots li").nth(1).inner_text().split()) == "2 0:04 – 0:08 A bicycle in the rain"
+    expect(page.locator("#shot-3")).to_contain_text("as shot 1")
+    page.locator(".reel a").nth(2).click(force=True)
+    assert page.url.endswith("#shot-3")
+    assert page.locator(".transcript li").all_inner_texts() == [
+        "0:00 Sentence 0.",
+        "1:03 Sentence 1.",
+        "2:06 Sentence 2.",
+    ]
+    expect(page.get_by_text("Somebody rides home.").first).to_be_visible()
+    page.get_by_text("Contact sheet", exact=True).click()
+    sheet = page.locator(".sheet img")
+    sheet.scroll_into_view_if_needed()
+    page.wait_for_function("document.querySelector('.sheet img').naturalWidth === 64")
+    assert (visitor.overflow(), visitor.complaints()) == (0, [])
+
+
+@WIDTHS
+def test_a_log_is_followed_and_filtered_by_level(visitors: Opened, conn: Connection, viewport: dict[str, int]) -> None:
+    job = put_job(conn, "running", age_s=5)
+    put_lines(
+        conn,
+        job,
+        ("info", "began", {"lead": 17}),
+        ("error", SCRIPT, {"exception": "Traceback: Bearer abcdefgh12345678"}),
+    )
+    visitor = visitors(viewport).sign_in()
+    page = visitor.open(f"/jobs/{job}")
+    log = page.locator("ol.log li")
+
+    expect(log).to_have_count(2)
+    expect(log.nth(0)).to_contain_text("lead=17")
+    assert "abcdefgh12345678" not in page.content()
+    assert page.locator("main img").count() == 0 and page.evaluate("window.ran") is None
+    line = Line(Place(1, 7), 1, datetime.now(UTC), 30, "actors.x", "slow today", {}, 50)
+    lines.write(conn, [(job, line)])
+    expect(log).to_have_count(3)
+    page.get_by_role("link", name="warnings").click()
+    expect(log).to_have_count(2)
+    page.get_by_role("link", name="errors", exact=True).click()
+    expect(log).to_have_count(1)
+    assert (visitor.overflow(), visitor.complaints()) == (0, [])
+
+
+def test_results_that_are_no_films_are_shown_all_the_same(app: Flask, system: System, conn: Connection) -> None:
+    """What a job answered is whatever it was, also of another version."""
+    client = sign_in(app)
+    odd: list[Any] = [None, 7, "x", [], {}, [{}], {"items": 3}, [None, {"start_s": "x"}], {"key": f"o/{THEIRS}/x.png"}]
+    for value in odd:
+        names = ("shots", "contact_sheet", "captions", "transcript", "chapters", "summary", "outputs")
+        shots = [{"end_s": 4, "keyframe": value, "duplicate_of": value, "index": n} for n in range(2)]
+        for result in (dict.fromkeys(names, value), {**dict.fromkeys(names, value), "shots": shots}, value):
+            for type_ in ("analyze_video", "comfy_render"):
+                job = put_job(conn, "succeeded", type=type_, result=result, payload={"images": value})
+                answer = client.get(f"/dashboard/jobs/{job}")
+                assert answer.status_code == 200, (type_, result)
+                assert "/artefacts/" not in answer.text
+    assert client.get(f"/dashboard/jobs/{job}?level=loud").status_code == 422
