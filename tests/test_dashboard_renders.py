@@ -287,3 +287,47 @@ def test_results_that_are_no_films_are_shown_all_the_same(app: Flask, system: Sy
                 assert answer.status_code == 200, (type_, result)
                 assert "/artefacts/" not in answer.text
     assert client.get(f"/dashboard/jobs/{job}?level=loud").status_code == 422
+
+
+# ---- outside services ----
+
+
+def test_outside_services_are_as_jobs_meet_with_them(
+    app: Flask, system: System, conn: Connection, tenants: dict[str, str]
+) -> None:
+    put_server(conn, "http://gpu-1:8188", well=False, problem="unreachable")
+    put_server(conn, "http://gpu-2:8188")
+    put_job(conn, "queued", organization_id=MINE, wait_reason="model_limit", run_at="2100-01-01", wake_at="2100-01-01")
+    for organization_id, code, age_s in (
+        (MINE, "crm_blocked", 60),
+        (MINE, "crm_busy", 7200),
+        (THEIRS, "url_timeout", 60),
+    ):
+        put_job(conn, "failed", organization_id=organization_id, age_s=age_s, error={"code": code, "message": "x"})
+    put_job(conn, "failed", organization_id=MINE, error={"code": "crm_not_configured", "message": "x"})
+
+    theirs, mine, operators = (outside_of(app, key) for key in (tenants["theirs"], tenants["mine"], None))
+
+    assert theirs == {
+        "Language models": "not used", "CRM": "not used", "Telegram": "not used",
+        "Addresses that jobs ask": "look 1 job has failed",
+    }  # fmt: skip
+    assert mine == {
+        "Language models": "look 1 job waits", "CRM": "look 1 job has failed", "Telegram": "not used",
+        "Addresses that jobs ask": "well",
+    }  # fmt: skip
+    assert operators == {
+        "Language models": "look 1 job waits", "CRM": "look 1 job has failed", "Telegram": "not used",
+        "Addresses that jobs ask": "look 1 job has failed", "Render servers": "wrong 1 server gets no work",
+        "Senders of webhooks": "not used",
+    }  # fmt: skip
+    text = sign_in(app).get("/dashboard").text
+    assert "Render servers: 1 server gets no work." in text and "CRM: 1 job has failed of it within an hour." in text
+
+
+def outside_of(app: Flask, key: str | None) -> dict[str, str]:
+    text = (sign_in(app, key) if key else sign_in(app)).get("/dashboard?part=parts").text
+    card = text.split('id="outside"')[1].split("</section>")[0]
+    cells = [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in re.findall(r"<tr>(.*?)</tr>", card)]
+    names = ("Language models", "CRM", "Telegram", "Addresses that jobs ask", "Render servers", "Senders of webhooks")
+    return {name: cell.removeprefix(name).strip() for cell in cells for name in names if cell.startswith(name)}

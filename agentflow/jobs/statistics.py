@@ -118,6 +118,19 @@ def running_by_organization(conn: Connection, organization_ids: Sequence[int]) -
     )
 
 
+def failed_by_code(conn: Connection, organization_id: int | None, seconds: int, *, most: int = 5000) -> dict[str, int]:
+    """What jobs failed of lately, so far as they are kept: the newest `most` by the codes of their errors."""
+    return dict(
+        conn.execute(
+            "select coalesce(f.error ->> 'code', ''), count(*) from (select j.error from agentflow.jobs j"
+            " where j.state = 'failed' and j.finished_at > statement_timestamp() - make_interval(secs => %(seconds)s)"
+            " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)"
+            " order by j.finished_at desc limit %(most)s) f group by 1",
+            {"organization": organization_id, "seconds": seconds, "most": most},
+        ).fetchall()
+    )
+
+
 def _few(parked: dict[str, int]) -> dict[str, int]:
     by_number = sorted(parked.items(), key=lambda item: (-item[1], item[0]))
     kept = dict(by_number[:MOST_REASONS])
