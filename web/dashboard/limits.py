@@ -28,7 +28,7 @@ MEASURES: Final = ("usd", "tokens", "gpu_s", "video_min", "crm_calls", "model_ca
 _FORM: Final = "form"
 
 
-@pages.get("/limits")
+@pages.get("/limits", scope="manage")
 def limits(visit: Visit) -> Response:
     rules = visit.system.rules.anew()
     pauses = [
