@@ -101,9 +101,22 @@ def test_an_organization_is_paused_and_goes_on_in_three_clicks_each(
 
     expect(page.get_by_role("status").first).to_have_text("Mine: goes on. 1 job that it held is due.")
     assert rows(conn, paused) == [] and again.number <= 3
-    assert rows(conn, "select wait_reason, run_at <= clock_timestamp() from agentflow.jobs where id = %s", held) == [
-        (None, True)
-    ]
+    held_back = "select wait_reason, run_at <= clock_timestamp() from agentflow.jobs where id = %s"
+    assert rows(conn, held_back, held) == [(None, True)]
+
+    for kind, name, button in (("Type", "ping", "Pause the type"), ("Queue", "gpu", "Pause the queue")):
+        form = page.locator("form").filter(has=page.get_by_role("button", name=button))
+        form.get_by_label(kind).select_option(name)
+        form.get_by_label("Why").fill("maintenance")
+        form.get_by_role("button", name=button).click()
+        row = page.get_by_role("row").filter(has_text=f"{kind} {name}")
+        expect(row).to_contain_text("maintenance")
+        assert rows(conn, "select kind, name, organization_id, reason from agentflow.pauses") == [
+            (kind.lower(), name, EVERY, "maintenance")
+        ]
+        row.get_by_role("button", name="Resume").click()
+        expect(page.get_by_role("region", name="Paused")).to_contain_text("Nothing is paused.")
+        assert rows(conn, paused) == []
 
 
 @WIDTHS
@@ -142,10 +155,9 @@ def test_a_limit_is_raised_in_three_clicks(
 
 
 def test_budgets_caps_and_calls_are_set_changed_and_taken_away(
-    visitors: Opened, conn: Connection, system: System
+    visitors: Opened, app: Flask, conn: Connection, system: System
 ) -> None:
-    page = visitors().sign_in().page
-    page.get_by_role("link", name="Limits", exact=True).click()
+    page = visitors().enter(app).open("/limits")
     page.get_by_role("row").filter(has_text="default").get_by_role("link").click()
     further = page.get_by_role("region", name="A further limit")
 
@@ -273,11 +285,10 @@ def test_organizations_come_in_pages_with_what_is_theirs(app: Flask, conn: Conne
 
 @WIDTHS
 def test_a_schedule_is_run_paused_and_goes_on_by_its_buttons(
-    visitors: Opened, conn: Connection, viewport: dict[str, int]
+    visitors: Opened, app: Flask, conn: Connection, viewport: dict[str, int]
 ) -> None:
     made = put_schedule(conn)
-    page = visitors(viewport).sign_in().page
-    page.get_by_role("link", name="Schedules", exact=True).click()
+    page = visitors(viewport).enter(app).open("/schedules")
     row = page.get_by_role("row").filter(has_text="hourly")
     expect(row).to_contain_text("not yet")
     expect(row).to_contain_text("in 59 min")
@@ -351,7 +362,7 @@ def test_schedules_of_others_are_not_there(app: Flask, conn: Connection, tenants
 
 @WIDTHS
 def test_the_pages_are_whole_and_run_nothing_that_others_wrote(
-    visitors: Opened, conn: Connection, tenants: dict[str, str], viewport: dict[str, int]
+    visitors: Opened, app: Flask, conn: Connection, tenants: dict[str, str], viewport: dict[str, int]
 ) -> None:
     conn.execute("update agentflow.organizations set name = %s where id = %s", (SCRIPT, MINE))
     made = put_schedule(conn, MINE, SCRIPT)
@@ -363,7 +374,7 @@ def test_the_pages_are_whole_and_run_nothing_that_others_wrote(
     spend(conn, MINE, usd=3.25)
     rules.set_budget(conn, EVERY, "usd", 4)
     conn.execute("insert into agentflow.ticks (schedule, at, outcome) values ('clean_up', now(), 'failed')")
-    visitor = visitors(viewport).sign_in()
+    visitor = visitors(viewport).enter(app)
     found = {}
     for path in ("/limits", "/limits?organization=mine", "/schedules", f"/schedules/{made.id}"):
         page = visitor.open(path)
@@ -381,9 +392,9 @@ def looked_at(visitor: Visitor) -> tuple[int, list[str]]:
     return max(0, visitor.overflow()), visitor.complaints()
 
 
-def test_what_is_typed_is_not_drawn_over(visitors: Opened, conn: Connection) -> None:
+def test_what_is_typed_is_not_drawn_over(visitors: Opened, app: Flask, conn: Connection) -> None:
     rules.set_budget(conn, 1, "usd", 5)
-    visitor = visitors().sign_in()
+    visitor = visitors().enter(app)
     page = visitor.open("/limits?organization=default")
     field = page.get_by_role("textbox", name="usd a day")
     field.fill("12")

@@ -44,7 +44,7 @@ WIDTHS = pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "
 
 @WIDTHS
 def test_servers_gallery_and_line_are_shown_and_lead_to_the_jobs(
-    visitors: Opened, system: System, conn: Connection, viewport: dict[str, int]
+    visitors: Opened, app: Flask, system: System, conn: Connection, viewport: dict[str, int]
 ) -> None:
     put_server(conn, "http://gpu-1:8188")
     put_server(conn, "http://gpu-2:8188", well=False, problem="stuck", free=24 * GB)
@@ -55,9 +55,8 @@ def test_servers_gallery_and_line_are_shown_and_lead_to_the_jobs(
     first, second = (
         put_job(conn, "queued", age_s=age, payload={"workflow": name}, **line) for age, name in ((90, "a"), (30, "b"))
     )
-    visitor = visitors(viewport).sign_in()
-    visitor.page.get_by_role("link", name="Renders").click()
-    page = visitor.page
+    visitor = visitors(viewport).enter(app)
+    page = visitor.open("/renders")
 
     servers = page.get_by_role("region", name="Servers")
     expect(servers.get_by_role("row").filter(has_text="gpu-1")).to_contain_text(
@@ -117,13 +116,13 @@ def test_renders_of_others_and_the_machines_are_not_there(
 
 @WIDTHS
 def test_a_render_is_shown_beside_what_it_was_made_of(
-    visitors: Opened, system: System, conn: Connection, viewport: dict[str, int]
+    visitors: Opened, app: Flask, system: System, conn: Connection, viewport: dict[str, int]
 ) -> None:
     before = put_picture(system, 1, "renders/source/in.png")
     foreign = put_picture(system, THEIRS, "renders/source/secret.png")
     images = {"image": {"artefact": before}, "mask": {"artefact": foreign}, "far": {"url": "https://example.com/x.png"}}
     job = put_render(conn, system, outputs=2, payload={"workflow": "edit", "images": images})
-    visitor = visitors(viewport).sign_in()
+    visitor = visitors(viewport).enter(app)
     page = visitor.open(f"/jobs/{job}")
 
     compared = page.get_by_role("region", name="Before and after")
@@ -139,10 +138,10 @@ def test_a_render_is_shown_beside_what_it_was_made_of(
 
 @WIDTHS
 def test_a_film_is_its_shots_along_the_time_and_what_is_said(
-    visitors: Opened, system: System, conn: Connection, viewport: dict[str, int]
+    visitors: Opened, app: Flask, system: System, conn: Connection, viewport: dict[str, int]
 ) -> None:
     job = put_job(conn, "succeeded", type="analyze_video", queue="heavy", result=film(system, 1))
-    visitor = visitors(viewport).sign_in()
+    visitor = visitors(viewport).enter(app)
     page = visitor.open(f"/jobs/{job}")
 
     assert page.evaluate("[...document.querySelectorAll('.reel rect')].map(each => +each.getAttribute('x'))") == [
@@ -168,7 +167,8 @@ def test_a_film_is_its_shots_along_the_time_and_what_is_said(
 
 
 @WIDTHS
-def test_a_log_is_followed_and_filtered_by_level(visitors: Opened, conn: Connection, viewport: dict[str, int]) -> None:
+def test_a_log_is_followed_and_filtered_by_level(
+    visitors: Opened, app: Flask, conn: Connection, viewport: dict[str, int]) -> None:
     job = put_job(conn, "running", age_s=5)
     put_lines(
         conn,
@@ -176,7 +176,7 @@ def test_a_log_is_followed_and_filtered_by_level(visitors: Opened, conn: Connect
         ("info", "began", {"lead": 17}),
         ("error", SCRIPT, {"exception": "Traceback: Bearer abcdefgh12345678"}),
     )
-    visitor = visitors(viewport).sign_in()
+    visitor = visitors(viewport).enter(app)
     page = visitor.open(f"/jobs/{job}")
     log = page.locator("ol.log li")
 

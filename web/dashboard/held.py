@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from agentflow.database import Connection
 from agentflow.jobs import budgets, registry, statistics
@@ -19,7 +19,9 @@ from agentflow.organizations import Organization
 from web.dashboard.frame import Visit
 
 SetBy = Literal["each", "operator", "own", "default"]
-_KINDS: tuple[Kind, ...] = ("chat", "vision", "embeddings", "transcription")
+_KINDS: Final[tuple[Kind, ...]] = ("chat", "vision", "embeddings", "transcription")
+#: Of an organization so many CRM accounts are asked for; each has a limit of its own.
+_MOST_ACCOUNTS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ def _counted(visit: Visit, conn: Connection, provider: str, windows: tuple[Windo
         return [None] * len(windows)
     limits = visit.system.limits
     if provider == "kommo":
-        counts = [limits.used(Bucket(f"kommo:{each.id}", windows)) for each in accounts.every(conn, visit.sees)]
+        counts = [limits.used(Bucket(f"kommo:{each.id}", windows)) for each in accounts.every(conn, visit.sees, limit=_MOST_ACCOUNTS)]
         known = [each for each in counts if each is not None]
         return [max(each) for each in zip(*known, strict=True)] if known else [None] * len(windows)
     name = f"{provider}:{visit.sees}" if provider.startswith("type:") else f"calls:{provider}:{visit.sees}"
