@@ -120,7 +120,7 @@ def _held(
         set_by = "own" if one.own else "operator"
     elif each is not None:
         set_by = "each"
-    changeable = visit.may("manage") and (visit.is_operator or one is None or one.own)
+    changeable = visit.is_operator or one is None or one.own
     mine = changeable and (one if visit.sees is not None else each) is not None
     return Held(name, set_by, mine, changeable, most, used, windows, edited)
 

@@ -46,7 +46,9 @@ def limits(visit: Visit) -> Response:
             "more": listed[PAGE - 1].id if len(listed) > PAGE else None,
             "is_first": not _after(),
             "pauses": pauses[:_MOST_PAUSES],
-            "is_paused": any(each.kind == "organization" and each.organization_id == visit.sees for each in pauses),
+            "whole_pause": next(
+                (each for each in pauses if each.kind == "organization" and each.organization_id == visit.sees), None
+            ),
             "slugs": {each.id: each.slug for each in visit.organizations()},
         }
     part = request.args.get("part")
