@@ -159,7 +159,6 @@ def test_a_film_is_its_shots_along_the_time_and_what_is_said(
         "2:06 Sentence 2.",
     ]
     expect(page.get_by_text("Somebody rides home.").first).to_be_visible()
-    page.get_by_text("Contact sheet", exact=True).click()
     sheet = page.locator(".sheet img")
     sheet.scroll_into_view_if_needed()
     page.wait_for_function("document.querySelector('.sheet img').naturalWidth === 64")

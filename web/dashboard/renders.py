@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Final
-from uuid import UUID
 
 from flask import Response, request
 
@@ -81,6 +80,7 @@ def _now(visit: Visit) -> dict[str, Any]:
         lines = [pool.line(name) for name in {DEFAULT_POOL, *pool.names(conn)}]
         queued = records.line(conn, visit.sees, lines, limit=_MOST_WAITING + 1)
         at_work = prompts.at_work(conn, visit.sees, limit=_MOST_AT_WORK)
+        jobs = records.by_ids(conn, visit.sees, [each.job_id for each in at_work])
     waiting = [Waiting(job, *outlook.of(visit, job, None)) for job in queued[:_MOST_WAITING]]
     return {
         "servers": [(each, devices(each)) for each in servers],
@@ -88,14 +88,8 @@ def _now(visit: Visit) -> dict[str, Any]:
         "more_wait": len(queued) > _MOST_WAITING,
         "at_work": at_work,
         "reason_in_words": reason_in_words,
-        "progress": _progress(visit, [each.job_id for each in at_work]),
+        "progress": {job.id: visit.services.seats.progress(job) for job in jobs},
     }
-
-
-def _progress(visit: Visit, ids: list[UUID]) -> dict[UUID, Any]:
-    with visit.system.database.connection() as conn:
-        jobs = records.by_ids(conn, visit.sees, ids)
-    return {job.id: visit.services.seats.progress(job) for job in jobs}
 
 
 def devices(server: Known) -> list[Device]:
