@@ -12,6 +12,7 @@ import pytest
 from flask import Flask
 from playwright.sync_api import expect
 
+from agentflow.comfyui import prompts
 from agentflow.jobs import lines
 from agentflow.jobs.lines import Line, Place
 from agentflow.system import System
@@ -30,6 +31,7 @@ from tests.dashboard_support import (
     visitors,
 )
 from tests.test_dashboard import sign_in
+from tests.test_query_plans import plans
 
 __all__ = ["app", "browser", "tenants", "visitors"]
 
@@ -251,3 +253,28 @@ def outside_of(app: Flask, key: str | None) -> dict[str, str]:
     cells = [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in re.findall(r"<tr>(.*?)</tr>", card)]
     names = ("Language models", "CRM", "Telegram", "Addresses that jobs ask", "Render servers", "Senders of webhooks")
     return {name: cell.removeprefix(name).strip() for cell in cells for name in names if cell.startswith(name)}
+
+
+# ---- how it is found ----
+
+
+def test_the_gallery_is_read_from_its_index_however_many_renders_there_are(conn: Connection) -> None:
+    made = (
+        "insert into agentflow.jobs (id, organization_id, type, queue, max_attempts, time_limit_s, state, finished_at)"
+        " select ('0197b1e2-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid, 1 + n % 20, 'comfy_render', 'gpu', 3, 60,"
+        " 'succeeded', now() from generate_series(1, 20000) n"
+    )
+    prompt = (
+        "insert into agentflow.renders (prompt_id, organization_id, job_id, fence, server, slot, state, ended_at, found)"
+        " select gen_random_uuid(), organization_id, id, 1, 'http://gpu', 0, 'collected', now(), '{\"outputs\": []}'"
+        " from agentflow.jobs"
+    )
+    for statement in (made, prompt, "analyze agentflow.renders"):
+        conn.execute(statement.encode())
+
+    with plans(conn) as heard:
+        found = [prompts.collected(conn, organization_id, limit=25) for organization_id in (None, 7)]
+
+    assert [len(each) for each in found] == [25, 25] and {each.organization_id for each in found[1]} == {7}
+    scans = [node for node in heard.nodes if node.get("Relation Name") == "renders"]
+    assert [node.get("Index Name") for node in scans] == ["renders_jobs", "renders_collected"]
