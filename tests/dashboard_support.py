@@ -42,15 +42,24 @@ document.addEventListener("securitypolicyviolation", (event) => {
 """
 
 
+_launched: list[Browser] = []
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
+    """One in each test process: every file that imports this has a fixture of its own, and Playwright cannot be started twice."""
+    if _launched:
+        yield _launched[0]
+        return
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(
             executable_path=CHROMIUM,
             args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
             timeout=PATIENCE_MS,
         )
+        _launched.append(launched)
         yield launched
+        _launched.clear()
         launched.close()
 
 

@@ -65,7 +65,12 @@ def main() -> int:
                 for slug, name in (("acme", "Acme"), ("north", "Northern Light"), ("velo", "Velo")):
                     conn.execute("insert into agentflow.organizations (slug, name) values (%s, %s)", (slug, name))
                 fill(conn)
-                ids = {"job": rich_job(conn), "waiting": _waiting(conn), **_pictures(conn, system), "schedule": _calendar(conn)}
+                ids = {
+                    "job": rich_job(conn),
+                    "waiting": _waiting(conn),
+                    **_pictures(conn, system),
+                    "schedule": _calendar(conn),
+                }
                 _limits(conn, system)
             with served(create_app(system)) as address, sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -119,7 +124,13 @@ def _pictures(conn: psycopg.Connection, system: System) -> dict[str, UUID]:
     put_server(conn, "http://gpu-2.lan:8188", free=19 * GB)
     put_server(conn, "http://gpu-3.lan:8188", well=False, problem="stuck", free=23 * GB)
     for n in range(11):
-        put_render(conn, system, outputs=(1, 4, 1, 2)[n % 4], draw=lambda each, n=n: _draw(100 * n + each), age_s=4000 - 300 * n)  # type: ignore[misc]
+        put_render(
+            conn,
+            system,
+            outputs=(1, 4, 1, 2)[n % 4],
+            draw=lambda each, n=n: _draw(100 * n + each),
+            age_s=4000 - 300 * n,
+        )  # type: ignore[misc]
     source = {"image": {"artefact": put_picture(system, 1, "renders/source/before.png", _draw(7))}}
     payload = {"workflow": "qwen-image-edit", "parameters": {"prompt": "make it evening"}, "images": source}
     render = put_render(conn, system, payload=payload, outputs=2, draw=lambda each: _draw(900 + each))
@@ -129,7 +140,13 @@ def _pictures(conn: psycopg.Connection, system: System) -> dict[str, UUID]:
         put_prompt(conn, at_work, 1, "sent", slot=n, server=f"http://gpu-{n + 1}.lan:8188")
         put_job(conn, "queued", age_s=20 + n, concurrency_key="gpu:default", wait_reason="busy", **line)
     of_film = put_job(
-        conn, "succeeded", age_s=700, ran_s=95, type="analyze_video", queue="heavy", result=film(system, 1, shots=18, draw=_draw)
+        conn,
+        "succeeded",
+        age_s=700,
+        ran_s=95,
+        type="analyze_video",
+        queue="heavy",
+        result=film(system, 1, shots=18, draw=_draw),
     )
     put_lines(
         conn,
@@ -142,7 +159,9 @@ def _pictures(conn: psycopg.Connection, system: System) -> dict[str, UUID]:
 
 
 def _limits(conn: psycopg.Connection, system: System) -> None:
-    acme, north, velo = (each[0] for each in conn.execute("select id from agentflow.organizations where id > 1 order by id"))
+    acme, north, velo = (
+        each[0] for each in conn.execute("select id from agentflow.organizations where id > 1 order by id")
+    )
     rules.set_budget(conn, 0, "usd", 20)
     rules.set_budget(conn, acme, "usd", 50)
     rules.set_budget(conn, acme, "video_min", 600, own=True)
@@ -192,7 +211,8 @@ def _take(browser: Browser, address: str, kind: str, folder: Path, ids: dict[str
             page.get_by_role("button", name="24 hours").click()
             page.wait_for_selector("#charts[data-ready='24h']")
         page.screenshot(
-            path=folder / f"{name}-{kind}.png", full_page=name in ("overview", "job", "film", "limits-of-one") or (phone and name != "runbook")
+            path=folder / f"{name}-{kind}.png",
+            full_page=name in ("overview", "job", "film", "limits-of-one") or (phone and name != "runbook"),
         )
     for problem in visitor.problems():
         print(f"{kind}: {problem}", file=sys.stderr)

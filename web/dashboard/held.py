@@ -146,7 +146,10 @@ def _counted(visit: Visit, conn: Connection, provider: str, windows: tuple[Windo
         return [None] * len(windows)
     limits = visit.system.limits
     if provider == "kommo":
-        counts = [limits.used(Bucket(f"kommo:{each.id}", windows)) for each in accounts.every(conn, visit.sees, limit=_MOST_ACCOUNTS)]
+        counts = [
+            limits.used(Bucket(f"kommo:{each.id}", windows))
+            for each in accounts.every(conn, visit.sees, limit=_MOST_ACCOUNTS)
+        ]
         known = [each for each in counts if each is not None]
         return [max(each) for each in zip(*known, strict=True)] if known else [None] * len(windows)
     name = f"{provider}:{visit.sees}" if provider.startswith("type:") else f"calls:{provider}:{visit.sees}"
