@@ -72,14 +72,18 @@ def page_paths(app: Flask, **values: Any) -> list[str]:
         if rule.endpoint.startswith("dashboard.") and "GET" in (rule.methods or ()) and rule.endpoint not in (
             "dashboard.static", "dashboard.nowhere", "dashboard.sign_in",
         ):  # fmt: skip
-            path = re.sub(r"<uuid:(\w+)>", lambda m: str(values[m.group(1)]), rule.rule)
+            path = re.sub(r"<uuid:(\w+)>", lambda m: str(values.get(m.group(1), uuid4())), rule.rule)
             found.append(re.sub(r"<any\((\w+),\w+\):\w+>", r"\1", path))
     return found
 
 
 def changing_paths(app: Flask, **values: Any) -> list[str]:
     return [
-        re.sub(r"<any\(\w+,(\w+)\):\w+>", r"\1", re.sub(r"<uuid:(\w+)>", lambda m: str(values[m.group(1)]), rule.rule))
+        re.sub(
+            r"<any\(\w+,(\w+)\):\w+>",
+            r"\1",
+            re.sub(r"<uuid:(\w+)>", lambda m: str(values.get(m.group(1), uuid4())), rule.rule),
+        )
         for rule in app.url_map.iter_rules()
         if rule.endpoint.startswith("dashboard.")
         and "POST" in (rule.methods or ())

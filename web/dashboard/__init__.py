@@ -12,11 +12,34 @@ from __future__ import annotations
 from flask import Flask
 
 from web.api import Services
-from web.dashboard import dead_letters, frame, job, jobs, overview, runbook, signing
+from web.dashboard import (
+    dead_letters,
+    frame,
+    job,
+    jobs,
+    limits,
+    overview,
+    renders,
+    runbook,
+    schedules,
+    signing,
+)
 
 
 def install(app: Flask, services: Services) -> None:
     """A further page is a module with its `pages`, named here, and a line in frame.SECTIONS."""
     frame.install(
-        app, services, [signing.pages, overview.pages, jobs.pages, job.pages, dead_letters.pages, runbook.pages]
+        app,
+        services,
+        [
+            signing.pages,
+            overview.pages,
+            jobs.pages,
+            job.pages,
+            dead_letters.pages,
+            renders.pages,
+            limits.pages,
+            schedules.pages,
+            runbook.pages,
+        ],
     )

@@ -52,6 +52,9 @@ SECTIONS: Final = (
     ("overview", "Overview", "overview", "o"),
     ("jobs", "Jobs", "jobs", "j"),
     ("dead_letters", "Dead letters", "dead", "d"),
+    ("renders", "Renders", "renders", "i"),
+    ("limits", "Limits", "limits", "l"),
+    ("schedules", "Schedules", "schedules", "s"),
     ("runbook", "Runbook", "runbook", "r"),
 )
 _MOST_ORGANIZATIONS: Final = 500
