@@ -52,15 +52,15 @@ def browser() -> Iterator[Browser]:
         yield _launched[0]
         return
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
-            timeout=PATIENCE_MS,
+        _launched.append(
+            playwright.chromium.launch(
+                executable_path=CHROMIUM,
+                args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
+                timeout=PATIENCE_MS,
+            )
         )
-        _launched.append(launched)
-        yield launched
-        _launched.clear()
-        launched.close()
+        yield _launched[0]
+        _launched.pop().close()
 
 
 @contextmanager

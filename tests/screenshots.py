@@ -25,6 +25,7 @@ from agentflow.schedules.records import Wanted
 from agentflow.schedules.ticks import USER, Tick
 from agentflow.schedules.when import When
 from agentflow.system import System
+from tests import dashboard_samples
 from tests.conftest import ADMIN_KEY
 from tests.dashboard_pictures import GB, film, put_lines, put_picture, put_prompt, put_render, put_server
 from tests.dashboard_support import CHROMIUM, DESKTOP, PHONE, fill, put_job, rich_job, served, window
@@ -44,8 +45,19 @@ PAGES: Final = {
     "limits-of-one": "/limits?organization=acme",
     "schedules": "/schedules",
     "schedule": "/schedules/{schedule}",
+    "knowledge": "/knowledge",
+    "document": "/knowledge/documents/{document}",
+    "search": "/knowledge/search?q=Margaret+Hughes+founded+Acme&mode=text",
+    "graph": "/knowledge/graph",
+    "names": "/knowledge/names",
+    "crm": "/crm",
+    "account": "/crm/{account}",
     "runbook": "/runbook",
 }
+
+
+#: Pages that are pictured from top to bottom on a desktop, too.
+_WHOLE: Final = ("overview", "job", "film", "limits-of-one", "graph", "account")
 
 
 def main() -> int:
@@ -70,8 +82,10 @@ def main() -> int:
                     "waiting": _waiting(conn),
                     **_pictures(conn, system),
                     "schedule": _calendar(conn),
+                    "account": dashboard_samples.accounts(conn),
                 }
                 _limits(conn, system)
+                ids |= {"document": dashboard_samples.knowledge(conn, system.storage)["film"]}
             with served(create_app(system)) as address, sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
                 for kind in wanted:
@@ -210,9 +224,13 @@ def _take(browser: Browser, address: str, kind: str, folder: Path, ids: dict[str
         if name == "overview":
             page.get_by_role("button", name="24 hours").click()
             page.wait_for_selector("#charts[data-ready='24h']")
+        if name == "graph":
+            page.wait_for_selector("#graph[data-ready]")
+            page.get_by_role("link", name="ООО «Ромашка» uses").locator("text").click()
+            page.locator("#panel img").wait_for()
         page.screenshot(
             path=folder / f"{name}-{kind}.png",
-            full_page=name in ("overview", "job", "film", "limits-of-one") or (phone and name != "runbook"),
+            full_page=name in _WHOLE or (phone and name != "runbook"),
         )
     for problem in visitor.problems():
         print(f"{kind}: {problem}", file=sys.stderr)

@@ -319,6 +319,8 @@ LOOKS: dict[str, Callable[[psycopg.Connection], Any]] = {
     "near names": lambda conn: graph_matches.near_pairs(conn, 1, _document(conn)),
     "a decision": _decide,
     "merges": lambda conn: graph_matches.merges(conn, 1, after=UUID(int=1 << 126)),
+    "what documents say": lambda conn: graph_queries.of_documents(conn, 1, [_document(conn)], limit=50),
+    "documents with a graph": lambda conn: graph_queries.latest(conn, 1, limit=5),
 }
 _LARGE = {"graph_entities", "graph_mentions", "graph_edges", "graph_evidence", "graph_matches"}
 

@@ -179,7 +179,7 @@ def search(call: Call, query: EntityQuery) -> EntityList:
 @routes.get("/api/graph/entities/<uuid:entity_id>", {200: EntityView}, problems=(404,))
 def show(call: Call, entity_id: UUID) -> EntityView:
     """Look at one. The id of a merged one shows what it was merged into."""
-    return _entity(_find(call, entity_id))
+    return _entity(find(call, entity_id))
 
 
 @routes.get(
@@ -187,7 +187,7 @@ def show(call: Call, entity_id: UUID) -> EntityView:
 )
 def neighbourhood(call: Call, entity_id: UUID, query: NeighbourhoodQuery) -> NeighbourhoodView:
     """See what is around an entity, up to three steps away."""
-    thing = _find(call, entity_id)
+    thing = find(call, entity_id)
     with call.system.database.connection() as conn:
         found = graph_queries.neighbourhood(conn, thing, depth=query.depth, limit=query.limit)
     return NeighbourhoodView(
@@ -200,7 +200,7 @@ def neighbourhood(call: Call, entity_id: UUID, query: NeighbourhoodQuery) -> Nei
 @routes.get("/api/graph/path/<uuid:from_id>/<uuid:to_id>", {200: PathView}, query=PathQuery, problems=(404,))
 def path(call: Call, from_id: UUID, to_id: UUID, query: PathQuery) -> PathView:
     """Find the shortest way from one entity to another."""
-    one, other = _find(call, from_id), _find(call, to_id)
+    one, other = find(call, from_id), find(call, to_id)
     with call.system.database.connection() as conn:
         found = graph_queries.path(conn, one, other, max_length=query.max_length)
     return PathView(
@@ -303,7 +303,8 @@ def _set_same(call: Call, merge_id: UUID, same: bool) -> MergeView:
 # ---- views ----
 
 
-def _find(call: Call, entity_id: UUID) -> Thing:
+def find(call: Call, entity_id: UUID) -> Thing:
+    """Raises Refused with 404."""
     with call.system.database.connection() as conn:
         thing = graph_queries.get(conn, call.sees, entity_id)
     if thing is None:

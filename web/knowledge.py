@@ -172,7 +172,47 @@ def create(call: Call) -> Answer:
             "the body must be multipart/form-data with a file, or JSON with url, text or video_id",
             headers={"Accept": "multipart/form-data, application/json"},
         )
-    body = read_json(DocumentRequest)
+    return create_from(call, read_json(DocumentRequest))
+
+
+@routes.get("/api/knowledge/documents", {200: DocumentList}, query=ListQuery)
+def search(call: Call, query: ListQuery) -> DocumentList:
+    """List documents, the newest first."""
+    before = jobs.read_cursor(query.cursor) if query.cursor is not None else None
+    with call.system.database.connection() as conn:
+        found = documents.search(conn, call.sees, source_id=query.source_id, before=before, limit=query.limit + 1)
+    page = found[: query.limit]
+    return DocumentList(
+        documents=views(call, page),
+        next_cursor=jobs.cursor_of(page[-1].id) if len(found) > query.limit else None,
+    )
+
+
+@routes.get("/api/knowledge/documents/<uuid:document_id>", {200: DocumentView}, problems=(404,))
+def show(call: Call, document_id: UUID) -> DocumentView:
+    """Look at a document, and at how far its chain of jobs is."""
+    (view,) = views(call, [find(call, document_id)])
+    return view
+
+
+@routes.delete("/api/knowledge/documents/<uuid:document_id>", {204: "It is gone"}, scope="manage", problems=(404,))
+def delete(call: Call, document_id: UUID) -> Response:
+    """Remove a document with its file, its chunks, their vectors and the facts taken from it; its jobs are cancelled."""
+    document = find(call, document_id)
+    system, organization_id = call.system, document.organization_id
+    for link in _chains(call, [document])[document.id]:
+        # The analysis of a video was asked for by itself.
+        if link.job is not None and not link.job.terminal and link.type != "analyze_video":
+            system.cancel(organization_id, link.id)
+    if document.storage_key is not None:
+        system.storage.delete(document.storage_key)  # first: a row can be deleted again, a forgotten file not
+    with system.database.transaction() as conn:
+        if not documents.delete(conn, organization_id, document_id):
+            raise _unknown(document_id)
+    return Response(status=204)
+
+
+def create_from(call: Call, body: DocumentRequest) -> Answer:
     check_graph(call, body.graph)
     if body.text is not None:
         return _create_text(call, body)
@@ -192,43 +232,6 @@ def create(call: Call) -> Answer:
     source_id = body.source_id or documents.video_source_id(video.id)
     title = body.title or video.filename
     return _hand_in(call, video.organization_id, source_id, Source(video_id=video.id), title=title, graph=body.graph)
-
-
-@routes.get("/api/knowledge/documents", {200: DocumentList}, query=ListQuery)
-def search(call: Call, query: ListQuery) -> DocumentList:
-    """List documents, the newest first."""
-    before = jobs.read_cursor(query.cursor) if query.cursor is not None else None
-    with call.system.database.connection() as conn:
-        found = documents.search(conn, call.sees, source_id=query.source_id, before=before, limit=query.limit + 1)
-    page = found[: query.limit]
-    return DocumentList(
-        documents=_views(call, page),
-        next_cursor=jobs.cursor_of(page[-1].id) if len(found) > query.limit else None,
-    )
-
-
-@routes.get("/api/knowledge/documents/<uuid:document_id>", {200: DocumentView}, problems=(404,))
-def show(call: Call, document_id: UUID) -> DocumentView:
-    """Look at a document, and at how far its chain of jobs is."""
-    (view,) = _views(call, [_find(call, document_id)])
-    return view
-
-
-@routes.delete("/api/knowledge/documents/<uuid:document_id>", {204: "It is gone"}, scope="manage", problems=(404,))
-def delete(call: Call, document_id: UUID) -> Response:
-    """Remove a document with its file, its chunks, their vectors and the facts taken from it; its jobs are cancelled."""
-    document = _find(call, document_id)
-    system, organization_id = call.system, document.organization_id
-    for link in _chains(call, [document])[document.id]:
-        # The analysis of a video was asked for by itself.
-        if link.job is not None and not link.job.terminal and link.type != "analyze_video":
-            system.cancel(organization_id, link.id)
-    if document.storage_key is not None:
-        system.storage.delete(document.storage_key)  # first: a row can be deleted again, a forgotten file not
-    with system.database.transaction() as conn:
-        if not documents.delete(conn, organization_id, document_id):
-            raise _unknown(document_id)
-    return Response(status=204)
 
 
 def _create_upload(call: Call) -> Answer:
@@ -306,7 +309,8 @@ def check_graph(call: Call, graph: bool) -> None:
             raise Refused(409, f"a graph needs a model: {error}") from None
 
 
-def _find(call: Call, document_id: UUID) -> Document:
+def find(call: Call, document_id: UUID) -> Document:
+    """Raises Refused with 404."""
     with call.system.database.connection() as conn:
         document = documents.get(conn, call.sees, document_id)
     if document is None:
@@ -326,7 +330,7 @@ def _chains(call: Call, found: list[Document]) -> dict[UUID, list[Link]]:
     return {document.id: chains.get(each, []) if each else [] for document, each in zip(found, first, strict=True)}
 
 
-def _views(call: Call, found: list[Document]) -> list[DocumentView]:
+def views(call: Call, found: list[Document]) -> list[DocumentView]:
     chains = _chains(call, found)
     return [_view(call, document, chains[document.id]) for document in found]
 

@@ -38,6 +38,16 @@ class Swapped:
     reworded: frozenset[bytes]
 
 
+def page(conn: Connection, organization_id: int, document_id: UUID, *, start: int = 0, limit: int) -> list[Chunk]:
+    """In reading order, from the one with the number `start` on."""
+    rows = conn.execute(
+        "select position, key, text, start_offset, end_offset, tokens, language, place from agentflow.chunks"
+        " where document_id = %s and organization_id = %s and position >= %s order by position limit %s",
+        (document_id, organization_id, start, limit),
+    ).fetchall()
+    return [Chunk(position, bytes(key), *rest) for position, key, *rest in rows]
+
+
 def swap(conn: Connection, organization_id: int, document_id: UUID, chunks: Sequence[Chunk]) -> Swapped:
     """Put these chunks in the place of those that are there; rows of those that are the same are not touched."""
     rows = conn.execute(

@@ -19,6 +19,8 @@ MAX_LENGTH: Final = 6
 #: Edges that one step looks at. A graph in which one thing has more is answered in part, and says so.
 _MOST_EDGES: Final = 5000
 _EVIDENCE_AT_ONCE: Final = 100
+#: Of the newest documents so many are asked whether they have a graph.
+_NEWEST: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,44 @@ def neighbourhood(conn: Connection, thing: Thing, *, depth: int, limit: int) -> 
             break
     described = _described(conn, thing.organization_id, seen)
     return Neighbourhood(list(described.values()), list(edges.values()), truncated)
+
+
+def latest(conn: Connection, sees: int | None, *, limit: int) -> list[tuple[UUID, int]]:
+    """The newest documents of which something is in the graph, with their organizations."""
+    return conn.execute(
+        "select d.id, d.organization_id from (select id, organization_id from agentflow.documents"
+        " where (%(organization)s::bigint is null or organization_id = %(organization)s) order by id desc limit %(newest)s) d"
+        " where exists (select from agentflow.graph_evidence v"
+        "  where v.organization_id = d.organization_id and v.document_id = d.id)"
+        " order by d.id desc limit %(limit)s",
+        {"organization": sees, "newest": _NEWEST, "limit": limit},
+    ).fetchall()
+
+
+def of_documents(conn: Connection, organization_id: int, document_ids: Sequence[UUID], *, limit: int) -> Neighbourhood:
+    """At most `limit` things that these documents speak of, those of most mentions there first, and what they say of them."""
+    given = {"organization": organization_id, "documents": list(document_ids)}
+    mentioned = conn.execute(
+        "select e.root_id from agentflow.graph_mentions m join agentflow.graph_entities e on e.id = m.entity_id"
+        " where m.organization_id = %(organization)s and m.document_id = any(%(documents)s)"
+        " group by 1 order by count(*) desc, 1 limit %(limit)s",
+        {**given, "limit": limit + 1},
+    ).fetchall()
+    shown = [row[0] for row in mentioned[:limit]]
+    rows = conn.execute(
+        "select e.id, f.root_id, e.predicate, t.root_id from (select distinct edge_id from agentflow.graph_evidence"
+        "  where organization_id = %(organization)s and document_id = any(%(documents)s)) v"
+        " join agentflow.graph_edges e on e.id = v.edge_id"
+        " join agentflow.graph_entities f on f.id = e.from_id join agentflow.graph_entities t on t.id = e.to_id"
+        " where f.root_id <> t.root_id and f.root_id = any(%(shown)s) and t.root_id = any(%(shown)s)"
+        " order by e.id limit %(limit)s",
+        {**given, "shown": shown, "limit": _MOST_EDGES},
+    ).fetchall()
+    edges: dict[tuple[UUID, str, UUID], Edge] = {}
+    for edge in (Edge(*row) for row in rows):
+        edges.setdefault((edge.from_id, edge.predicate, edge.to_id), edge)
+    things = _described(conn, organization_id, shown)
+    return Neighbourhood(list(things.values()), list(edges.values()), len(mentioned) > limit)
 
 
 def path(conn: Connection, one: Thing, other: Thing, *, max_length: int) -> Path:

@@ -317,12 +317,17 @@ def lags(conn: Connection, *, limit: int) -> dict[int, float]:
     rows = conn.execute(
         "select a.organization_id, max(greatest(0, extract(epoch from clock_timestamp() - coalesce(r.started_at, a.created_at))"
         " - a.sync_every_s * %s))::float8 from agentflow.crm_accounts a left join lateral (select r.started_at"
-        " from agentflow.sync_runs r where r.account_id = a.id and r.state = 'succeeded'"
+        " from agentflow.sync_runs r where r.account_id = a.id and r.state = 'succeeded' and not r.plan"
         " and r.mode in ('incremental', 'reconcile') order by r.id desc limit 1) r on true"
         " where a.state <> 'removed' group by 1 order by 2 desc limit %s",
         (1 + _JITTER, limit),
     ).fetchall()
     return dict(rows)
+
+
+def behind_s(account: Account, read_at: datetime | None, now: datetime) -> float:
+    """The same of one account, of which everything up to `read_at` is in the mirror."""
+    return max(0.0, (now - (read_at or account.created_at)).total_seconds() - account.sync_every_s * (1 + _JITTER))
 
 
 def next_end_s(conn: Connection) -> float | None:

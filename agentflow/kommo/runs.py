@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Literal
@@ -34,6 +34,14 @@ class Run:
     error: str | None
     started_at: datetime
     finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """Of an account: its last run that was no plan, and the moment up to which all changes are in the mirror."""
+
+    run: Run | None
+    read_at: datetime | None
 
 
 #: A run every five minutes is 9000 rows in these.
@@ -115,3 +123,18 @@ def of_account(
         {"organization": organization_id, "account": account_id, "before": before, "limit": limit},
     ).fetchall()
     return [Run(*row) for row in rows]
+
+
+def latest(conn: Connection, organization_id: int | None, account_ids: Collection[UUID]) -> dict[UUID, Latest]:
+    """By account; of any organization where it is None."""
+    rows = conn.execute(
+        f"select a.id, whole.started_at, last.* from agentflow.crm_accounts a"  # noqa: S608 - constants
+        " left join lateral (select started_at from agentflow.sync_runs r where r.account_id = a.id"
+        "  and r.state = 'succeeded' and not r.plan and r.mode in ('incremental', 'reconcile')"
+        "  order by r.id desc limit 1) whole on true"
+        f" left join lateral (select {_COLUMNS} from agentflow.sync_runs r where r.account_id = a.id and not r.plan"
+        "  order by r.id desc limit 1) last on true"
+        " where (%(organization)s::bigint is null or a.organization_id = %(organization)s) and a.id = any(%(accounts)s)",
+        {"organization": organization_id, "accounts": list(account_ids)},
+    ).fetchall()
+    return {id_: Latest(Run(*run) if run[0] is not None else None, read_at) for id_, read_at, *run in rows}

@@ -13,10 +13,13 @@ from flask import Flask
 
 from web.api import Services
 from web.dashboard import (
+    crm,
     dead_letters,
     frame,
+    graph,
     job,
     jobs,
+    knowledge,
     limits,
     overview,
     renders,
@@ -28,18 +31,6 @@ from web.dashboard import (
 
 def install(app: Flask, services: Services) -> None:
     """A further page is a module with its `pages`, named here, and a line in frame.SECTIONS."""
-    frame.install(
-        app,
-        services,
-        [
-            signing.pages,
-            overview.pages,
-            jobs.pages,
-            job.pages,
-            dead_letters.pages,
-            renders.pages,
-            limits.pages,
-            schedules.pages,
-            runbook.pages,
-        ],
-    )
+    groups = [signing.pages, overview.pages, jobs.pages, job.pages, dead_letters.pages]
+    groups += [renders.pages, knowledge.pages, graph.pages, crm.pages, limits.pages, schedules.pages]
+    frame.install(app, services, [*groups, runbook.pages])

@@ -53,6 +53,8 @@ SECTIONS: Final = (
     ("jobs", "Jobs", "jobs", "j"),
     ("dead_letters", "Dead letters", "dead", "d"),
     ("renders", "Renders", "renders", "i"),
+    ("knowledge", "Knowledge", "knowledge", "k"),
+    ("crm", "CRM", "crm", "c"),
     ("limits", "Limits", "limits", "l"),
     ("schedules", "Schedules", "schedules", "s"),
     ("runbook", "Runbook", "runbook", "r"),
@@ -121,22 +123,36 @@ class Visit(Call):
         return answer
 
 
+@dataclass(frozen=True, slots=True)
+class Declared:
+    method: str
+    path: str
+    function: Callable[..., Any]
+    scope: Needed | None
+    max_bytes: int | None
+
+
 class Pages:
     """The pages of one module, gathered by its decorators."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[str, str, Callable[..., Any], Needed | None]] = []
+        self.found: list[Declared] = []
 
     def get(self, path: str, *, scope: Needed | None = "read") -> Callable[[Function], Function]:
         """`scope` None: for whoever comes; the function takes the Services."""
-        return self._add("GET", path, scope)
+        return self._add("GET", path, scope, 0)
 
-    def post(self, path: str, *, scope: Needed | None) -> Callable[[Function], Function]:
-        return self._add("POST", path, scope)
+    def post(
+        self, path: str, *, scope: Needed | None, max_bytes: int | None = _FORM_BYTES
+    ) -> Callable[[Function], Function]:
+        """`max_bytes` None: the function reads the body itself, as it comes, and the form token comes as a header."""
+        return self._add("POST", path, scope, max_bytes)
 
-    def _add(self, method: str, path: str, scope: Needed | None) -> Callable[[Function], Function]:
+    def _add(
+        self, method: str, path: str, scope: Needed | None, max_bytes: int | None
+    ) -> Callable[[Function], Function]:
         def declare(function: Function) -> Function:
-            self.found.append((method, path, function, scope))
+            self.found.append(Declared(method, path, function, scope, max_bytes))
             return function
 
         return declare
@@ -146,12 +162,12 @@ def install(app: Flask, services: Services, groups: Iterable[Pages]) -> None:
     blueprint = Blueprint("dashboard", __name__, url_prefix=PREFIX, static_folder="static", template_folder="templates")
     stores = _stores(services)
     for group in groups:
-        for method, path, function, scope in group.found:
+        for page in group.found:
             blueprint.add_url_rule(
-                path,
-                function.__name__,
-                _view(services, function, scope, method),
-                methods=[method],
+                page.path,
+                page.function.__name__,
+                _view(services, page),
+                methods=[page.method],
                 provide_automatic_options=False,
             )
 
@@ -198,27 +214,28 @@ def install(app: Flask, services: Services, groups: Iterable[Pages]) -> None:
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
 
 
-def _view(
-    services: Services, function: Callable[..., Any], scope: Needed | None, method: str
-) -> Callable[..., Response]:
+def _view(services: Services, page: Declared) -> Callable[..., Response]:
     def view(**arguments: Any) -> Response:
-        if method == "POST":
-            request.max_content_length = _FORM_BYTES
-        if scope is None:
-            answer: Response = function(services, **arguments)
+        if page.method == "POST":
+            request.max_content_length = page.max_bytes
+            request.max_form_memory_size = page.max_bytes
+        if page.scope is None:
+            answer: Response = page.function(services, **arguments)
             return answer
         visit = visitor(services)
         if visit is None:
             return _to_sign_in()
-        if method == "POST":
-            given = request.form.get("form_token") or request.headers.get("X-Form-Token", "")
+        if page.method == "POST":
+            given = request.headers.get("X-Form-Token", "")
+            if not given and page.max_bytes is not None:
+                given = request.form.get("form_token", "")
             if not hmac.compare_digest(given.encode(), visit.form_token.encode()):
                 raise Refused(
                     403, words.say("This form is of another session. Load the page again, and then try once more.")
                 )
-        if not visit.may(scope):
-            raise Refused(403, words.say("Your key lacks the scope {scope}.", scope=scope))
-        made: Response = function(visit, **arguments)
+        if not visit.may(page.scope):
+            raise Refused(403, words.say("Your key lacks the scope {scope}.", scope=page.scope))
+        made: Response = page.function(visit, **arguments)
         return made
 
     return view

@@ -10,7 +10,7 @@ from flask import Response, request
 
 from agentflow.jobs import records, registry
 from agentflow.jobs.model import STATES
-from agentflow.jobs.text import is_storable
+from web.dashboard import fields
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import say
 from web.jobs import cursor_of, read_cursor
@@ -19,7 +19,6 @@ from web.problems import Refused
 pages = Pages()
 
 PAGE: Final = 50
-_MOST_CHARACTERS: Final = 200
 #: Of the last …: what people look for most.
 PERIODS: Final = {
     "15m": timedelta(minutes=15),
@@ -32,7 +31,7 @@ PERIODS: Final = {
 @pages.get("/jobs")
 def jobs(visit: Visit) -> Response:
     asked = {
-        name: _asked(name)
+        name: fields.asked(name)
         for name in ("q", "state", "type", "error", "correlation", "period", "since", "until", "batch")
     }
     if found := _as_id(asked["q"]):
@@ -62,11 +61,6 @@ def jobs(visit: Visit) -> Response:
         return visit.part("jobs_rows.html", **values)
     types = sorted(each.name for each in registry.every())
     return visit.page("jobs.html", **values, types=types, states=STATES, periods=list(PERIODS))
-
-
-def _asked(name: str) -> str:
-    text = request.args.get(name, "").strip()[:_MOST_CHARACTERS]
-    return text if is_storable(text) else ""
 
 
 def _as_id(text: str) -> UUID | None:
