@@ -110,16 +110,23 @@ class Limits:
         self._back()
         return float(waits_ms) / 1000
 
-    def share(self, bucket: Bucket) -> float | None:
-        """How much of its fullest window is used up, from 0.0 to 1.0. None while Redis is away, or there is none."""
+    def used(self, bucket: Bucket) -> list[int] | None:
+        """How many calls each of its windows holds, in their order. None while Redis is away, or there is none."""
         if self._client is None or time.monotonic() < self._ask_again_at or not bucket.windows:
             return None
         windows = [number for window in bucket.windows for number in (window.amount, window.length_ms)]
         try:
-            return float(self._used(keys=self._keys(bucket)[:1], args=windows))
+            return [int(number) for number in self._used(keys=self._keys(bucket)[:1], args=windows)]
         except redis.RedisError as error:
             self._away(error)
             return None
+
+    def share(self, bucket: Bucket) -> float | None:
+        """How much of its fullest window is used up, from 0.0 to 1.0. None where nobody can say."""
+        used = self.used(bucket)
+        if used is None:
+            return None
+        return max(number / window.amount for number, window in zip(used, bucket.windows, strict=True))
 
     def refused(self, bucket: Bucket, retry_after_s: float | None = None) -> None:
         """The vendor answered 429: closed for all workers until then (None: for one call's distance), and slower."""
@@ -289,11 +296,11 @@ return 0
 
 
 # KEYS: the bucket's calls. ARGV: of each window the amount and its length in ms. The calls of a window are found by halving: the
-# list is in the order of time. A share is a text: numbers lose what is after the point.
+# list is in the order of time.
 _USED: Final = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local most = 0
+local used = {}
 for arg = 1, #ARGV, 2 do
     local amount, since = tonumber(ARGV[arg]), now - tonumber(ARGV[arg + 1])
     local low, high = 0, math.min(amount, redis.call('LLEN', KEYS[1]))
@@ -301,9 +308,9 @@ for arg = 1, #ARGV, 2 do
         local middle = math.ceil((low + high) / 2)
         if tonumber(redis.call('LINDEX', KEYS[1], -middle)) > since then low = middle else high = middle - 1 end
     end
-    most = math.max(most, low / amount)
+    used[#used + 1] = low
 end
-return tostring(most)
+return used
 """
 
 

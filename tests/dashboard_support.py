@@ -25,6 +25,7 @@ from agentflow.system import System
 from tests.conftest import ADMIN_KEY
 from tests.processes import ROOT
 from web import create_app
+from web.dashboard.frame import COOKIE
 
 CHROMIUM: Final = "/usr/bin/chromium"
 DESKTOP: Final = {"width": 1360, "height": 900}
@@ -46,7 +47,7 @@ _launched: list[Browser] = []
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """One for all modules, though each that imports this fixture has its own node of it."""
+    """One in each test process: every file that imports this has a fixture of its own, and Playwright cannot be started twice."""
     if _launched:
         yield _launched[0]
         return
@@ -94,6 +95,15 @@ class Visitor:
         self.page.get_by_label("API key").fill(key)
         self.page.get_by_role("button", name="Sign in").click()
         self.page.wait_for_url("**/dashboard")
+        return self
+
+    def enter(self, app: Flask, key: str = ADMIN_KEY) -> Visitor:
+        """Signed in, past the door and the overview."""
+        client = app.test_client()
+        client.post("/dashboard/sign-in", data={"key": key})
+        cookie = client.get_cookie(COOKIE, path="/dashboard")
+        assert cookie is not None
+        self.page.context.add_cookies([{"name": COOKIE, "value": cookie.value, "url": f"{self.address}/dashboard"}])
         return self
 
     def problems(self) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pika
 import pytest
 
 from agentflow.prove import rabbitmq as own
+from tests.folders import server_folder
 from tests.processes import free_port
 
 logging.getLogger("pika").setLevel(logging.CRITICAL)  # as agentflow.log does; else each look for a port is pages of log
@@ -83,14 +83,13 @@ class Node(own.Node):
 @pytest.fixture(scope="session")
 def rabbitmq_node() -> Iterator[Node]:
     assert own.installed(), "the tests need RabbitMQ: apt-get install rabbitmq-server"
-    folder = Path(tempfile.mkdtemp(prefix="agentflow-rabbitmq-"))
-    node = Node(folder)
-    try:
-        node.start()
-        yield node
-    finally:
-        node.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    with server_folder("rabbitmq") as folder:
+        node = Node(folder)
+        try:
+            node.start()
+            yield node
+        finally:
+            node.close()
 
 
 @pytest.fixture

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
+import random
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -13,9 +17,17 @@ import psycopg
 from playwright.sync_api import Browser, sync_playwright
 
 from agentflow import embedded, settings
+from agentflow.jobs import rules, usage
+from agentflow.jobs.usage import Usage
+from agentflow.limits import Bucket, Window
+from agentflow.schedules import records, ticks
+from agentflow.schedules.records import Wanted
+from agentflow.schedules.ticks import USER, Tick
+from agentflow.schedules.when import When
 from agentflow.system import System
 from tests import dashboard_samples
 from tests.conftest import ADMIN_KEY
+from tests.dashboard_pictures import GB, film, put_lines, put_picture, put_prompt, put_render, put_server
 from tests.dashboard_support import CHROMIUM, DESKTOP, PHONE, fill, put_job, rich_job, served, window
 from web import create_app
 
@@ -26,8 +38,15 @@ PAGES: Final = {
     "waiting": "/jobs/{waiting}",
     "dead-letters": "/dead-letters",
     "preview": "/dead-letters/retry?type=answer_telegram",
+    "renders": "/renders",
+    "film": "/jobs/{film}",
+    "render": "/jobs/{render}",
+    "limits": "/limits",
+    "limits-of-one": "/limits?organization=acme",
+    "schedules": "/schedules",
+    "schedule": "/schedules/{schedule}",
     "knowledge": "/knowledge",
-    "document": "/knowledge/documents/{film}",
+    "document": "/knowledge/documents/{document}",
     "search": "/knowledge/search?q=Margaret+Hughes+founded+Acme&mode=text",
     "graph": "/knowledge/graph",
     "names": "/knowledge/names",
@@ -35,6 +54,10 @@ PAGES: Final = {
     "account": "/crm/{account}",
     "runbook": "/runbook",
 }
+
+
+#: Pages that are pictured from top to bottom on a desktop, too.
+_WHOLE: Final = ("overview", "job", "film", "limits-of-one", "graph", "account")
 
 
 def main() -> int:
@@ -51,10 +74,18 @@ def main() -> int:
         system = System.start(read, "screenshots")
         try:
             with psycopg.connect(servers.database_url, autocommit=True) as conn:
-                conn.execute("insert into agentflow.organizations (slug, name) values ('acme', 'Acme')")
+                for slug, name in (("acme", "Acme"), ("north", "Northern Light"), ("velo", "Velo")):
+                    conn.execute("insert into agentflow.organizations (slug, name) values (%s, %s)", (slug, name))
                 fill(conn)
-                ids = {"job": rich_job(conn), "waiting": _waiting(conn), "account": dashboard_samples.accounts(conn)}
-                ids |= dashboard_samples.knowledge(conn, system.storage)
+                ids = {
+                    "job": rich_job(conn),
+                    "waiting": _waiting(conn),
+                    **_pictures(conn, system),
+                    "schedule": _calendar(conn),
+                    "account": dashboard_samples.accounts(conn),
+                }
+                _limits(conn, system)
+                ids |= {"document": dashboard_samples.knowledge(conn, system.storage)["film"]}
             with served(create_app(system)) as address, sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
                 for kind in wanted:
@@ -80,6 +111,105 @@ def _waiting(conn: psycopg.Connection) -> UUID:
     return put_job(conn, "queued", age_s=95, wait_reason="busy", **lab)
 
 
+def _draw(number: int) -> bytes:
+    """A hill under a sun, another one for each number."""
+    from PIL import Image, ImageDraw
+
+    dice = random.Random(number)
+    sky = [dice.randrange(90, 230) for _ in range(3)]
+    image = Image.new("RGB", (480, 270))
+    pen = ImageDraw.Draw(image)
+    for y in range(270):
+        pen.line([(0, y), (480, y)], fill=tuple(min(255, each + y // 5) for each in sky))
+    x, y, radius = dice.randrange(60, 420), dice.randrange(40, 120), dice.randrange(18, 44)
+    pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=(255, 244, 214))
+    for step in range(3):
+        hill = tuple(max(0, each // (2 + step)) for each in sky)
+        top, phase = 160 + 34 * step, dice.random() * 6
+        slope = [(at, top + 22 * math.sin(at / (60 + 20 * step) + phase)) for at in range(0, 490, 10)]
+        pen.polygon([(0, 270), *slope, (480, 270)], fill=hill)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _pictures(conn: psycopg.Connection, system: System) -> dict[str, UUID]:
+    put_server(conn, "http://gpu-1.lan:8188", queue=2)
+    put_server(conn, "http://gpu-2.lan:8188", free=19 * GB)
+    put_server(conn, "http://gpu-3.lan:8188", well=False, problem="stuck", free=23 * GB)
+    for n in range(11):
+        put_render(
+            conn,
+            system,
+            outputs=(1, 4, 1, 2)[n % 4],
+            draw=lambda each, n=n: _draw(100 * n + each),
+            age_s=4000 - 300 * n,
+        )  # type: ignore[misc]
+    source = {"image": {"artefact": put_picture(system, 1, "renders/source/before.png", _draw(7))}}
+    payload = {"workflow": "qwen-image-edit", "parameters": {"prompt": "make it evening"}, "images": source}
+    render = put_render(conn, system, payload=payload, outputs=2, draw=lambda each: _draw(900 + each))
+    line = {"type": "comfy_render", "queue": "gpu", "payload": {"workflow": "qwen-image-edit"}}
+    for n in range(2):
+        at_work = put_job(conn, "running", age_s=30 + n, progress=0.4 + n / 3, stage="rendering: KSampler 9/20", **line)
+        put_prompt(conn, at_work, 1, "sent", slot=n, server=f"http://gpu-{n + 1}.lan:8188")
+        put_job(conn, "queued", age_s=20 + n, concurrency_key="gpu:default", wait_reason="busy", **line)
+    of_film = put_job(
+        conn,
+        "succeeded",
+        age_s=700,
+        ran_s=95,
+        type="analyze_video",
+        queue="heavy",
+        result=film(system, 1, shots=18, draw=_draw),
+    )
+    put_lines(
+        conn,
+        of_film,
+        ("info", "the film is read", {"seconds": 72.0, "shots": 18}),
+        ("warning", "a caption was asked for again", {"shot": 5, "code": "model_bad_answer"}),
+        ("info", "captions are there", {"shots": 18}),
+    )
+    return {"render": render, "film": of_film}
+
+
+def _limits(conn: psycopg.Connection, system: System) -> None:
+    acme, north, velo = (
+        each[0] for each in conn.execute("select id from agentflow.organizations where id > 1 order by id")
+    )
+    rules.set_budget(conn, 0, "usd", 20)
+    rules.set_budget(conn, acme, "usd", 50)
+    rules.set_budget(conn, acme, "video_min", 600, own=True)
+    rules.set_cap(conn, acme, "analyze_video", 4)
+    rules.set_limit(conn, acme, "openrouter", [Window(100, 60), Window(5000, 3600)])
+    rules.pause(conn, "organization", "", north, "the contract is being changed")
+    rules.pause(conn, "type", "write_crm", velo, "the CRM is being moved", own=True)
+    for organization_id, measures in (
+        (acme, {"usd": 31.4, "tokens_in": 812_000, "tokens_out": 44_000, "video_min": 588, "gpu_s": 912.5}),
+        (velo, {"usd": 21.3}),
+    ):
+        running = put_job(conn, "running", organization_id=organization_id, type="analyze_video", queue="heavy")
+        usage.record(conn, [Usage(running, 1, measures)])
+    for n in range(43):
+        system.limits.take([Bucket(f"calls:openrouter:{acme}", (Window(100, 60), Window(5000, 3600)))], f"holder {n}")
+
+
+def _calendar(conn: psycopg.Connection) -> UUID:
+    made = [
+        records.create(conn, 1, Wanted(name, when, "ping", {}, enabled=name != "on the hour"), most=10)
+        for name, when in (
+            ("on the hour", When(cron="0 * * * *")),
+            ("every quarter of an hour", When(every_s=900)),
+            ("every morning", When(cron="30 7 * * mon-fri", time_zone="Europe/Berlin")),
+        )
+    ]
+    for each in made:
+        for hours in range(6):
+            tick = Tick(USER, records.now(conn) - timedelta(hours=24 * hours + 3), str(each.id), 1)
+            ticks.claim(conn, tick)
+            ticks.end(conn, tick, "submitted", job_id=put_job(conn, age_s=3600))
+    return made[-1].id
+
+
 def _take(browser: Browser, address: str, kind: str, folder: Path, ids: dict[str, UUID]) -> None:
     size, theme = kind.split("-")
     phone = size == "phone"
@@ -100,7 +230,7 @@ def _take(browser: Browser, address: str, kind: str, folder: Path, ids: dict[str
             page.locator("#panel img").wait_for()
         page.screenshot(
             path=folder / f"{name}-{kind}.png",
-            full_page=name in ("overview", "job", "graph", "account") or (phone and name != "runbook"),
+            full_page=name in _WHOLE or (phone and name != "runbook"),
         )
     for problem in visitor.problems():
         print(f"{kind}: {problem}", file=sys.stderr)

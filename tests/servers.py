@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
 import signal
 import subprocess
-import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +33,7 @@ from agentflow import schema
 from agentflow.embedded import binaries
 from agentflow.prove.servers import family
 from tests import rabbitmq
+from tests.folders import server_folder
 from tests.processes import eventually, free_port
 
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
@@ -291,22 +290,17 @@ class Servers:
 @contextmanager
 def production(address: str = "127.0.0.1") -> Iterator[Servers]:
     """All three, started, with the schema in place; gone without a trace at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="agentflow-servers-"))
-    folder.chmod(0o755)  # Postgres is somebody else when we are root
-    try:
-        with ExitStack() as stack:
-            (folder / "rabbitmq").mkdir()
-            broker = RabbitMQ(folder / "rabbitmq", address)
-            stack.callback(broker.close)
-            broker.launch()  # takes seconds: the others start meanwhile
-            postgres = Postgres(folder / "postgres", address)
-            stack.callback(postgres.close)
-            postgres.start()
-            postgres.make_database()
-            scratchpad = Redis(folder / "redis", address)
-            stack.callback(scratchpad.close)
-            scratchpad.start()
-            broker.wait_answers()
-            yield Servers(postgres, scratchpad, broker)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with server_folder("servers") as folder, ExitStack() as stack:
+        (folder / "rabbitmq").mkdir()
+        broker = RabbitMQ(folder / "rabbitmq", address)
+        stack.callback(broker.close)
+        broker.launch()  # takes seconds: the others start meanwhile
+        postgres = Postgres(folder / "postgres", address)
+        stack.callback(postgres.close)
+        postgres.start()
+        postgres.make_database()
+        scratchpad = Redis(folder / "redis", address)
+        stack.callback(scratchpad.close)
+        scratchpad.start()
+        broker.wait_answers()
+        yield Servers(postgres, scratchpad, broker)

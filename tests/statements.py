@@ -133,6 +133,10 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "select j.id, i.n - 1, j.organization_id": "a restore: each job's writes with the job's own organization",
     "from agentflow.api_keys where id::text = %s or prefix = %s": "the operator's look for a key, on the command line",
     "delete from agentflow.dashboard_sessions where expires_at": "retention of sessions that are over",
+    "select organization_id, count(*) from agentflow.jobs where state = 'running' and organization_id = any": (
+        "how many run of each organization, on the operator's page"
+    ),
+    "from unnest(%(keys)s::text[]) k(key)": "the line of a pool of GPUs, on the operator's page",
     "select j.id from agentflow.jobs j order by j.id limit 1": "from where on the history is written",
     "insert into agentflow.job_history as h": "the history of jobs, by organization inside",
     "from agentflow.job_history f where f.seconds": "the same, folded into longer times",
@@ -147,6 +151,7 @@ IN_REQUESTS: Final[Mapping[str, str]] = {
     "select organization_id, type, running, own from agentflow.caps": "all rules, known for 2 s",
     "select organization_id, provider, amount, per_s, own from agentflow.rate_limits": "all rules, known for 2 s",
     "select exists (select from agentflow.budgets), agentflow.share_": "all rules, known for 2 s",
+    "select distinct organization_id from agentflow.budgets_reached": "all rules, known for 2 s",
     "select * from agentflow.cancel_": "takes the organization as its first argument",
     "select id, queue, type, priority from agentflow.jobs where id = any (%s)": (
         "whom to ring after a transition: the next in line of a type's key may be another's job"

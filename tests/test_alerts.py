@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from agentflow.system import System
 from scheduler.alerts import Watch
 from tests import test_cli
 from tests.calendar_support import schedule
+from tests.folders import server_folder
 from tests.http_server import Reply, Server, serve
 from tests.processes import ROOT, eventually
 from tests.prometheus import AMTOOL, PROMTOOL
@@ -265,15 +264,11 @@ def test_subjects_are_judged_each_by_itself() -> None:
 @pytest.fixture
 def postgres() -> Iterator[Postgres]:
     """A server that a test may stop."""
-    folder = Path(
-        tempfile.mkdtemp(prefix="agentflow-postgres-")
-    )  # not below pytest's folder, which its account cannot enter
-    folder.chmod(0o755)
-    server = Postgres(folder / "postgres")
-    server.start()
-    yield server
-    server.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    with server_folder("postgres") as folder:
+        server = Postgres(folder / "postgres")
+        server.start()
+        yield server
+        server.close()
 
 
 def test_an_outage_of_postgres_is_told_by_the_one_that_watched(

@@ -62,6 +62,7 @@ def effects(folder: Path) -> Counter[str]:
     return Counter(path.name.split(".")[0] for path in folder.iterdir())
 
 
+@pytest.mark.long
 def test_nothing_that_had_ended_is_run_again_and_all_else_ends(
     agentflow: Command,
     system: System,

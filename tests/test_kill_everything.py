@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ import pytest
 from agentflow import embedded
 from tests.clips import real_clips  # noqa: F401 - a fixture
 from tests.conftest import ADMIN_KEY
+from tests.folders import server_folder
 from tests.processes import eventually, worker
 from tests.test_kills import QUICK_LEASES, assert_each_ended_once, open_jobs
 from tests.test_up import running_up
@@ -85,10 +84,8 @@ def test_what_web_accepted_before_its_death_is_kept_and_sending_it_again_makes_n
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="agentflow-all-"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with server_folder("all") as folder:
+        yield folder
 
 
 @pytest.mark.timeout(240)

@@ -65,6 +65,19 @@ def test_the_distance_is_that_of_the_window_that_is_full(limits: Limits) -> None
     assert all(18 < later - sooner < 21 for sooner, later in itertools.pairwise(places))
 
 
+@pytest.mark.parametrize("limits", ["shared"], indirect=True)
+def test_it_is_known_how_many_calls_each_window_holds(limits: Limits) -> None:
+    bucket = a_bucket((5, 600), (4, 3600), (10, 0.001))
+    assert (limits.used(bucket), limits.share(bucket)) == ([0, 0, 0], 0.0)
+
+    for n in range(6):
+        limits.take([bucket], f"call {n}")
+    time.sleep(0.01)  # the time of the shortest window
+
+    assert (limits.used(bucket), limits.share(bucket)) == ([4, 4, 0], 1.0)
+    assert limits.used(Bucket("without windows")) is limits.share(Bucket("without windows")) is None
+
+
 def test_other_windows_begin_another_line(limits: Limits) -> None:
     bucket = a_bucket((1, 600))
     for n in range(20):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -21,23 +19,22 @@ from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
+from tests.folders import server_folder
 from tests.processes import eventually, worker
 
 
 @pytest.fixture
 def own_environment() -> Iterator[dict[str, str]]:
     """A system with embedded servers of its own, which a test may kill."""
-    home = Path(tempfile.mkdtemp(prefix="agentflow-own-"))  # not below pytest's folder, which `nobody` cannot enter
-    home.chmod(0o755)
-    yield {
-        "AGENTFLOW_ENV": "test",
-        "AGENTFLOW_HOME": str(home),
-        "JOB_CONCURRENCY": "8",
-        "WORKER_POLLING_INTERVAL": "0.2",
-        "JOB_LEASE": "6",
-        "JOB_LEASE_RENEW": "2",
-    }
-    shutil.rmtree(home, ignore_errors=True)
+    with server_folder("own") as home:
+        yield {
+            "AGENTFLOW_ENV": "test",
+            "AGENTFLOW_HOME": str(home),
+            "JOB_CONCURRENCY": "8",
+            "WORKER_POLLING_INTERVAL": "0.2",
+            "JOB_LEASE": "6",
+            "JOB_LEASE_RENEW": "2",
+        }
 
 
 @pytest.fixture

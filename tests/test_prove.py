@@ -49,7 +49,7 @@ def test_a_run_with_every_kind_of_fault_loses_nothing_and_says_so(tmp_path: Path
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "web.log").write_text('{"level": "error", "event": "of a run before"}\n')
 
-    made = run.prove(options(tmp_path, minutes=1.5))
+    made = run.prove(options(tmp_path, minutes=1.0))
 
     # How fast it recovers is for runs that have the machine to themselves.
     assert {name: n for name, n in made["wrong"].items() if n and name != "slow_recoveries"} == {}, made

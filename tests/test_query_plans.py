@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from agentflow import embedded
-from agentflow.jobs import backlog, claims, dispatch, intake, leases, records, retention, staffing, usage
+from agentflow.jobs import backlog, claims, dispatch, intake, leases, records, retention, staffing, statistics, usage
 from agentflow.jobs.leases import Held
 from agentflow.jobs.model import Job, Verdict
 from agentflow.jobs.records import Filter
@@ -284,6 +284,22 @@ def _kinds(conn: Connection) -> Act:
     return lambda: staffing.kinds(conn, {"default": 20_000, "heavy": 0})
 
 
+def _line(conn: Connection) -> Act:
+    return lambda: records.line(conn, None, ["k0", "k1"], limit=11)
+
+
+def _line_of_one(conn: Connection) -> Act:
+    return lambda: records.line(conn, 3, ["k0", "k1"], limit=11)
+
+
+def _running(conn: Connection) -> Act:
+    return lambda: (statistics.running_by_type(conn, 3), statistics.running_by_organization(conn, [1, 2, 3]))
+
+
+def _failed_by_code(conn: Connection) -> Act:
+    return lambda: (statistics.failed_by_code(conn, None, 3600), statistics.failed_by_code(conn, 3, 3600))
+
+
 PKEY, LINE, SLOT, READY, SENT = "jobs_pkey", "jobs_line", "jobs_slot", "jobs_ready", "jobs_sent"
 LIST, RUNNING, PARENT, AHEAD, BACK = "jobs_list", "jobs_running", "jobs_parent", "jobs_ahead", "jobs_back"
 FAILED = "jobs_failed"
@@ -313,6 +329,10 @@ HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
     "metrics: what waits and runs": (_shares, False, {READY, SENT, AHEAD, BACK, RUNNING, SLOT}),
     "metrics: what is stuck": (_stuck, False, {RUNNING, SLOT}),
     "metrics: what failed lately": (_failed_lately, False, {FAILED}),
+    "page: a line": (_line, False, {LINE}),
+    "page: what waits of one in a line": (_line_of_one, False, {LINE, READY, AHEAD, BACK}),
+    "page: what runs": (_running, False, {RUNNING, SLOT}),
+    "page: what failed, by its codes": (_failed_by_code, False, {FAILED, "jobs_ended", "jobs_dead"}),
     "retention": (_retention, False, {LIST, PARENT, PKEY}),
     "workers wanted": (_kinds, False, {READY, SENT, AHEAD, BACK, RUNNING, SLOT}),
 }

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +30,7 @@ from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
 from agentflow.system import System
 from tests.conftest import ADMIN_KEY
+from tests.folders import server_folder
 from tests.processes import ROOT, Process, eventually, free_port, started
 
 ARGUMENTS = [sys.executable, "-m", "agentflow.cli", "up", "--port"]
@@ -77,13 +76,11 @@ def running_up(environment: dict[str, str], log: Path, arguments: list[str] | No
 @contextmanager
 def open_folder() -> Iterator[Path]:
     """A folder for a home: root's Postgres runs as nobody, who may not enter pytest's own."""
-    folder = Path(tempfile.mkdtemp(prefix="agentflow-up-"))
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        eventually(lambda: not list(folder.glob("*/run/.s.PGSQL.*")), within_s=20)
-        shutil.rmtree(folder, ignore_errors=True)
+    with server_folder("up") as folder:
+        try:
+            yield folder
+        finally:
+            eventually(lambda: not list(folder.glob("*/run/.s.PGSQL.*")), within_s=20)
 
 
 @pytest.fixture

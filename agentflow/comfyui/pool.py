@@ -57,6 +57,11 @@ def line(pool: str) -> str:
     return f"gpu:{pool}"
 
 
+def names(conn: Connection) -> list[str]:
+    """Of the pools."""
+    return [row[0] for row in conn.execute("select distinct pool from agentflow.comfyui_servers order by 1").fetchall()]
+
+
 def list_servers(conn: Connection, servers: Sequence[Server]) -> None:
     """Say that these are in the settings of a worker."""
     for server in sorted(servers, key=lambda each: each.name):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final, Literal
 from uuid import UUID
 
@@ -92,6 +93,52 @@ def move(
         ).rowcount
         > 0
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """A render whose files are in storage: the first of its outputs, and how many there are, as the job's result has them."""
+
+    job_id: UUID
+    organization_id: int
+    server: str
+    ended_at: datetime
+    outputs: list[dict[str, Any]]
+    number: int
+    workflow: str | None
+    version: int | None
+    seconds: float | None
+    cached: bool
+
+
+def collected(
+    conn: Connection, organization_id: int | None, *, before: UUID | None = None, limit: int = 24, outputs: int = 4
+) -> list[Collected]:
+    """The newest first, by job; `before` is the last job of the page before. Of each so many outputs."""
+    rows = conn.execute(
+        "select r.job_id, r.organization_id, r.server, r.ended_at,"
+        " coalesce(jsonb_path_query_array(r.found, '$.outputs[0 to $most]', jsonb_build_object('most', %(outputs)s - 1)), '[]'),"
+        " case when jsonb_typeof(r.found -> 'outputs') = 'array' then jsonb_array_length(r.found -> 'outputs') else 0 end,"
+        " r.found #>> '{provenance,workflow}', (r.found #>> '{provenance,version}')::integer, (r.found ->> 'seconds')::float8,"
+        " coalesce((r.found ->> 'cached')::boolean, false)"
+        " from agentflow.renders r where r.state = 'collected'"
+        " and (%(organization)s::bigint is null or r.organization_id = %(organization)s)"
+        " and (%(before)s::uuid is null or r.job_id < %(before)s) order by r.job_id desc limit %(limit)s",
+        {"organization": organization_id, "before": before, "limit": limit, "outputs": outputs},
+    ).fetchall()
+    return [Collected(*row) for row in rows]
+
+
+def at_work(conn: Connection, organization_id: int | None, *, limit: int = 100) -> list[Render]:
+    """Prompts that have a slot, by server; without what was found."""
+    rows = conn.execute(
+        f"select {_COLUMNS.replace('r.found', 'null::jsonb')} from agentflow.renders r"  # noqa: S608 - constants
+        " where r.state in ('taken', 'sending', 'sent')"
+        " and (%(organization)s::bigint is null or r.organization_id = %(organization)s)"
+        " order by r.server, r.slot limit %(limit)s",
+        {"organization": organization_id, "limit": limit},
+    ).fetchall()
+    return [Render(*row) for row in rows]
 
 
 def abandoned(conn: Connection, server: str, limit: int = 20) -> list[Render]:

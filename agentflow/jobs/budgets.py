@@ -4,6 +4,7 @@ else jobs say that they spent (agentflow/jobs/usage.py)."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,6 +32,16 @@ def used_today(conn: Connection, organization_id: int, measure: str) -> float:
     return float(row[0]) if row else 0.0
 
 
+def used_by_measure(conn: Connection, organization_id: int) -> dict[str, float]:
+    """All that an organization has used up today, also of what has no budget."""
+    rows = conn.execute(
+        "select measure, amount::float8 from agentflow.usage_days"
+        " where day = (now() at time zone 'UTC')::date and organization_id = %s order by 1",
+        (organization_id,),
+    ).fetchall()
+    return dict(rows)
+
+
 def over(conn: Connection) -> frozenset[int]:
     """The organizations that have used up a budget today."""
     rows = conn.execute("select distinct organization_id from agentflow.budgets_reached order by 1").fetchall()
@@ -56,15 +67,17 @@ class Used:
     share: float
 
 
-def nearest(conn: Connection, *, limit: int) -> list[Used]:
-    """The budgets of which most is used up today."""
+def nearest(conn: Connection, *, limit: int, among: Sequence[int] | None = None) -> list[Used]:
+    """The budgets of which most is used up today, of all organizations or some."""
     rows = conn.execute(
         "select organization_id, measure, (amount / per_day)::float8 from (select d.organization_id, d.measure, d.amount,"
         " case when mine.own then least(mine.per_day, each.per_day) else coalesce(mine.per_day, each.per_day) end as per_day"
         " from agentflow.usage_days d left join agentflow.budgets mine on mine.organization_id = d.organization_id"
         " and mine.measure = d.measure left join agentflow.budgets each on each.organization_id = 0 and each.measure = d.measure"
-        " where d.day = (now() at time zone 'UTC')::date) days where per_day is not null order by 3 desc limit %s",
-        (limit,),
+        " where d.day = (now() at time zone 'UTC')::date"
+        " and (%(among)s::bigint[] is null or d.organization_id = any (%(among)s)))"
+        " days where per_day is not null order by 3 desc limit %(limit)s",
+        {"among": list(among) if among is not None else None, "limit": limit},
     ).fetchall()
     return [Used(*row) for row in rows]
 

@@ -15,7 +15,7 @@ from uuid6 import uuid7
 
 from agentflow.database import Connection
 from agentflow.jobs.intake import InvalidJob, NewJob, Prepared, Submitted, prepare, submit
-from agentflow.jobs.model import JOB_COLUMNS, Attempt, Job, Ring, State, job_from_row
+from agentflow.jobs.model import JOB_COLUMNS, QUEUES, Attempt, Job, Ring, State, job_from_row
 from agentflow.jobs.statistics import id_floor
 
 #: Sees every organization's rows (the operator's key).
@@ -144,6 +144,39 @@ def older(conn: Connection, job: Job, *, most: int = 1000) -> int:
     return int(row[0]) if row else 0
 
 
+def by_ids(conn: Connection, organization_id: int | None, ids: Sequence[UUID]) -> list[Job]:
+    """Those of these jobs that are there, without payload and result."""
+    rows = conn.execute(
+        f"select {_LISTED} from agentflow.jobs j where j.id = any (%(ids)s)"  # noqa: S608 - constants
+        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)",
+        {"ids": list(ids), "organization": organization_id},
+    ).fetchall()
+    return [job_from_row(row) for row in rows]
+
+
+def line(conn: Connection, organization_id: int | None, keys: Sequence[str], *, limit: int) -> list[Job]:
+    """Jobs that are queued under these concurrency keys, in the order in which they get its slots; without their results.
+
+    Of one organization they are found among what waits of it: in the line there may be many of others.
+    """
+    columns = JOB_COLUMNS.replace("j.result", "null::jsonb")
+    if organization_id is None:
+        query = (
+            f"select j.* from unnest(%(keys)s::text[]) k(key) cross join lateral (select {columns} from agentflow.jobs j"  # noqa: S608
+            " where j.concurrency_key = k.key and j.state = 'queued' order by j.run_at, j.id limit %(limit)s) j"
+        )
+    else:
+        query = (
+            f"select {columns} from agentflow.jobs j where j.state = 'queued' and j.queue = any (%(queues)s)"  # noqa: S608
+            " and j.priority in (0, 1, 2) and j.organization_id = %(organization)s and j.concurrency_key = any (%(keys)s)"
+        )
+    rows = conn.execute(
+        f"{query} order by j.run_at, j.id limit %(limit)s".encode(),
+        {"keys": list(keys), "queues": list(QUEUES), "organization": organization_id, "limit": limit},
+    ).fetchall()
+    return [job_from_row(row) for row in rows]
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """A job of a chain, `depth` steps behind its first; `job` is None as long as the one before it has not succeeded."""
@@ -164,12 +197,7 @@ def chains(conn: Connection, organization_id: int | None, first: list[UUID]) -> 
     ).fetchall():
         planned[id_] = [(id_, type_, 0), *_planned(then)]
     ids = [id_ for links in planned.values() for id_, _, _ in links]
-    rows = conn.execute(
-        f"select {_LISTED} from agentflow.jobs j where j.id = any (%(ids)s)"  # noqa: S608 - constants
-        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)",
-        {"ids": ids, "organization": organization_id},
-    ).fetchall()
-    jobs = {job.id: job for job in map(job_from_row, rows)}
+    jobs = {job.id: job for job in by_ids(conn, organization_id, ids)}
     return {
         id_: [Link(each, type_, jobs.get(each), depth) for each, type_, depth in links]
         for id_, links in planned.items()

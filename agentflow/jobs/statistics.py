@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -94,6 +95,40 @@ def queues(conn: Connection, organization_id: int | None = None) -> list[Queue]:
             Queue(name, due, _few(parked), running.get(name, 0), age_s, windows.get(name, 0), workers, threads)
         )
     return found
+
+
+def running_by_type(conn: Connection, organization_id: int) -> dict[str, int]:
+    """How many jobs of an organization run now."""
+    return dict(
+        conn.execute(
+            "select type, count(*) from agentflow.jobs where state = 'running' and organization_id = %s group by 1 order by 1",
+            (organization_id,),
+        ).fetchall()
+    )
+
+
+def running_by_organization(conn: Connection, organization_ids: Sequence[int]) -> dict[int, int]:
+    """The same of several, by their ids; those of which none runs are missing."""
+    return dict(
+        conn.execute(
+            "select organization_id, count(*) from agentflow.jobs where state = 'running' and organization_id = any (%s)"
+            " group by 1",
+            (list(organization_ids),),
+        ).fetchall()
+    )
+
+
+def failed_by_code(conn: Connection, organization_id: int | None, seconds: int, *, most: int = 5000) -> dict[str, int]:
+    """What jobs failed of lately, so far as they are kept: the newest `most` by the codes of their errors."""
+    return dict(
+        conn.execute(
+            "select coalesce(f.error ->> 'code', ''), count(*) from (select j.error from agentflow.jobs j"
+            " where j.state = 'failed' and j.finished_at > statement_timestamp() - make_interval(secs => %(seconds)s)"
+            " and (%(organization)s::bigint is null or j.organization_id = %(organization)s)"
+            " order by j.finished_at desc limit %(most)s) f group by 1",
+            {"organization": organization_id, "seconds": seconds, "most": most},
+        ).fetchall()
+    )
 
 
 def _few(parked: dict[str, int]) -> dict[str, int]:

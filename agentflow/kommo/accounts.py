@@ -170,6 +170,16 @@ def every(
     return [Account(*row) for row in rows]
 
 
+def by_state(conn: Connection, organization_id: int | None) -> dict[AccountState, int]:
+    """How many there are; of every organization where it is None."""
+    return dict(
+        conn.execute(
+            f"select state, count(*) from agentflow.crm_accounts where {_SEEN} group by 1",  # noqa: S608 - constants
+            {"organization": organization_id},
+        ).fetchall()
+    )
+
+
 def change(
     conn: Connection,
     organization_id: int,

@@ -127,6 +127,18 @@ def history(
     return [Ticked(*row) for row in rows]
 
 
+def last(conn: Connection, organization_id: int | None, schedule_ids: Sequence[UUID]) -> dict[UUID, Ticked]:
+    """The newest tick of each of these user-defined schedules that has ticked; of one organization, or (None) of all."""
+    rows = conn.execute(
+        f"select s.id, {_TICKED} from unnest(%(ids)s::uuid[]) s(id) cross join lateral (select * from agentflow.ticks t"  # noqa: S608
+        " where t.schedule = 'user' and t.subject = s.id::text"
+        " and (%(organization)s::bigint is null or t.organization_id = %(organization)s)"
+        " order by t.at desc limit 1) l",
+        {"ids": list(schedule_ids), "organization": organization_id},
+    ).fetchall()
+    return {row[0]: Ticked(*row[1:]) for row in rows}
+
+
 def forget(conn: Connection, organization_id: int, schedule_id: UUID) -> None:
     """Delete the history of a schedule that is deleted."""
     conn.execute(

@@ -12,11 +12,25 @@ from __future__ import annotations
 from flask import Flask
 
 from web.api import Services
-from web.dashboard import crm, dead_letters, frame, graph, job, jobs, knowledge, overview, runbook, signing
+from web.dashboard import (
+    crm,
+    dead_letters,
+    frame,
+    graph,
+    job,
+    jobs,
+    knowledge,
+    limits,
+    overview,
+    renders,
+    runbook,
+    schedules,
+    signing,
+)
 
 
 def install(app: Flask, services: Services) -> None:
     """A further page is a module with its `pages`, named here, and a line in frame.SECTIONS."""
     groups = [signing.pages, overview.pages, jobs.pages, job.pages, dead_letters.pages]
-    groups += [knowledge.pages, graph.pages, crm.pages]
+    groups += [renders.pages, knowledge.pages, graph.pages, crm.pages, limits.pages, schedules.pages]
     frame.install(app, services, [*groups, runbook.pages])

@@ -52,8 +52,11 @@ SECTIONS: Final = (
     ("overview", "Overview", "overview", "o"),
     ("jobs", "Jobs", "jobs", "j"),
     ("dead_letters", "Dead letters", "dead", "d"),
+    ("renders", "Renders", "renders", "i"),
     ("knowledge", "Knowledge", "knowledge", "k"),
     ("crm", "CRM", "crm", "c"),
+    ("limits", "Limits", "limits", "l"),
+    ("schedules", "Schedules", "schedules", "s"),
     ("runbook", "Runbook", "runbook", "r"),
 )
 _MOST_ORGANIZATIONS: Final = 500

@@ -9,13 +9,14 @@ from uuid import UUID
 
 from flask import Response, request
 
-from agentflow.jobs import callbacks, records
+from agentflow.jobs import callbacks, lines, records
 from agentflow.jobs.model import Attempt, Job
 from web import jobs as api
 from web import outlook
-from web.dashboard import shown
+from web.dashboard import pictures, shown
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import say
+from web.problems import invalid
 
 pages = Pages()
 
@@ -43,6 +44,8 @@ class Step:
 @pages.get("/jobs/<uuid:job_id>")
 def job(visit: Visit, job_id: UUID) -> Response:
     found = api.find(visit, job_id)
+    if request.args.get("part") == "log":
+        return visit.part("job_log.html", job=found, **_log(visit, found))
     with visit.system.database.connection() as conn:
         attempts = records.attempts(conn, job_id, visit.sees)
     progress = visit.services.seats.progress(found)
@@ -66,7 +69,9 @@ def job(visit: Visit, job_id: UUID) -> Response:
         "job.html",
         **values,
         **_around(visit, found),
+        **_log(visit, found),
         result=result,
+        pictures=pictures.of(visit, found),
         artefacts=shown.artefacts(result),
         curl=shown.curl(found),
     )
@@ -105,6 +110,16 @@ def _around(visit: Visit, job: Job) -> dict[str, Any]:
             else []
         )
     return {"chain": chain if len(chain) > 1 else [], "batch": batch, "callbacks": told, "retries": again}
+
+
+def _log(visit: Visit, job: Job) -> dict[str, Any]:
+    """What its code logged, from a level on. There are never more lines than a page holds."""
+    asked = request.args.get("level", "info")
+    level = next((each for each in lines.LEVELS if each == asked), None)
+    if level is None:
+        raise invalid("level", f"is one of {', '.join(lines.LEVELS)}", "query")
+    with visit.system.database.connection() as conn:
+        return {"lines": lines.of(conn, job, least=level), "level": level, "levels": list(lines.LEVELS)}
 
 
 def _usage(attempts: list[Attempt]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from flask import Response, request
 from agentflow import health
 from agentflow.jobs import dead_letters, history, statistics
 from agentflow.schedules import canaries, ticks
-from web.dashboard import troubles
+from web.dashboard import outside, troubles
 from web.dashboard.frame import Pages, Visit
 from web.problems import invalid
 
@@ -44,8 +44,10 @@ def _now(visit: Visit) -> dict[str, Any]:
     system = visit.system
     connections = health.of(system).connections() if visit.is_operator else {}
     with system.database.connection() as conn:
+        queues = statistics.queues(conn, visit.sees)
         found: dict[str, Any] = {
-            "queues": statistics.queues(conn, visit.sees),
+            "queues": queues,
+            "outside": outside.services(visit, conn, queues),
             "workers": statistics.workers(conn) if visit.is_operator else [],
             "canaries": canaries.states(conn) if visit.is_operator else [],
             "calendar": ticks.latest(conn) if visit.is_operator else [],
@@ -53,5 +55,5 @@ def _now(visit: Visit) -> dict[str, Any]:
             "history_behind_s": history.behind_s(conn),
             "connections": connections,
         }
-    parked = sum(sum(queue.parked.values()) for queue in found["queues"])
-    return {**found, "parked": parked, "troubles": troubles.of(visit, found)}
+    parked = sum(sum(queue.parked.values()) for queue in queues)
+    return {**found, "parked": parked, "named": outside.named, "troubles": troubles.of(visit, found)}

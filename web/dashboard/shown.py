@@ -31,7 +31,7 @@ _USER_IN_URL: Final = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 _IN_QUERY: Final = re.compile(
     r"([?&][^=&#\s]*(?:secret|token|key|signature|password|sig|credential)[^=&#\s]*=)[^&#\s\"]+", re.IGNORECASE
 )
-_PICTURE: Final = re.compile(r"\.(png|jpe?g|webp|gif)$", re.IGNORECASE)
+PICTURE: Final = re.compile(r"\.(png|jpe?g|webp|gif)$", re.IGNORECASE)
 
 
 def install(environment: Environment) -> None:
@@ -44,6 +44,11 @@ def install(environment: Environment) -> None:
         bytes=in_bytes,
         json=as_json,
         percent=percent,
+        amount=amount,
+        plain=plain,
+        clock=clock,
+        without=without,
+        oneline=one_line,
         hidden=hide_in_text,
     )
 
@@ -130,6 +135,25 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{share * 100:.0f}\u202f%"
 
 
+def amount(number: float | None) -> str:
+    """Of whatever is counted: with four digits after the point where it is small."""
+    if number is None:
+        return "–"
+    return grouped(round(number)) if abs(number) >= 1000 else plain(round(number, 4))
+
+
+def plain(number: float | None) -> str:
+    """As it is typed in."""
+    return "" if number is None else f"{number:.6f}".rstrip("0").rstrip(".")
+
+
+def clock(seconds: float) -> str:
+    """A place in a film: `0:07`, `12:40`, `1:02:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def as_json(value: Any) -> str:
     """Indented, with secrets hidden, and cut where it is too long to be drawn."""
     text = json.dumps(without_secrets(value), ensure_ascii=False, indent=2)
@@ -148,6 +172,16 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list):
         return [without_secrets(each) for each in value]
     return hide_in_text(value) if isinstance(value, str) else value
+
+
+def without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """The fields of a line but for one, with secrets hidden."""
+    shown: dict[str, Any] = without_secrets({key: each for key, each in fields.items() if key != name})
+    return shown
+
+
+def one_line(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def hide_in_text(text: str) -> str:
@@ -179,7 +213,7 @@ def _artefacts(value: Any, path: str) -> Iterator[Artefact]:
     url, key = value.get("url"), value.get("key")
     if isinstance(url, str) and isinstance(key, str) and url.startswith("/artefacts/"):
         thumbnail = value.get("thumbnail_url")
-        picture = thumbnail if isinstance(thumbnail, str) else url if _PICTURE.search(key) else None
+        picture = thumbnail if isinstance(thumbnail, str) else url if PICTURE.search(key) else None
         size = value.get("bytes") or value.get("size")
         yield Artefact(path or key.rpartition("/")[2], url, picture, size if isinstance(size, int) else None)
     for name, each in value.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from agentflow.health import NOT_CONFIGURED
-from web.dashboard import runbook, shown
+from web.dashboard import outside, runbook, shown
 from web.dashboard.frame import Visit
 from web.dashboard.words import plural, say
 
@@ -44,13 +44,26 @@ RUNBOOK: Final = {
     "calendar": "Nothing is due any more",
     "clean_up": "Clean-up is behind",
     "budget": "Jobs wait for a limit or a budget",
+    "models": "Models refuse",
+    "crm": "A CRM account stopped",
+    "telegram": "The bot does not answer",
+    "renders": "Renders wait, or fail",
+    "addresses": "Jobs fail (",
+    "webhooks": "no webhook has come for longer",
 }
 _NAMES: Final = {"database": "Postgres", "redis": "Redis", "rabbitmq": "RabbitMQ"}
 
 
 def of(visit: Visit, found: Mapping[str, Any]) -> list[Trouble]:
     """The worst first."""
-    every = [*_connections(found), *_queues(found), *_canaries(found), *_scheduler(found), *_pauses(visit)]
+    every = [
+        *_connections(found),
+        *_queues(found),
+        *_canaries(found),
+        *_scheduler(found),
+        *_outside(found),
+        *_pauses(visit),
+    ]
     return sorted(every, key=lambda each: each.weight != "bad")
 
 
@@ -116,6 +129,17 @@ def _scheduler(found: Mapping[str, Any]) -> Iterator[Trouble]:
                 "{name} has not got to its end for {time}.", name=entry.schedule, time=shown.lasting(entry.behind_s)
             )
             yield Trouble("warn", said, RUNBOOK["clean_up"])
+
+
+def _outside(found: Mapping[str, Any]) -> Iterator[Trouble]:
+    for service in found["outside"]:
+        name = outside.named(service.name)
+        if service.stopped:
+            yield Trouble("bad", say("{name}: {what}.", name=name, what=service.stopped), RUNBOOK[service.name])
+        if service.failed:
+            jobs = plural(service.failed, "{n} job has failed", "{n} jobs have failed")
+            said = say("{name}: {jobs} of it within an hour.", name=name, jobs=jobs)
+            yield Trouble("warn", said, RUNBOOK[service.name])
 
 
 def _pauses(visit: Visit) -> Iterator[Trouble]:

@@ -21,8 +21,6 @@
     const later = () => { clearTimeout(timer); timer = setTimeout(again, pause); };
     element.addEventListener("htmx:afterRequest", (event) => {
       if (event.target !== element) return;
-      const seen = event.detail.xhr.getResponseHeader("X-Part");
-      if (seen) element.dataset.seen = seen;
       pause = event.detail.successful ? every : Math.min(SLOWEST_MS, pause * 2);
       if (!event.detail.successful) say(toast.dataset.lost);
       later();
@@ -36,19 +34,21 @@
     if (seen) event.detail.headers["X-Seen"] = seen;
   });
 
-  // What somebody has opened or marked stays so.
+  // What somebody has opened, marked or typed stays so.
+  const isBeingTyped = (each) => each === document.activeElement || (each.defaultValue !== undefined && each.value !== each.defaultValue);
   let opened = [];
   document.addEventListener("htmx:beforeSwap", (event) => {
     const target = event.detail.target;
     const selection = document.getSelection();
-    if (selection && !selection.isCollapsed && target.contains(selection.anchorNode)) {
+    const marked = selection && !selection.isCollapsed && target.contains(selection.anchorNode);
+    if (marked || all("input:not([type=hidden]), select, textarea", target).some(isBeingTyped)) {
       event.detail.shouldSwap = false;
-      delete target.dataset.seen;
       return;
     }
     opened = all("details", target).map((each) => each.open);
   });
   document.addEventListener("htmx:afterSwap", (event) => {
+    event.detail.target.dataset.seen = event.detail.xhr.getResponseHeader("X-Part") ?? "";
     all("details", event.detail.target).forEach((each, index) => { each.open = opened[index] ?? each.open; });
     showMoments(event.detail.target);
   });
