@@ -136,7 +136,6 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "select organization_id, count(*) from agentflow.jobs where state = 'running' and organization_id = any": (
         "how many run of each organization, on the operator's page"
     ),
-    "from unnest(%(keys)s::text[]) k(key)": "the line of a pool of GPUs, on the operator's page",
     "select j.id from agentflow.jobs j order by j.id limit 1": "from where on the history is written",
     "insert into agentflow.job_history as h": "the history of jobs, by organization inside",
     "from agentflow.job_history f where f.seconds": "the same, folded into longer times",

@@ -330,7 +330,7 @@ HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
     "metrics: what is stuck": (_stuck, False, {RUNNING, SLOT}),
     "metrics: what failed lately": (_failed_lately, False, {FAILED}),
     "page: a line": (_line, False, {LINE}),
-    "page: what waits of one in a line": (_line_of_one, False, {LINE, READY, AHEAD, BACK}),
+    "page: what waits of one in a line": (_line_of_one, False, {LINE}),
     "page: what runs": (_running, False, {RUNNING, SLOT}),
     "page: what failed, by its codes": (_failed_by_code, False, {FAILED, "jobs_ended", "jobs_dead"}),
     "retention": (_retention, False, {LIST, PARENT, PKEY}),

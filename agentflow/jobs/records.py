@@ -15,7 +15,7 @@ from uuid6 import uuid7
 
 from agentflow.database import Connection
 from agentflow.jobs.intake import InvalidJob, NewJob, Prepared, Submitted, prepare, submit
-from agentflow.jobs.model import JOB_COLUMNS, QUEUES, Attempt, Job, Ring, State, job_from_row
+from agentflow.jobs.model import JOB_COLUMNS, Attempt, Job, Ring, State, job_from_row
 from agentflow.jobs.statistics import id_floor
 
 #: Sees every organization's rows (the operator's key).
@@ -155,24 +155,15 @@ def by_ids(conn: Connection, organization_id: int | None, ids: Sequence[UUID]) -
 
 
 def line(conn: Connection, organization_id: int | None, keys: Sequence[str], *, limit: int) -> list[Job]:
-    """Jobs that are queued under these concurrency keys, in the order in which they get its slots; without their results.
-
-    Of one organization they are found among what waits of it: in the line there may be many of others.
-    """
-    columns = JOB_COLUMNS.replace("j.result", "null::jsonb")
-    if organization_id is None:
-        query = (
-            f"select j.* from unnest(%(keys)s::text[]) k(key) cross join lateral (select {columns} from agentflow.jobs j"  # noqa: S608
-            " where j.concurrency_key = k.key and j.state = 'queued' order by j.run_at, j.id limit %(limit)s) j"
-        )
-    else:
-        query = (
-            f"select {columns} from agentflow.jobs j where j.state = 'queued' and j.queue = any (%(queues)s)"  # noqa: S608
-            " and j.priority in (0, 1, 2) and j.organization_id = %(organization)s and j.concurrency_key = any (%(keys)s)"
-        )
+    """Jobs that are queued under these concurrency keys, in the order in which they get its slots; without their results."""
     rows = conn.execute(
-        f"{query} order by j.run_at, j.id limit %(limit)s".encode(),
-        {"keys": list(keys), "queues": list(QUEUES), "organization": organization_id, "limit": limit},
+        "select j.* from unnest(%(keys)s::text[]) k(key) cross join lateral ("  # noqa: S608 - constants
+        f" select {JOB_COLUMNS.replace('j.result', 'null::jsonb')} from agentflow.jobs j"
+        " where j.concurrency_key = k.key and j.state = 'queued'"
+        # By `is true`, or it would be looked for among all that the organization ever had, and not along the line.
+        " and (%(organization)s::bigint is null or j.organization_id = %(organization)s) is true"
+        " order by j.run_at, j.id limit %(limit)s) j order by j.run_at, j.id limit %(limit)s",
+        {"keys": list(keys), "organization": organization_id, "limit": limit},
     ).fetchall()
     return [job_from_row(row) for row in rows]
 
