@@ -12,11 +12,16 @@ from __future__ import annotations
 from flask import Flask
 
 from web.api import Services
-from web.dashboard import dead_letters, frame, job, jobs, overview, runbook, signing
+from web.dashboard import dead_letters, flight, frame, job, jobs, overview, runbook, signing, webhooks
 
 
 def install(app: Flask, services: Services) -> None:
     """A further page is a module with its `pages`, named here, and a line in frame.SECTIONS."""
     frame.install(
-        app, services, [signing.pages, overview.pages, jobs.pages, job.pages, dead_letters.pages, runbook.pages]
+        app,
+        services,
+        [
+            *(signing.pages, overview.pages, jobs.pages, job.pages, dead_letters.pages, runbook.pages),
+            *(webhooks.pages, flight.pages),
+        ],
     )

@@ -52,6 +52,7 @@ SECTIONS: Final = (
     ("overview", "Overview", "overview", "o"),
     ("jobs", "Jobs", "jobs", "j"),
     ("dead_letters", "Dead letters", "dead", "d"),
+    ("webhooks", "Webhooks", "webhooks", "w"),
     ("runbook", "Runbook", "runbook", "r"),
 )
 _MOST_ORGANIZATIONS: Final = 500

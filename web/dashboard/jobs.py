@@ -32,10 +32,10 @@ PERIODS: Final = {
 @pages.get("/jobs")
 def jobs(visit: Visit) -> Response:
     asked = {
-        name: _asked(name)
+        name: asked_for(name)
         for name in ("q", "state", "type", "error", "correlation", "period", "since", "until", "batch")
     }
-    if found := _as_id(asked["q"]):
+    if found := as_id(asked["q"]):
         return visit.go("job", job_id=found)
     problem = None
     try:
@@ -64,12 +64,13 @@ def jobs(visit: Visit) -> Response:
     return visit.page("jobs.html", **values, types=types, states=STATES, periods=list(PERIODS))
 
 
-def _asked(name: str) -> str:
+def asked_for(name: str) -> str:
+    """What stands in the address, if it can be looked for."""
     text = request.args.get(name, "").strip()[:_MOST_CHARACTERS]
     return text if is_storable(text) else ""
 
 
-def _as_id(text: str) -> UUID | None:
+def as_id(text: str) -> UUID | None:
     try:
         return UUID(text)
     except ValueError:
@@ -81,7 +82,7 @@ def _filter(asked: dict[str, str]) -> records.Filter:
     since, until = _moment("since", asked["since"]), _moment("until", asked["until"])
     if asked["period"] in PERIODS:
         since = datetime.now(UTC) - PERIODS[asked["period"]]
-    batch = _as_id(asked["batch"])
+    batch = as_id(asked["batch"])
     if asked["batch"] and batch is None:
         raise Refused(422, say("A batch is named by its id."))
     return records.Filter(

@@ -132,7 +132,10 @@ def percent(share: float | None) -> str:
 
 def as_json(value: Any) -> str:
     """Indented, with secrets hidden, and cut where it is too long to be drawn."""
-    text = json.dumps(without_secrets(value), ensure_ascii=False, indent=2)
+    return cut(json.dumps(without_secrets(value), ensure_ascii=False, indent=2))
+
+
+def cut(text: str) -> str:
     if len(text) > MOST_CHARACTERS:
         text = text[:MOST_CHARACTERS] + "\n" + say("… {n} more characters", n=grouped(len(text) - MOST_CHARACTERS))
     return text
