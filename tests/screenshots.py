@@ -16,6 +16,7 @@ from agentflow import embedded, settings
 from agentflow.system import System
 from tests.conftest import ADMIN_KEY
 from tests.dashboard_support import CHROMIUM, DESKTOP, PHONE, fill, put_job, rich_job, served, window
+from tests.flight_support import endpoint, fly
 from web import create_app
 
 PAGES: Final = {
@@ -25,6 +26,9 @@ PAGES: Final = {
     "waiting": "/jobs/{waiting}",
     "dead-letters": "/dead-letters",
     "preview": "/dead-letters/retry?type=answer_telegram",
+    "webhooks": "/webhooks",
+    "webhook": "/webhooks/{event}",
+    "flight": "/flight/event/{event}",
     "runbook": "/runbook",
 }
 
@@ -45,7 +49,7 @@ def main() -> int:
             with psycopg.connect(servers.database_url, autocommit=True) as conn:
                 conn.execute("insert into agentflow.organizations (slug, name) values ('acme', 'Acme')")
                 fill(conn)
-                ids = {"job": rich_job(conn), "waiting": _waiting(conn)}
+                ids = {"job": rich_job(conn), "waiting": _waiting(conn), "event": _webhooks(system, conn)}
             with served(create_app(system)) as address, sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
                 for kind in wanted:
@@ -69,6 +73,20 @@ def _waiting(conn: psycopg.Connection) -> UUID:
     put_job(conn, "running", age_s=22, progress=0.4, stage="reading frames", slot=0, **lab)
     put_job(conn, "queued", age_s=120, wait_reason="busy", **lab)
     return put_job(conn, "queued", age_s=95, wait_reason="busy", **lab)
+
+
+def _webhooks(system: System, conn: psycopg.Connection) -> UUID:
+    """Of three endpoints; the last webhook with what was made of it."""
+    client = create_app(system).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {ADMIN_KEY}"
+    shop = endpoint(client, "Web shop")
+    forms = endpoint(client, "Forms of the site", source="standard")
+    for n in range(9):
+        (forms if n % 3 else shop).send({"order": 20_410 + n, "type": "form.sent"})
+    shop.client.post(shop.path, data=b"{}", headers={"X-Hub-Signature-256": "sha256=00"})
+    endpoint(client, "Payments", source="stripe")
+    order = {"name": "Ada", "order": 20_417, "items": [{"article": "bicycle", "price_usd": 940}], "card_token": "tok_1"}
+    return fly(client, system, conn, shop, order).event_id
 
 
 def _take(browser: Browser, address: str, kind: str, folder: Path, ids: dict[str, UUID]) -> None:

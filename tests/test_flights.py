@@ -9,8 +9,10 @@ import psycopg
 import pytest
 from flask.testing import FlaskClient
 
-from agentflow import flights, traces
-from agentflow.flights import Record
+from agentflow import traces
+from agentflow.flights import records as flights
+from agentflow.flights.gathering import MOST_LEGS
+from agentflow.flights.telling import Record
 from agentflow.jobs import flights as legs
 from agentflow.jobs import records
 from agentflow.jobs.intake import NewJob
@@ -195,7 +197,7 @@ def test_files_and_the_edges_of_a_document_lead_back_to_what_made_them(
 
 
 def test_what_a_schedule_set_off_says_so(conn: Connection, system: System) -> None:
-    schedule = calendar_support.made(conn, When(None, 3600, None, "UTC", None), name="hourly")
+    schedule = calendar_support.made(conn, When(every_s=3600), name="hourly")
     job = put_job(conn, correlation_id=f"schedule:{schedule.id}")
 
     assert tree(flights.of_job(conn, 1, job)) == [(0, "schedule", "hourly"), (1, "job", "ping")]
@@ -206,16 +208,16 @@ def test_what_a_schedule_set_off_says_so(conn: Connection, system: System) -> No
 def test_a_flight_of_very_many_is_told_in_part_and_with_what_was_asked_for(conn: Connection) -> None:
     first = put_job(conn, age_s=900)
     conn.execute(
-        "insert into agentflow.jobs (id, organization_id, type, queue, max_attempts, time_limit_s, state, attempt, wake_at, trace)"
-        " select agentflow.uuid7_1(), 1, 'ping', 'default', 5, 60, 'queued', 0, clock_timestamp(), %s"
+        "insert into agentflow.jobs (id, organization_id, type, queue, max_attempts, time_limit_s, wake_at, trace)"
+        " select agentflow.uuid7_1(), 1, 'ping', 'default', 5, 60, clock_timestamp(), %s"
         " from generate_series(1, %s)",
-        (first.hex, flights.MOST_LEGS + 100),
+        (first.hex, MOST_LEGS + 100),
     )
     last = put_job(conn, age_s=1, trace=first.hex)
 
     record = flights.of_job(conn, 1, last)
 
-    assert record and record.truncated and len(record.entries) == flights.MOST_LEGS
+    assert record and record.truncated and len(record.entries) == MOST_LEGS
     assert {str(first), str(last)} <= {each.id for each in record.entries}
     assert {each.cause for each in record.entries} == {None, str(first)}
 
@@ -258,14 +260,14 @@ def test_the_api_tells_the_same(conn: Connection, client: FlaskClient, flown: Fl
     assert [(each["depth"], each["kind"], each["name"]) for each in said["entries"]] == FLIGHT
     assert said["entries"][1]["cause"] == str(flown.event_id) and said["traces"] == [flown.handle_id.hex]
     assert client.get(f"/api/jobs/{flown.action_id}/flight").json["entries"] == said["entries"]
-    assert client.get("/api/flights/artefact", query_string={"key": key}).json["entries"][-1]["id"] == key
+    assert client.get(f"/api/artefacts/{key}/flight").json["entries"][-1]["id"] == key
     for path in (
         f"/api/jobs/{uuid4()}/flight",
         f"/api/jobs/{flown.event_id}/flight",
         f"/api/webhook-events/{flown.action_id}/flight",
         f"/api/graph/edges/{uuid4()}/flight",
-        "/api/flights/artefact?key=o/1/nothing",
-        "/api/flights/artefact?key=passwd",
+        "/api/artefacts/o/1/nothing/flight",
+        "/api/artefacts/passwd/flight",
+        "/api/artefacts/o/1/%00/flight",
     ):
         assert client.get(path).status_code == 404, path
-    assert client.get("/api/flights/artefact?key=%00").status_code == 422

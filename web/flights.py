@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated
 from uuid import UUID
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from agentflow import flights
-from agentflow.flights import Kind, Record
-from web.api import Call, Query, Routes, View
-from web.jobs import storable
+from agentflow.flights import records
+from agentflow.flights.telling import Kind, Record
+from agentflow.jobs.text import is_storable
+from web.api import Call, Routes, View
 from web.problems import Refused
 
 routes = Routes("flights")
@@ -39,38 +38,34 @@ class FlightView(View):
     truncated: bool = Field(description="There is more than is told")
 
 
-class FileQuery(Query):
-    key: Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(storable)] = Field(
-        description="The storage key, as results have it"
-    )
-
-
 @routes.get("/api/jobs/<uuid:job_id>/flight", {200: FlightView}, problems=(404,))
 def of_job(call: Call, job_id: UUID) -> FlightView:
     """See what led to a job, and what came of it. Also of one that retention has deleted, for `RETAIN_FLIGHT_DAYS`."""
     with call.system.database.connection() as conn:
-        return _view(flights.of_job(conn, call.sees, job_id), f"job {job_id}")
+        return _view(records.of_job(conn, call.sees, job_id), f"job {job_id}")
 
 
 @routes.get("/api/webhook-events/<uuid:event_id>/flight", {200: FlightView}, problems=(404,))
 def of_event(call: Call, event_id: UUID) -> FlightView:
     """See what came of a webhook. Also of one that retention has deleted, for `RETAIN_FLIGHT_DAYS`."""
     with call.system.database.connection() as conn:
-        return _view(flights.of_event(conn, call.sees, event_id), f"webhook event {event_id}")
+        return _view(records.of_event(conn, call.sees, event_id), f"webhook event {event_id}")
 
 
 @routes.get("/api/graph/edges/<uuid:edge_id>/flight", {200: FlightView}, problems=(404,))
 def of_edge(call: Call, edge_id: UUID) -> FlightView:
     """See where an edge of the graph came from: documents, the jobs that read them, and what led to those."""
     with call.system.database.connection() as conn:
-        return _view(flights.of_edge(conn, call.sees, edge_id), f"edge {edge_id}")
+        return _view(records.of_edge(conn, call.sees, edge_id), f"edge {edge_id}")
 
 
-@routes.get("/api/flights/artefact", {200: FlightView}, query=FileQuery, problems=(404,))
-def of_artefact(call: Call, query: FileQuery) -> FlightView:
-    """See what led to a stored file."""
+@routes.get("/api/artefacts/<path:key>/flight", {200: FlightView}, problems=(404,))
+def of_artefact(call: Call, key: str) -> FlightView:
+    """See what led to a stored file, by its key as results have it."""
+    if not is_storable(key):
+        raise Refused(404, "there is no such file")
     with call.system.database.connection() as conn:
-        return _view(flights.of_artefact(conn, call.sees, query.key), "such file")
+        return _view(records.of_artefact(conn, call.sees, key), "such file")
 
 
 def _view(record: Record | None, what: str) -> FlightView:

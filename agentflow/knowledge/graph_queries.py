@@ -210,7 +210,9 @@ def evidence(conn: Connection, organization_id: int, edge: Edge) -> list[Evidenc
     return [Evidence(*row) for row in rows]
 
 
-def of_document(conn: Connection, organization_id: int, document_id: UUID, *, limit: int) -> list[tuple[Edge, str, str]]:
+def of_document(
+    conn: Connection, organization_id: int, document_id: UUID, *, limit: int
+) -> list[tuple[Edge, str, str]]:
     """The first edges, by id, that a document says, each with the names of its two things."""
     rows = conn.execute(
         "select e.id, f.root_id, e.predicate, t.root_id from (select distinct v.edge_id"

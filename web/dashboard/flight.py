@@ -10,8 +10,8 @@ from uuid import UUID
 
 from flask import Response
 
-from agentflow import flights
-from agentflow.flights import Entry, Record
+from agentflow.flights import records
+from agentflow.flights.telling import Entry, Record
 from agentflow.jobs.text import is_storable
 from web.dashboard import shown
 from web.dashboard.frame import Pages, Visit, link
@@ -41,19 +41,19 @@ class Line:
 @pages.get("/flight/job/<uuid:job_id>")
 def flight_job(visit: Visit, job_id: UUID) -> Response:
     with visit.system.database.connection() as conn:
-        return _page(visit, flights.of_job(conn, visit.sees, job_id))
+        return _page(visit, records.of_job(conn, visit.sees, job_id))
 
 
 @pages.get("/flight/event/<uuid:event_id>")
 def flight_event(visit: Visit, event_id: UUID) -> Response:
     with visit.system.database.connection() as conn:
-        return _page(visit, flights.of_event(conn, visit.sees, event_id))
+        return _page(visit, records.of_event(conn, visit.sees, event_id))
 
 
 @pages.get("/flight/edge/<uuid:edge_id>")
 def flight_edge(visit: Visit, edge_id: UUID) -> Response:
     with visit.system.database.connection() as conn:
-        return _page(visit, flights.of_edge(conn, visit.sees, edge_id))
+        return _page(visit, records.of_edge(conn, visit.sees, edge_id))
 
 
 @pages.get("/flight/artefact/<path:key>")
@@ -61,7 +61,7 @@ def flight_artefact(visit: Visit, key: str) -> Response:
     if not is_storable(key):
         raise Refused(404, say("There is nothing here."))
     with visit.system.database.connection() as conn:
-        return _page(visit, flights.of_artefact(conn, visit.sees, key))
+        return _page(visit, records.of_artefact(conn, visit.sees, key))
 
 
 def _page(visit: Visit, record: Record | None) -> Response:
