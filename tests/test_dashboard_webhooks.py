@@ -148,7 +148,7 @@ def test_webhooks_are_found_by_their_fields_and_follow_the_database(
     expect(rows).to_have_count(50)
     page.get_by_role("link", name="Older ones").click()
     expect(rows).to_have_count(12)
-    page.get_by_label("Endpoint", exact=True).select_option(other.id)
+    page.locator("#filter [name=endpoint_id]").select_option(other.id)
     expect(rows).to_have_count(1)
     page.get_by_role("link", name="Clear").click()
     page.get_by_label("Outcome").select_option("done")
@@ -201,13 +201,12 @@ def test_a_flight_is_told_from_the_page_of_a_job_and_after_everything_was_delete
 def test_nothing_that_a_sender_wrote_is_run(
     visitors: Opened, conn: Connection, api: FlaskClient, system: System, tenants: dict[str, str]
 ) -> None:
-    made = endpoint(api, SCRIPT, entity="/name")
+    made = endpoint(api, SCRIPT)
     flown = fly(api, system, conn, made, {"name": SCRIPT}, key=f"o/{MINE}/{SCRIPT}.png")
     plain = made.post(f"not json {SCRIPT}".encode(), {"X-Note": SCRIPT, "Content-Type": "text/plain"}).json["event_id"]
     binary = made.post(b"\xff\xfe<script>window.ran = true</script>").json["event_id"]
-    conn.execute(
-        "update agentflow.webhook_events set type = %s, delivery_id = %s, detail = %s", (SCRIPT, SCRIPT, SCRIPT)
-    )
+    for column in ("type", "delivery_id", "detail", "entity"):
+        conn.execute(f"update agentflow.webhook_events set {column} = %s".encode(), (SCRIPT,))
     conn.execute("update agentflow.jobs set type = %s where id = %s", (SCRIPT, flown.action_id))
     conn.execute("update agentflow.webhook_events set outcome = 'failed', handled_at = clock_timestamp()")
     visitor = visitors()
@@ -249,7 +248,7 @@ def test_secrets_in_headers_and_bodies_are_hidden(app: Flask, api: FlaskClient, 
 
     assert not any("hunter2" in each for each in found.values())
     assert "Ada" in found[seen] and "Grace" in found[form] and "Linus" in found[text]
-    assert events.REDACTED in found[seen] and shown.HIDDEN in found[text]
+    assert all(shown.HIDDEN in each for each in found.values())
 
 
 def test_a_body_of_any_kind_becomes_text_that_can_be_shown(app: Flask) -> None:
@@ -258,7 +257,15 @@ def test_a_body_of_any_kind_becomes_text_that_can_be_shown(app: Flask) -> None:
         assert webhooks.read_body(b"\xff\xfe", "application/json") == webhooks.Body(None, raw=True)
         long = webhooks.read_body(b"x" * (shown.MOST_CHARACTERS + 9), "text/plain").text
         assert long is not None and long.endswith("9 more characters")
-        for costly in (b"x", b"?", b"?x", b"token", b"token=", b"a ", b"?token"):  # a time that grows with the square is hours
+        for costly in (
+            b"x",
+            b"?",
+            b"?x",
+            b"token",
+            b"token=",
+            b"a ",
+            b"?token",
+        ):  # a time that grows with the square is hours
             assert webhooks.read_body(costly * 500_000, "text/plain").raw
 
 

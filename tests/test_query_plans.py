@@ -383,17 +383,23 @@ select id, organization_id, id, 'event', 'test', 'done', 0, now() from made wher
 def test_webhooks_and_flights_are_found_by_index_among_very_many(stack: embedded.Embedded) -> None:
     with core_support.database(stack) as url, psycopg.connect(url, autocommit=True, prepare_threshold=None) as conn:
         conn.execute("set synchronous_commit = off")
-        conn.execute("insert into agentflow.organizations (slug, name) select 'o' || n, '' from generate_series(2, 10) n")
+        conn.execute(
+            "insert into agentflow.organizations (slug, name) select 'o' || n, '' from generate_series(2, 10) n"
+        )
         conn.execute(FILL_WEBHOOKS)
         conn.execute(FILL, {"finished": 20_000, "taken": 20_100, "total": 20_200, "worker": uuid4()})
         conn.execute("update agentflow.jobs set trace = md5((id::text < '8')::text) where concurrency_key is not null")
         for table in ("jobs", "webhook_events", "webhook_endpoints", "flight_log"):
             conn.execute(f"analyze agentflow.{table}".encode())
         ids = ids_of(conn, "true", 5)
-        (event_id, endpoint_id) = conn.execute("select id, endpoint_id from agentflow.webhook_events limit 1").fetchone()  # type: ignore[misc]
+        (event_id, endpoint_id) = conn.execute(
+            "select id, endpoint_id from agentflow.webhook_events limit 1"
+        ).fetchone()  # type: ignore[misc]
         looks: dict[str, Act] = {
             "an organization's webhooks": lambda: browsing.browse(conn, 3, events.Filter(type="none"), limit=50),
-            "everybody's": lambda: browsing.browse(conn, None, events.Filter(outcome="failed"), before=event_id, limit=50),
+            "everybody's": lambda: browsing.browse(
+                conn, None, events.Filter(outcome="failed"), before=event_id, limit=50
+            ),
             "an endpoint's": lambda: browsing.browse(conn, 1, events.Filter(endpoint_id=endpoint_id), limit=50),
             "how endpoints do": lambda: browsing.standings(conn, None, [endpoint_id]),
             "the sender's id": lambda: browsing.delivered_as(conn, None, "7"),
@@ -411,7 +417,7 @@ def test_webhooks_and_flights_are_found_by_index_among_very_many(stack: embedded
                 act()
             assert heard.nodes, name
             scanned[name] = heard.scanned
-    assert scanned == dict.fromkeys(looks, [])
+    assert {name: tables for name, tables in scanned.items() if tables} == {}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from agentflow.webhooks import endpoints
 Kind = Literal["event", "schedule", "job", "video", "document", "artefact", "edge"]
 
 _MOST_FILES: Final = 12
+#: Results may have megabytes each.
+_MOST_RESULTS: Final = 40
 _MOST_EDGES: Final = 12
 
 
@@ -69,7 +71,15 @@ class _Telling:
         self._endpoints: dict[UUID | None, str | None] = {}
 
     def entries(self) -> Iterator[Entry]:
-        for each in (self._legs, self._webhooks, self._schedules, self._videos, self._documents, self._files, self._edges):
+        for each in (
+            self._legs,
+            self._webhooks,
+            self._schedules,
+            self._videos,
+            self._documents,
+            self._files,
+            self._edges,
+        ):
             yield from each()
 
     def _legs(self) -> Iterator[Entry]:
@@ -105,7 +115,9 @@ class _Telling:
             if each is not None and (each in known or each == leg.schedule_id):
                 return str(each)
         # A trace that began before its first job: of a webhook's request, say.
-        handlers = [each.id for each in self._found.legs.values() if each.flight == leg.flight and each.event_id is not None]
+        handlers = [
+            each.id for each in self._found.legs.values() if each.flight == leg.flight and each.event_id is not None
+        ]
         return str(min(handlers)) if handlers and min(handlers) != leg.id else None
 
     def _webhooks(self) -> Iterator[Entry]:
@@ -138,7 +150,9 @@ class _Telling:
     def _documents(self) -> Iterator[Entry]:
         for document in self._found.documents.values():
             made_by = (document.job_id, document.chain_id, document.video_id)
-            cause = next((str(each) for each in made_by if each in self._found.legs or each in self._found.videos), None)
+            cause = next(
+                (str(each) for each in made_by if each in self._found.legs or each in self._found.videos), None
+            )
             state = (
                 "failed" if document.error is not None else "succeeded" if document.read_at is not None else "queued"
             )
@@ -153,7 +167,7 @@ class _Telling:
 
     def _files(self) -> Iterator[Entry]:
         ended = [leg.id for leg in self._found.legs.values() if leg.kept and leg.state == "succeeded"]
-        found = flights.files(self._found.conn, self._found.organization_id, ended, most=_MOST_FILES) if ended else {}
+        found = flights.files(self._found.conn, self._found.organization_id, ended[:_MOST_RESULTS], most=_MOST_FILES)
         for job_id, keys in found.items():
             leg = self._found.legs[job_id]
             for key in keys:
@@ -161,7 +175,9 @@ class _Telling:
 
     def _edges(self) -> Iterator[Entry]:
         for document in self._found.documents.values():
-            told = graph_queries.of_document(self._found.conn, self._found.organization_id, document.id, limit=_MOST_EDGES)
+            told = graph_queries.of_document(
+                self._found.conn, self._found.organization_id, document.id, limit=_MOST_EDGES
+            )
             for edge, one, other in told:
                 at = document.read_at or document.updated_at
                 yield Entry("edge", str(edge.id), str(document.id), said_of(edge, one, other), at)

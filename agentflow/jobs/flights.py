@@ -112,12 +112,12 @@ def on_video(conn: Connection, organization_id: int, video_id: UUID, *, limit: i
 
 
 def files(conn: Connection, organization_id: int, ids: Collection[UUID], *, most: int) -> dict[UUID, list[str]]:
-    """The storage keys that results of these jobs name, at most so many of each."""
+    """The storage keys that results of these jobs name, at most so many of each; not those of results beyond a megabyte."""
     rows = conn.execute(
         "select j.id, (select array_agg(f.key) from (select distinct k #>> '{}' as key from jsonb_path_query(j.result,"
         " 'strict $.**.key ? (@.type() == \"string\")', silent => true) k where starts_with(k #>> '{}', %(root)s)"
         " order by 1 limit %(most)s) f) from agentflow.jobs j where j.id = any (%(ids)s)"
-        " and j.organization_id = %(organization)s and j.result is not null",
+        " and j.organization_id = %(organization)s and pg_column_size(j.result) < 1000000",
         {"ids": list(ids), "organization": organization_id, "root": f"o/{organization_id}/", "most": most},
     ).fetchall()
     return {row[0]: row[1] for row in rows if row[1]}

@@ -5,16 +5,16 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
-from flask import Response
+from flask import Response, request
 
 from agentflow.flights import records
 from agentflow.flights.telling import Entry, Record
 from agentflow.jobs.text import is_storable
 from web.dashboard import shown
-from web.dashboard.frame import Pages, Visit, link
+from web.dashboard.frame import Pages, Visit, current, link
 from web.dashboard.webhooks import LOOK, in_words
 from web.dashboard.words import say
 from web.problems import Refused
@@ -68,15 +68,22 @@ def _page(visit: Visit, record: Record | None) -> Response:
     if record is None:
         raise Refused(404, say("Nothing is known of it: it was never here, or is forgotten."))
     began_at, ended_at = _span(record)
+    values: dict[str, Any] = {
+        "lines": [_line(visit, record, each, began_at, ended_at) for each in record.entries],
+        "look": LOOK,
+        "in_words": in_words,
+    }
+    if request.args.get("part") == "lines":
+        return visit.part("flight_lines.html", **values)
     return visit.page(
         "flight.html",
+        **values,
         record=record,
-        lines=[_line(visit, record, each, began_at, ended_at) for each in record.entries],
         asked=next((each for each in record.entries if each.id == record.id), None),
         began_at=began_at,
         ended_at=ended_at,
-        look=LOOK,
-        in_words=in_words,
+        goes_on=any(map(_is_under_way, record.entries)),
+        again=link(current(), part="lines", **(request.view_args or {})),
         kind_in_words=kind_in_words,
     )
 

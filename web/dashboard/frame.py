@@ -189,7 +189,7 @@ def install(app: Flask, services: Services, groups: Iterable[Pages]) -> None:
         languages=words.LANGUAGES,
         language=language,
         theme=_theme,
-        current=_current,
+        current=current,
         said=_said,
         now=shown.now,
     )
@@ -305,7 +305,7 @@ def _said() -> str:
     return str(g.said)
 
 
-def _current() -> str:
+def current() -> str:
     """The endpoint of this page, without the blueprint's name."""
     return (request.endpoint or "").removeprefix("dashboard.")
 

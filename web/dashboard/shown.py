@@ -33,7 +33,9 @@ _USER_IN_URL: Final = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 _QUERY_NAME: Final = re.compile(r"[?&]([^=&#?\s]+)=")
 _QUERY_VALUE: Final = re.compile(r"[^&#\s\"]+")
 _PAIR_NAME: Final = re.compile(r"(?<![\w-])([\w-]+)[\"']?[ \t]*[:=][ \t]*")
-_PAIR_VALUE: Final = re.compile(r"\"[^\"\n]*\"?|'[^'\n]*'?|(?:(?:basic|bearer|digest|token) +)?[^\s,;&}]+", re.IGNORECASE)
+_PAIR_VALUE: Final = re.compile(
+    r"\"[^\"\n]*\"?|'[^'\n]*'?|(?:(?:basic|bearer|digest|token) +)?[^\s,;&}]+", re.IGNORECASE
+)
 _SECRET_NAME: Final = re.compile(r"secret|token|key|passw|sig|credential|authorization|cookie", re.IGNORECASE)
 _PICTURE: Final = re.compile(r"\.(png|jpe?g|webp|gif)$", re.IGNORECASE)
 
