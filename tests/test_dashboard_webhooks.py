@@ -205,8 +205,10 @@ def test_nothing_that_a_sender_wrote_is_run(
     flown = fly(api, system, conn, made, {"name": SCRIPT}, key=f"o/{MINE}/{SCRIPT}.png")
     plain = made.post(f"not json {SCRIPT}".encode(), {"X-Note": SCRIPT, "Content-Type": "text/plain"}).json["event_id"]
     binary = made.post(b"\xff\xfe<script>window.ran = true</script>").json["event_id"]
-    for column in ("type", "delivery_id", "detail", "entity"):
-        conn.execute(f"update agentflow.webhook_events set {column} = %s".encode(), (SCRIPT,))
+    conn.execute(
+        "update agentflow.webhook_events set type = %(x)s, delivery_id = %(x)s, detail = %(x)s, entity = %(x)s",
+        {"x": SCRIPT},
+    )
     conn.execute("update agentflow.jobs set type = %s where id = %s", (SCRIPT, flown.action_id))
     conn.execute("update agentflow.webhook_events set outcome = 'failed', handled_at = clock_timestamp()")
     visitor = visitors()
