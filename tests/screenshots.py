@@ -14,9 +14,10 @@ from playwright.sync_api import Browser, sync_playwright
 
 from agentflow import embedded, settings
 from agentflow.system import System
+from agentflow.webhooks import events, replays
 from tests.conftest import ADMIN_KEY
 from tests.dashboard_support import CHROMIUM, DESKTOP, PHONE, fill, put_job, rich_job, served, window
-from tests.flight_support import endpoint, fly
+from tests.flight_support import endpoint, fly, handle
 from web import create_app
 
 PAGES: Final = {
@@ -76,17 +77,37 @@ def _waiting(conn: psycopg.Connection) -> UUID:
 
 
 def _webhooks(system: System, conn: psycopg.Connection) -> UUID:
-    """Of three endpoints; the last webhook with what was made of it."""
+    """Of three endpoints; one webhook with a story: what was made of it five minutes ago, and a replay now."""
     client = create_app(system).test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {ADMIN_KEY}"
-    shop = endpoint(client, "Web shop")
-    forms = endpoint(client, "Forms of the site", source="standard")
+    shop, forms = endpoint(client, "Web shop", source="standard"), endpoint(client, "Forms of the site")
     for n in range(9):
-        (forms if n % 3 else shop).send({"order": 20_410 + n, "type": "form.sent"})
-    shop.client.post(shop.path, data=b"{}", headers={"X-Hub-Signature-256": "sha256=00"})
+        (forms if n % 3 else shop).send({"type": "order.paid", "order": 20_410 + n})
+    forms.client.post(forms.path, data=b"{}", headers={"X-Hub-Signature-256": "sha256=00"})
     endpoint(client, "Payments", source="stripe")
-    order = {"name": "Ada", "order": 20_417, "items": [{"article": "bicycle", "price_usd": 940}], "card_token": "tok_1"}
-    return fly(client, system, conn, shop, order).event_id
+    order = {"type": "order.paid", "order": 20_417, "name": "Ada", "card_token": "tok_1", "items": [{"article": "poster"}]}
+    flown = fly(client, system, conn, shop, order, outputs=[{"key": f"o/1/renders/{n}/poster-{n}.png"} for n in (1, 2)])
+    move = "update agentflow.{} set {} where id = %s"
+    conn.execute(
+        move.format("webhook_events", "received_at = received_at - '5 min'::interval, handled_at = handled_at - '5 min'::interval"),
+        (flown.event_id,),
+    )
+    for job_id, type_, times in (
+        (flown.handle_id, "handle_webhook", (300, 300, 299)),
+        (flown.action_id, "comfy_render", (299, 296, 214)),
+    ):
+        columns = ("created_at", "started_at", "finished_at")
+        ago = ", ".join(f"{name} = now() - '{s} s'::interval" for name, s in zip(columns, times, strict=True))
+        conn.execute(move.format("jobs", f"type = '{type_}', {ago}").encode(), (job_id,))
+    put_job(
+        conn, age_s=214, ran_s=4, type="deliver_callback", parent_id=flown.action_id, trace=flown.handle_id.hex, attempt=2
+    )
+    event = events.get(conn, 1, flown.event_id)
+    assert event is not None
+    with system.transaction() as transaction:
+        again = replays.one(transaction, event)
+    handle(system, conn, again.id)
+    return flown.event_id
 
 
 def _take(browser: Browser, address: str, kind: str, folder: Path, ids: dict[str, UUID]) -> None:
