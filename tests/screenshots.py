@@ -85,11 +85,17 @@ def _webhooks(system: System, conn: psycopg.Connection) -> UUID:
         (forms if n % 3 else shop).send({"type": "order.paid", "order": 20_410 + n})
     forms.client.post(forms.path, data=b"{}", headers={"X-Hub-Signature-256": "sha256=00"})
     endpoint(client, "Payments", source="stripe")
-    order = {"type": "order.paid", "order": 20_417, "name": "Ada", "card_token": "tok_1", "items": [{"article": "poster"}]}
+    order = {
+        "type": "order.paid",
+        "order": 20_417,
+        "name": "Ada",
+        "card_token": "tok_1",
+        "items": [{"article": "poster"}],
+    }
     flown = fly(client, system, conn, shop, order, outputs=[{"key": f"o/1/renders/{n}/poster-{n}.png"} for n in (1, 2)])
-    move = "update agentflow.{} set {} where id = %s"
     conn.execute(
-        move.format("webhook_events", "received_at = received_at - '5 min'::interval, handled_at = handled_at - '5 min'::interval"),
+        "update agentflow.webhook_events set received_at = now() - '300 s'::interval, handled_at = now() - '299 s'::interval"
+        " where id = %s",
         (flown.event_id,),
     )
     for job_id, type_, times in (
@@ -98,9 +104,15 @@ def _webhooks(system: System, conn: psycopg.Connection) -> UUID:
     ):
         columns = ("created_at", "started_at", "finished_at")
         ago = ", ".join(f"{name} = now() - '{s} s'::interval" for name, s in zip(columns, times, strict=True))
-        conn.execute(move.format("jobs", f"type = '{type_}', {ago}").encode(), (job_id,))
+        conn.execute(f"update agentflow.jobs set type = '{type_}', {ago} where id = %s".encode(), (job_id,))  # noqa: S608
     put_job(
-        conn, age_s=214, ran_s=4, type="deliver_callback", parent_id=flown.action_id, trace=flown.handle_id.hex, attempt=2
+        conn,
+        age_s=214,
+        ran_s=4,
+        type="deliver_callback",
+        parent_id=flown.action_id,
+        trace=flown.handle_id.hex,
+        attempt=2,
     )
     event = events.get(conn, 1, flown.event_id)
     assert event is not None
