@@ -119,6 +119,21 @@ def test_a_replay_and_what_is_made_of_it_belong_to_the_webhook(
     assert tree(flights.of_event(conn, 1, flown.event_id)) == both
 
 
+def test_webhooks_that_share_a_job_do_not_share_their_flights(
+    conn: Connection, client: FlaskClient, system: System, flown: Flown
+) -> None:
+    other = fly(client, system, conn, flown.endpoint, {"name": "Grace"})
+    conn.execute(
+        "update agentflow.webhook_events set action_job_id = %s where id = %s", (flown.action_id, other.event_id)
+    )
+
+    record = flights.of_event(conn, 1, other.event_id)
+
+    assert record and str(flown.action_id) in {each.id for each in record.entries}
+    assert str(flown.event_id) not in {each.id for each in record.entries}
+    assert tree(flights.of_event(conn, 1, flown.event_id)) == FLIGHT
+
+
 def test_a_trace_that_began_with_the_callers_request_hides_nothing(
     conn: Connection, client: FlaskClient, system: System
 ) -> None:

@@ -124,7 +124,8 @@ class _Telling:
         for event in self._found.events.values():
             name = self._name_of_event(event.endpoint_id, event.type)
             state = event.outcome or ("pending" if event.job_id is not None else event.verdict)
-            yield Entry("event", str(event.id), None, name, event.received_at, event.handled_at, state)
+            ended_at = event.handled_at if not event.replays else None  # it was handled last by a replay
+            yield Entry("event", str(event.id), None, name, event.received_at, ended_at, state)
 
     def _name_of_event(self, endpoint_id: UUID | None, type_: str | None) -> str:
         if endpoint_id is not None and endpoint_id not in self._endpoints:
