@@ -186,6 +186,9 @@ class Settings(BaseModel):
         4 << 20, description="Largest body of a webhook, in bytes"
     )
     retain_webhook_days: Seconds = Field(30.0, description="How long webhooks are kept, as they came")
+    retain_flight_days: Seconds = Field(
+        90.0, description="How long flight records tell of jobs and webhooks that are deleted (about 250 bytes each)"
+    )
     upload_max_bytes: Count = Field(5 << 30, description="Largest upload or download of a video, in bytes")
     fetch_allow: StrList = Field(
         (), description="`host:port` entries, comma-separated, that may be fetched although they are private addresses"

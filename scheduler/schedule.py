@@ -16,7 +16,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from agentflow import health, sentry, sessions
 from agentflow.database import ANSWER_TIMEOUT_S, Connection
-from agentflow.jobs import budgets, retention
+from agentflow.jobs import budgets, flights, retention
 from agentflow.jobs import history as job_history
 from agentflow.jobs.retention import Keep
 from agentflow.kommo import runs
@@ -25,7 +25,8 @@ from agentflow.schedules import ticks
 from agentflow.system import System
 from agentflow.telegram import requests
 from agentflow.videos import delete_old as delete_old_videos
-from agentflow.webhooks import events, order, silence
+from agentflow.webhooks import order, silence
+from agentflow.webhooks.retention import delete_events
 from scheduler import canary, clean_up, history, kommo, storage
 from scheduler.alerts import Watch
 from scheduler.calendar import Calendar, Entry, every
@@ -98,7 +99,7 @@ def entries(system: System) -> list[Entry]:
         Entry(
             "clean_up.webhooks",
             every(_CLEAN_UP_S),
-            work=batches(lambda conn: events.delete_old(conn, days=settings.retain_webhook_days)),
+            work=batches(lambda conn: delete_events(conn, days=settings.retain_webhook_days)),
         ),
         Entry(
             "clean_up.webhook_entities",
@@ -114,6 +115,11 @@ def entries(system: System) -> list[Entry]:
             "clean_up.sync_runs",
             every(_CLEAN_UP_S),
             work=batches(lambda conn: runs.delete_old(conn, limit=retention.BATCH)),
+        ),
+        Entry(
+            "clean_up.flight_log",
+            every(_CLEAN_UP_S),
+            work=batches(lambda conn: flights.delete_old(conn, days=settings.retain_flight_days)),
         ),
         Entry("clean_up.dashboard_sessions", every(_CLEAN_UP_S), work=clean_up.once(sessions.delete_old)),
         Entry(

@@ -25,10 +25,12 @@ from agentflow.schedules.records import Wanted
 from agentflow.schedules.ticks import USER, Tick
 from agentflow.schedules.when import When
 from agentflow.system import System
+from agentflow.webhooks import events, replays
 from tests import dashboard_samples
 from tests.conftest import ADMIN_KEY
 from tests.dashboard_pictures import GB, film, put_lines, put_picture, put_prompt, put_render, put_server
 from tests.dashboard_support import CHROMIUM, DESKTOP, PHONE, fill, put_job, rich_job, served, window
+from tests.flight_support import endpoint, fly, handle
 from web import create_app
 
 PAGES: Final = {
@@ -38,6 +40,9 @@ PAGES: Final = {
     "waiting": "/jobs/{waiting}",
     "dead-letters": "/dead-letters",
     "preview": "/dead-letters/retry?type=answer_telegram",
+    "webhooks": "/webhooks",
+    "webhook": "/webhooks/{event}",
+    "flight": "/flight/event/{event}",
     "renders": "/renders",
     "film": "/jobs/{film}",
     "render": "/jobs/{render}",
@@ -82,6 +87,7 @@ def main() -> int:
                     "waiting": _waiting(conn),
                     **_pictures(conn, system),
                     "schedule": _calendar(conn),
+                    "event": _webhooks(system, conn),
                     "account": dashboard_samples.accounts(conn),
                 }
                 _limits(conn, system)
@@ -109,6 +115,52 @@ def _waiting(conn: psycopg.Connection) -> UUID:
     put_job(conn, "running", age_s=22, progress=0.4, stage="reading frames", slot=0, **lab)
     put_job(conn, "queued", age_s=120, wait_reason="busy", **lab)
     return put_job(conn, "queued", age_s=95, wait_reason="busy", **lab)
+
+
+def _webhooks(system: System, conn: psycopg.Connection) -> UUID:
+    """Of three endpoints; one webhook with a story: what was made of it five minutes ago, and a replay now."""
+    client = create_app(system).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {ADMIN_KEY}"
+    shop, forms = endpoint(client, "Web shop", source="standard"), endpoint(client, "Forms of the site")
+    for n in range(9):
+        (forms if n % 3 else shop).send({"type": "order.paid", "order": 20_410 + n})
+    forms.client.post(forms.path, data=b"{}", headers={"X-Hub-Signature-256": "sha256=00"})
+    endpoint(client, "Payments", source="stripe")
+    order = {
+        "type": "order.paid",
+        "order": 20_417,
+        "name": "Ada",
+        "card_token": "tok_1",
+        "items": [{"article": "poster"}],
+    }
+    flown = fly(client, system, conn, shop, order, outputs=[{"key": f"o/1/renders/{n}/poster-{n}.png"} for n in (1, 2)])
+    conn.execute(
+        "update agentflow.webhook_events set received_at = now() - '300 s'::interval, handled_at = now() - '299 s'::interval"
+        " where id = %s",
+        (flown.event_id,),
+    )
+    for job_id, type_, times in (
+        (flown.handle_id, "handle_webhook", (300, 300, 299)),
+        (flown.action_id, "comfy_render", (299, 296, 214)),
+    ):
+        columns = ("created_at", "started_at", "finished_at")
+        ago = ", ".join(f"{name} = now() - '{s} s'::interval" for name, s in zip(columns, times, strict=True))
+        conn.execute(f"update agentflow.jobs set type = '{type_}', {ago} where id = %s".encode(), (job_id,))  # noqa: S608
+    put_job(
+        conn,
+        age_s=214,
+        ran_s=4,
+        type="deliver_callback",
+        parent_id=flown.action_id,
+        trace=flown.handle_id.hex,
+        attempt=2,
+    )
+    event = events.get(conn, 1, flown.event_id)
+    assert event is not None
+    with system.transaction() as transaction:
+        again = replays.one(transaction, event)
+    handle(system, conn, again.id)
+    return flown.event_id
 
 
 def _draw(number: int) -> bytes:

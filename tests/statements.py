@@ -118,6 +118,7 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "delete from agentflow.telegram_requests where id = any": "the same: the rows themselves",
     "from agentflow.telegram_pictures join unnest": "the same: what a newer request repeats, each with its organization",
     "from agentflow.webhook_endpoints e left join lateral": "the alarm for silent endpoints, and its metrics",
+    "with old as materialized (select id from agentflow.flight_log": "retention of what is remembered",
     "select id, organization_id, sealed from agentflow.": "rotate-key: every sealed value, whoever's it is",
     "_sealed from agentflow.crm_accounts where id >": "rotate-key: every sealed value of accounts",
     'create index concurrently "vectors_near_': "an index over one organization's vectors, whose number is its condition",

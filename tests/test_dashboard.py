@@ -67,28 +67,32 @@ def state_of(conn: psycopg.Connection, job_id: Any) -> tuple[Any, ...]:
 
 def page_paths(app: Flask, **values: Any) -> list[str]:
     """Every page, with something in the place of each argument."""
-    found = []
-    for rule in app.url_map.iter_rules():
-        if rule.endpoint.startswith("dashboard.") and "GET" in (rule.methods or ()) and rule.endpoint not in (
-            "dashboard.static", "dashboard.nowhere", "dashboard.sign_in",
-        ):  # fmt: skip
-            path = re.sub(r"<uuid:(\w+)>", lambda m: str(values.get(m.group(1), uuid4())), rule.rule)
-            found.append(re.sub(r"<any\((\w+),\w+\):\w+>", r"\1", path))
-    return found
+    return [
+        filled(rule.rule, 0, values)
+        for rule in app.url_map.iter_rules()
+        if rule.endpoint.startswith("dashboard.")
+        and "GET" in (rule.methods or ())
+        and rule.endpoint not in ("dashboard.static", "dashboard.nowhere", "dashboard.sign_in")
+    ]
 
 
 def changing_paths(app: Flask, **values: Any) -> list[str]:
     return [
-        re.sub(
-            r"<any\(\w+,(\w+)\):\w+>",
-            r"\1",
-            re.sub(r"<uuid:(\w+)>", lambda m: str(values.get(m.group(1), uuid4())), rule.rule),
-        )
+        filled(rule.rule, -1, values)
         for rule in app.url_map.iter_rules()
         if rule.endpoint.startswith("dashboard.")
         and "POST" in (rule.methods or ())
         and rule.endpoint != "dashboard.try_key"
     ]
+
+
+def filled(rule: str, choice: int, values: dict[str, Any]) -> str:
+    """An address of the rule: of `any` this choice, another argument's value, or an id that nothing has."""
+
+    def fill_in(match: re.Match[str]) -> str:
+        return match[2].split(",")[choice] if match[2] else str(values.get(match[3], uuid4()))
+
+    return re.sub(r"<(?:(\w+)(?:\(([^)]*)\))?:)?(\w+)>", fill_in, rule)
 
 
 # ---- who gets in ----

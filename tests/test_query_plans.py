@@ -16,12 +16,25 @@ import psycopg
 import pytest
 
 from agentflow import embedded
-from agentflow.jobs import backlog, claims, dispatch, intake, leases, records, retention, staffing, statistics, usage
+from agentflow.jobs import (
+    backlog,
+    claims,
+    dispatch,
+    flights,
+    intake,
+    leases,
+    records,
+    retention,
+    staffing,
+    statistics,
+    usage,
+)
 from agentflow.jobs.leases import Held
 from agentflow.jobs.model import Job, Verdict
 from agentflow.jobs.records import Filter
 from agentflow.jobs.retention import Keep
 from agentflow.jobs.usage import Usage
+from agentflow.webhooks import browsing, events
 from tests import core_support
 from tests.core_support import LEASE_S, MAX_CRASHES, ORGANIZATION, prepared, rescuer, settle, submit
 
@@ -103,7 +116,7 @@ class Plans:
     @property
     def scanned(self) -> list[str]:
         """Tables read from one end to the other, that may be large."""
-        large = ("jobs", "attempts", "idempotency_keys", "usage", "usage_days")
+        large = ("jobs", "attempts", "idempotency_keys", "usage", "usage_days", "webhook_events", "flight_log")
         return [n["Relation Name"] for n in self.nodes if n["Node Type"] == "Seq Scan" and n["Relation Name"] in large]
 
     @property
@@ -375,6 +388,68 @@ def test_the_plans_that_a_session_keeps_from_an_empty_table_are_good_for_a_large
                 if kept:
                     act()
                 assert time.monotonic() - started < 0.5, statement
+
+
+# Of forty endpoints of ten organizations, one a millisecond up to now; every second one is remembered alone.
+FILL_WEBHOOKS = """
+with endpoints as (
+    insert into agentflow.webhook_endpoints (id, organization_id, source, name)
+    select gen_random_uuid(), o, 'generic', 'e' || o from generate_series(1, 10) o, generate_series(1, 4)
+    returning id, organization_id
+), numbered as (
+    select id, organization_id, row_number() over () - 1 as number from endpoints
+), made as (
+    select (lpad(to_hex((extract(epoch from now()) * 1000)::bigint - 40000 + n), 12, '0') || '7'
+        || substr(md5(n::text), 1, 19))::uuid as id, e.id as endpoint_id, e.organization_id, n
+    from generate_series(1, 40000) n join numbered e on e.number = n % 40
+), events as (
+    insert into agentflow.webhook_events (id, organization_id, endpoint_id, verdict, delivery_key, body_hash, type, headers,
+        body, size_bytes)
+    select id, organization_id, endpoint_id, 'verified', sha256(n::text::bytea), sha256('x'), 'test', '{}', 'x', 1 from made
+)
+insert into agentflow.flight_log (id, organization_id, flight, kind, type, state, attempts, created_at)
+select id, organization_id, id, 'event', 'test', 'done', 0, now() from made where n % 2 = 0
+"""
+
+
+def test_webhooks_and_flights_are_found_by_index_among_very_many(stack: embedded.Embedded) -> None:
+    with core_support.database(stack) as url, psycopg.connect(url, autocommit=True, prepare_threshold=None) as conn:
+        conn.execute("set synchronous_commit = off")
+        conn.execute(
+            "insert into agentflow.organizations (slug, name) select 'o' || n, '' from generate_series(2, 10) n"
+        )
+        conn.execute(FILL_WEBHOOKS)
+        conn.execute(FILL, {"finished": 20_000, "taken": 20_100, "total": 20_200, "worker": uuid4()})
+        conn.execute("update agentflow.jobs set trace = md5((id::text < '8')::text) where concurrency_key is not null")
+        for table in ("jobs", "webhook_events", "webhook_endpoints", "flight_log"):
+            conn.execute(f"analyze agentflow.{table}".encode())
+        ids = ids_of(conn, "true", 5)
+        (event_id, endpoint_id) = conn.execute(
+            "select id, endpoint_id from agentflow.webhook_events limit 1"
+        ).fetchone()  # type: ignore[misc]
+        looks: dict[str, Act] = {
+            "an organization's webhooks": lambda: browsing.browse(conn, 3, events.Filter(type="none"), limit=50),
+            "everybody's": lambda: browsing.browse(
+                conn, None, events.Filter(outcome="failed"), before=event_id, limit=50
+            ),
+            "an endpoint's": lambda: browsing.browse(conn, 1, events.Filter(endpoint_id=endpoint_id), limit=50),
+            "how endpoints do": lambda: browsing.standings(conn, None, [endpoint_id]),
+            "the sender's id": lambda: browsing.delivered_as(conn, None, "7"),
+            "legs by id": lambda: flights.by_ids(conn, 1, ids, limit=200),
+            "one leg": lambda: flights.get(conn, None, event_id),
+            "legs of flights": lambda: flights.of_flights(conn, 1, ids, limit=200),
+            "retries": lambda: flights.retries(conn, 1, ids, limit=200),
+            "a video's": lambda: flights.on_video(conn, 1, ids[0], limit=200),
+            "files": lambda: flights.files(conn, 1, ids, most=10),
+            "what is forgotten": lambda: flights.delete_old(conn, days=30),
+        }
+        scanned = {}
+        for name, act in looks.items():
+            with plans(conn) as heard:
+                act()
+            assert heard.nodes, name
+            scanned[name] = heard.scanned
+    assert {name: tables for name, tables in scanned.items() if tables} == {}
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def things_of(owner: Tenant, system: System, conn: psycopg.Connection) -> dict[s
     workflow = owner.client.post("/api/workflows", json={**BODIES["/api/workflows"], "name": f"w-{uuid4()}"}).json
     return {
         "render_id": render["id"],
+        "key": f"o/{owner.organization_id}/renders/{render['id']}/one.png",
         "name": workflow["name"],
         "endpoint_id": endpoint["id"],
         "event_id": event["event_id"],

@@ -19,6 +19,7 @@ from agentflow import metrics, scraping, settings
 from agentflow.system import System
 from agentflow.webhooks import endpoints, events, order, silence
 from agentflow.webhooks.intake import moment_of
+from agentflow.webhooks.retention import delete_events
 from tests.calendar_support import cleaned_up
 from tests.core_support import together, value
 from tests.web_support import AUTH, client, count, problem
@@ -497,7 +498,7 @@ def test_old_events_go_in_batches_but_for_those_that_are_still_to_be_handled(
         " where id in (select job_id from agentflow.webhook_events order by id limit 2)"
     )
 
-    assert events.delete_old(conn, days=30, limit=1) == 1
+    assert delete_events(conn, days=30, limit=1) == 1
     assert cleaned_up(system)["clean_up.webhooks"] == 1
 
     assert value(conn, "select count(*) from agentflow.webhook_events") == 2

@@ -40,7 +40,7 @@ class Doomed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Owner:
+class Owner:
     """The row that a file in storage belongs to; `key` is what goes with it, the file or its folder."""
 
     table: str
@@ -157,7 +157,7 @@ def _named(conn: Connection, doomed: Iterable[Doomed]) -> set[Doomed]:
 
 
 def _without_rows(conn: Connection, stored: Iterable[Stored]) -> list[Doomed]:
-    owners = dict.fromkeys(owner for each in stored if (owner := _owner_of(each.key)) is not None)
+    owners = dict.fromkeys(owner for each in stored if (owner := owner_of(each.key)) is not None)
     rows = {
         table: _known(conn, table, {(owner.organization_id, owner.id) for owner in owners if owner.table == table})
         for table in ("jobs", "videos")
@@ -169,15 +169,16 @@ def _without_rows(conn: Connection, stored: Iterable[Stored]) -> list[Doomed]:
     ]
 
 
-def _owner_of(key: str) -> _Owner | None:
+def owner_of(key: str) -> Owner | None:
+    """What a file in storage belongs to, as its key says; None for a document's and for what no job of ours made."""
     if (match := _OF_A_RENDER.fullmatch(key)) and _is_id(match[2]):
-        return _Owner("jobs", int(match[1]), UUID(match[2]), f"o/{match[1]}/renders/{match[2]}/")
+        return Owner("jobs", int(match[1]), UUID(match[2]), f"o/{match[1]}/renders/{match[2]}/")
     match = _OF_A_VIDEO.fullmatch(key)
     if match is None or not _is_id(match[3] or match[2]):
         return None
     if match[3]:  # an analysis has dozens of files in one folder
-        return _Owner("jobs", int(match[1]), UUID(match[3]), f"o/{match[1]}/videos/{match[2]}/{match[3]}/")
-    return _Owner("videos", int(match[1]), UUID(match[2]), key)
+        return Owner("jobs", int(match[1]), UUID(match[3]), f"o/{match[1]}/videos/{match[2]}/{match[3]}/")
+    return Owner("videos", int(match[1]), UUID(match[2]), key)
 
 
 def _is_id(text: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from agentflow.database import Connection
-from agentflow.jobs import files, registry
+from agentflow.jobs import files, flights, registry
 from agentflow.jobs.files import Doomed
 from agentflow.jobs.unique import MAX_PERIOD_S
 
@@ -28,7 +28,8 @@ class Keep:
 def delete_jobs(conn: Connection, *, succeeded: bool, keep: Keep, limit: int = BATCH) -> int:
     """Delete one batch of succeeded jobs, or of failed and cancelled ones. Returns how many; fewer than `limit`: done.
 
-    A job stays while a job that it started (`then`, its callback) is open. Attempts go with it; its files are doomed.
+    A job stays while a job that it started (`then`, its callback) is open. Attempts go with it; its files are doomed; what it was
+    is remembered in a slim row (agentflow.jobs.flights).
     """
     states = ["succeeded"] if succeeded else ["failed", "cancelled"]
     with conn.transaction():
@@ -46,7 +47,7 @@ def delete_jobs(conn: Connection, *, succeeded: bool, keep: Keep, limit: int = B
     return len(deleted)
 
 
-_DELETE_JOBS: Final = """
+_DELETE_JOBS: Final = f"""
 with recursive organizations as (          -- by skip scan
     (select organization_id from agentflow.jobs order by organization_id limit 1)
     union all
@@ -70,10 +71,14 @@ with recursive organizations as (          -- by skip scan
             )
         order by j.id limit %(limit)s for update skip locked
     ) v limit %(limit)s
+), gone as (
+    delete from agentflow.jobs j using old where j.id = old.id
+    returning {flights.LEG_OF_JOB}, case when j.type = any (%(types)s) then j.payload end as payload
+), remembered as (
+    {flights.REMEMBER}
 )
-delete from agentflow.jobs j using old where j.id = old.id
-returning j.id, j.organization_id, j.type, case when j.type = any (%(types)s) then j.payload end
-"""
+select id, organization_id, type, payload from gone
+"""  # noqa: S608 - constants
 
 
 def _files_of(id: Any, organization_id: int, type_: str, payload: dict[str, Any]) -> Doomed | None:

@@ -222,6 +222,15 @@ def get(conn: Connection, organization_id: int | None, document_id: UUID) -> Doc
     return Document(*row) if row else None
 
 
+def with_file(conn: Connection, organization_id: int, storage_key: str) -> Document | None:
+    """The document whose file this is."""
+    row = conn.execute(
+        f"select {_COLUMNS}, {_COUNT} from agentflow.documents d where d.storage_key = %(key)s and {_SEEN} limit 1",  # noqa: S608
+        {"key": storage_key, "organization": organization_id},
+    ).fetchone()
+    return Document(*row) if row else None
+
+
 def search(
     conn: Connection,
     organization_id: int | None,

@@ -250,6 +250,22 @@ def evidence(conn: Connection, organization_id: int, edge: Edge) -> list[Evidenc
     return [Evidence(*row) for row in rows]
 
 
+def of_document(
+    conn: Connection, organization_id: int, document_id: UUID, *, limit: int
+) -> list[tuple[Edge, str, str]]:
+    """The first edges, by id, that a document says, each with the names of its two things."""
+    rows = conn.execute(
+        "select e.id, f.root_id, e.predicate, t.root_id from (select distinct v.edge_id"
+        " from agentflow.graph_evidence v where v.document_id = %(document)s and v.organization_id = %(organization)s"
+        " order by 1 limit %(limit)s) v join agentflow.graph_edges e on e.id = v.edge_id"
+        " join agentflow.graph_entities f on f.id = e.from_id join agentflow.graph_entities t on t.id = e.to_id order by e.id",
+        {"document": document_id, "organization": organization_id, "limit": limit},
+    ).fetchall()
+    edges = [Edge(*row) for row in rows]
+    things = _described(conn, organization_id, {end for each in edges for end in (each.from_id, each.to_id)})
+    return [(each, things[each.from_id].name, things[each.to_id].name) for each in edges]
+
+
 def _step(conn: Connection, organization_id: int, roots: Sequence[UUID]) -> tuple[list[Edge], bool]:
     """All edges of these things to others, by id; and whether there are more than are looked at."""
     rows = conn.execute(

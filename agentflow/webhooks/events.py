@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, Final, Literal
 from uuid import UUID
 
@@ -15,7 +15,6 @@ from psycopg.types.json import Jsonb
 from uuid6 import uuid7
 
 from agentflow.database import Connection
-from agentflow.jobs.retention import BATCH
 from agentflow.webhooks.endpoints import Endpoint
 
 Verdict = Literal["verified", "by_token", "conflict", "refused"]
@@ -95,16 +94,17 @@ class Filter:
     received_to: datetime | None = None
 
 
-_COLUMNS: Final = ", ".join(f"v.{name}" for name in Event.__dataclass_fields__)
+COLUMNS: Final = ", ".join(f"v.{name}" for name in Event.__dataclass_fields__)
 
 
 def store(conn: Connection, endpoint: Endpoint, arrived: Arrived, event_id: UUID, job_id: UUID) -> Stored:
     """Insert it, unless it is there: then that one is counted. In the transaction that inserts `job_id`, for a new one."""
     body_hash = hashlib.sha256(arrived.body).digest()
-    if arrived.delivery_id is None:
-        key = hashlib.sha256(b"body:" + body_hash).digest()
-    else:
-        key = hashlib.sha256(b"id:" + arrived.delivery_id.encode(errors="replace")).digest()
+    key = (
+        key_of(arrived.delivery_id)
+        if arrived.delivery_id is not None
+        else hashlib.sha256(b"body:" + body_hash).digest()
+    )
     for _ in range(10):  # the other one may be cleaned up between the two statements
         if _insert(conn, endpoint, arrived, event_id, key, body_hash, job_id):
             return Stored(event_id, new=True)
@@ -128,6 +128,10 @@ def store(conn: Connection, endpoint: Endpoint, arrived: Arrived, event_id: UUID
             return Stored(known_id, new=False)
         return _store_conflict(conn, endpoint, arrived, event_id, key, body_hash)
     raise RuntimeError("an event was neither new nor known")
+
+
+def key_of(delivery_id: str) -> bytes:
+    return hashlib.sha256(b"id:" + delivery_id.encode(errors="replace")).digest()
 
 
 def refuse(conn: Connection, endpoint: Endpoint, headers: Mapping[str, str], body: bytes, reason: str) -> bool:
@@ -163,7 +167,7 @@ def redacted(headers: Mapping[str, str], hidden: tuple[str, ...]) -> dict[str, s
 
 def get(conn: Connection, organization_id: int | None, event_id: UUID) -> Event | None:
     row = conn.execute(
-        f"select {_COLUMNS} from agentflow.webhook_events v where v.id = %(id)s"  # noqa: S608 - constants
+        f"select {COLUMNS} from agentflow.webhook_events v where v.id = %(id)s"  # noqa: S608 - constants
         " and (%(organization)s::bigint is null or v.organization_id = %(organization)s)",
         {"id": event_id, "organization": organization_id},
     ).fetchone()
@@ -173,7 +177,7 @@ def get(conn: Connection, organization_id: int | None, event_id: UUID) -> Event 
 def lock(conn: Connection, organization_id: int, event_id: UUID) -> Event | None:
     """The same, and nobody else handles it until the transaction ends."""
     row = conn.execute(
-        f"select {_COLUMNS} from agentflow.webhook_events v where v.id = %s and v.organization_id = %s"  # noqa: S608 - constants
+        f"select {COLUMNS} from agentflow.webhook_events v where v.id = %s and v.organization_id = %s"  # noqa: S608 - constants
         " for no key update",
         (event_id, organization_id),
     ).fetchone()
@@ -194,7 +198,7 @@ def search(
 ) -> list[Event]:
     """The newest first."""
     rows = conn.execute(
-        f"select {_COLUMNS} from agentflow.webhook_events v where {_MATCHES}"  # noqa: S608 - constants
+        f"select {COLUMNS} from agentflow.webhook_events v where {_MATCHES}"  # noqa: S608 - constants
         " and (%(before)s::uuid is null or v.id < %(before)s) order by v.id desc limit %(limit)s",
         {**_values(organization_id, wanted), "before": before, "limit": limit},
     ).fetchall()
@@ -210,7 +214,7 @@ def matching(conn: Connection, organization_id: int, wanted: Filter, *, limit: i
         values,
     ).fetchone()
     found = conn.execute(
-        f"select {_COLUMNS} from agentflow.webhook_events v where {_MATCHES} and {let_in}"  # noqa: S608 - constants
+        f"select {COLUMNS} from agentflow.webhook_events v where {_MATCHES} and {let_in}"  # noqa: S608 - constants
         " order by v.id limit %(limit)s",
         values,
     ).fetchall()
@@ -248,17 +252,6 @@ def correct(conn: Connection, event: Event, outcome: Outcome, detail: str | None
         " and action_job_id = %s",
         (outcome, detail, event.id, event.organization_id, action_job_id),
     )
-
-
-def delete_old(conn: Connection, *, days: float, limit: int = BATCH) -> int:
-    """Events that were received so long ago, but for those whose job is still to run. Returns how many."""
-    return conn.execute(
-        "with old as materialized (select e.id from agentflow.webhook_events e where e.id < %s"
-        " and not exists (select from agentflow.jobs j where j.id = e.job_id and j.state in ('queued', 'running'))"
-        " order by e.id limit %s for update skip locked)"
-        " delete from agentflow.webhook_events e using old where e.id = old.id",
-        (first_id_of(datetime.now(UTC) - timedelta(days=days)), limit),
-    ).rowcount
 
 
 def first_id_of(moment: datetime) -> UUID:

@@ -79,6 +79,7 @@ def _job(event: Event, even_if_stale: bool, correlation_id: str, *, run_at: date
         run_at=run_at,
         correlation_id=correlation_id,
         concurrency_key=concurrency_key(event.endpoint_id, event.entity),
+        retry_of=event.job_id,
     )
 
 

@@ -15,6 +15,7 @@ from web.api import Services
 from web.dashboard import (
     crm,
     dead_letters,
+    flight,
     frame,
     graph,
     job,
@@ -26,11 +27,12 @@ from web.dashboard import (
     runbook,
     schedules,
     signing,
+    webhooks,
 )
 
 
 def install(app: Flask, services: Services) -> None:
     """A further page is a module with its `pages`, named here, and a line in frame.SECTIONS."""
-    groups = [signing.pages, overview.pages, jobs.pages, job.pages, dead_letters.pages]
+    groups = [signing.pages, overview.pages, jobs.pages, job.pages, dead_letters.pages, webhooks.pages, flight.pages]
     groups += [renders.pages, knowledge.pages, graph.pages, crm.pages, limits.pages, schedules.pages]
     frame.install(app, services, [*groups, runbook.pages])

@@ -52,6 +52,7 @@ SECTIONS: Final = (
     ("overview", "Overview", "overview", "o"),
     ("jobs", "Jobs", "jobs", "j"),
     ("dead_letters", "Dead letters", "dead", "d"),
+    ("webhooks", "Webhooks", "webhooks", "w"),
     ("renders", "Renders", "renders", "i"),
     ("knowledge", "Knowledge", "knowledge", "k"),
     ("crm", "CRM", "crm", "c"),
@@ -207,7 +208,7 @@ def install(app: Flask, services: Services, groups: Iterable[Pages]) -> None:
         languages=words.LANGUAGES,
         language=language,
         theme=_theme,
-        current=_current,
+        current=current,
         said=_said,
         now=shown.now,
     )
@@ -324,7 +325,7 @@ def _said() -> str:
     return str(g.said)
 
 
-def _current() -> str:
+def current() -> str:
     """The endpoint of this page, without the blueprint's name."""
     return (request.endpoint or "").removeprefix("dashboard.")
 

@@ -34,7 +34,7 @@ def jobs(visit: Visit) -> Response:
         name: fields.asked(name)
         for name in ("q", "state", "type", "error", "correlation", "period", "since", "until", "batch")
     }
-    if found := _as_id(asked["q"]):
+    if found := as_id(asked["q"]):
         return visit.go("job", job_id=found)
     problem = None
     try:
@@ -63,7 +63,7 @@ def jobs(visit: Visit) -> Response:
     return visit.page("jobs.html", **values, types=types, states=STATES, periods=list(PERIODS))
 
 
-def _as_id(text: str) -> UUID | None:
+def as_id(text: str) -> UUID | None:
     try:
         return UUID(text)
     except ValueError:
@@ -75,7 +75,7 @@ def _filter(asked: dict[str, str]) -> records.Filter:
     since, until = _moment("since", asked["since"]), _moment("until", asked["until"])
     if asked["period"] in PERIODS:
         since = datetime.now(UTC) - PERIODS[asked["period"]]
-    batch = _as_id(asked["batch"])
+    batch = as_id(asked["batch"])
     if asked["batch"] and batch is None:
         raise Refused(422, say("A batch is named by its id."))
     return records.Filter(

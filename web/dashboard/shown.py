@@ -28,9 +28,15 @@ _SECRET_VALUE: Final = re.compile(
     r"\b(af_[a-z0-9]{12}_[A-Za-z0-9_-]{43}|whsec_[A-Za-z0-9+/=_-]{16,}|sk-[A-Za-z0-9_-]{16,}|Bearer\s+[A-Za-z0-9._~+/=-]{8,})"
 )
 _USER_IN_URL: Final = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
-_IN_QUERY: Final = re.compile(
-    r"([?&][^=&#\s]*(?:secret|token|key|signature|password|sig|credential)[^=&#\s]*=)[^&#\s\"]+", re.IGNORECASE
+#: A name and what follows it up to the value. Whether the name is of something secret is looked at apart: what others wrote is
+#: long, and a pattern that looks for a word within a name goes over it once for each of its characters.
+_QUERY_NAME: Final = re.compile(r"[?&]([^=&#?\s]+)=")
+_QUERY_VALUE: Final = re.compile(r"[^&#\s\"]+")
+_PAIR_NAME: Final = re.compile(r"(?<![\w-])([\w-]+)[\"']?[ \t]*[:=][ \t]*")
+_PAIR_VALUE: Final = re.compile(
+    r"\"[^\"\n]*\"?|'[^'\n]*'?|(?:(?:basic|bearer|digest|token) +)?[^\s,;&}]+", re.IGNORECASE
 )
+_SECRET_NAME: Final = re.compile(r"secret|token|key|passw|sig|credential|authorization|cookie", re.IGNORECASE)
 PICTURE: Final = re.compile(r"\.(png|jpe?g|webp|gif)$", re.IGNORECASE)
 
 
@@ -156,7 +162,10 @@ def clock(seconds: float) -> str:
 
 def as_json(value: Any) -> str:
     """Indented, with secrets hidden, and cut where it is too long to be drawn."""
-    text = json.dumps(without_secrets(value), ensure_ascii=False, indent=2)
+    return cut(json.dumps(without_secrets(value), ensure_ascii=False, indent=2))
+
+
+def cut(text: str) -> str:
     if len(text) > MOST_CHARACTERS:
         text = text[:MOST_CHARACTERS] + "\n" + say("… {n} more characters", n=grouped(len(text) - MOST_CHARACTERS))
     return text
@@ -185,8 +194,22 @@ def one_line(value: Any) -> str:
 
 
 def hide_in_text(text: str) -> str:
-    text = _SECRET_VALUE.sub(HIDDEN, text)
-    return _IN_QUERY.sub(rf"\1{HIDDEN}", _USER_IN_URL.sub(HIDDEN, text))
+    return _without_values(_USER_IN_URL.sub(HIDDEN, _SECRET_VALUE.sub(HIDDEN, text)), _QUERY_NAME, _QUERY_VALUE)
+
+
+def hide_pairs(text: str) -> str:
+    """The same in a text of which nobody knows the form: `name: value`, `"name": "value"`, `name=value`."""
+    return _without_values(hide_in_text(text), _PAIR_NAME, _PAIR_VALUE)
+
+
+def _without_values(text: str, names: re.Pattern[str], values: re.Pattern[str]) -> str:
+    parts, at = [], 0
+    for name in names.finditer(text):
+        value = values.match(text, name.end()) if name.start() >= at and _SECRET_NAME.search(name[1]) else None
+        if value is not None:
+            parts += [text[at : name.end()], HIDDEN]
+            at = value.end()
+    return "".join([*parts, text[at:]])
 
 
 @dataclass(frozen=True, slots=True)
