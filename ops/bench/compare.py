@@ -81,7 +81,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "ops/bench/results/compare.json")
     options = parser.parse_args()
     if options.quick:
-        small = {"rounds": 1, "jobs": 400, "sleep_jobs": 100, "pings": 20, "wait_jobs": 100, "wait_s": 2.0, "idle_s": 3.0}
+        small = {
+            "rounds": 1,
+            "jobs": 400,
+            "sleep_jobs": 100,
+            "pings": 20,
+            "wait_jobs": 100,
+            "wait_s": 2.0,
+            "idle_s": 3.0,
+        }
         vars(options).update(small, requests=300)
     options.workloads = ["kill"] if options.kill else options.workloads.split(",")
     if unknown := set(options.workloads) - {*WORKLOADS, "kill"}:

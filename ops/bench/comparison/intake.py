@@ -49,7 +49,10 @@ def measure(servers: Servers, requests: int, batches: int, trips: int) -> dict[s
     ):
         bare = Request("/jobs", _BARE)
         single = Request("/api/jobs", _SINGLE, key)
-        figures: dict[str, dict[str, Any]] = {"bare view": {}, "agentflow": _trips(servers, environment, port, key, trips)}
+        figures: dict[str, dict[str, Any]] = {
+            "bare view": {},
+            "agentflow": _trips(servers, environment, port, key, trips),
+        }
         for each, to in ((bare, bare_port), (single, port)):
             load(to, each, requests // 10 + 1, CONNECTIONS)  # connections, caches
         for connections in (1, CONNECTIONS):
@@ -125,7 +128,12 @@ class Request:
 
     def __init__(self, path: str, body: Any, key: str | None = None, prefer: str | None = None) -> None:
         text = json.dumps(body).encode()
-        head = [f"POST {path} HTTP/1.1", "Host: bench", "Content-Type: application/json", f"Content-Length: {len(text)}"]
+        head = [
+            f"POST {path} HTTP/1.1",
+            "Host: bench",
+            "Content-Type: application/json",
+            f"Content-Length: {len(text)}",
+        ]
         head += [f"Authorization: Bearer {key}"] if key else []
         head += [f"Prefer: {prefer}"] if prefer else []
         self.raw = "\r\n".join([*head, "", ""]).encode() + text

@@ -192,7 +192,8 @@ def _markdown(figures: dict[str, Any], cells: Cells) -> str:
     if len(drained := cells.get("drain", {})) > 1:
         parts += ["## The drain, as a ratio to bare Dramatiq in the same round", _ratios_table(drained)]
     settings = [
-        [peer.title, f"{peer.stores}", "; ".join(f"{what} [↗]({page})" for what, page in peer.settings)] for peer in PEERS
+        [peer.title, f"{peer.stores}", "; ".join(f"{what} [↗]({page})" for what, page in peer.settings)]
+        for peer in PEERS
     ]
     parts += ["## Settings", _table(["", "keeps jobs in", "settings, with the vendor's page"], settings)]
     return "\n\n".join(parts) + "\n"
@@ -232,5 +233,3 @@ def _short(text: str) -> str:
 
 def _title(name: str) -> str:
     return next((peer.title for peer in PEERS if peer.name == name), name)
-
-

@@ -61,7 +61,7 @@ class Servers:
     def clean(self) -> None:
         """As if nothing had run before."""
         with self.connect() as conn:
-            conn.execute(f"truncate {_OURS} cascade")  # noqa: S608 - a constant
+            conn.execute(f"truncate {_OURS} cascade")
             conn.execute("drop database if exists procrastinate with (force)")
             conn.execute("create database procrastinate")
             conn.execute("checkpoint")
@@ -97,7 +97,7 @@ class Servers:
             row = conn.execute("show server_version").fetchone()
             valkey = client.info("server").get("valkey_version", "")
         with pika.BlockingConnection(pika.URLParameters(self.rabbitmq.url)) as connection:
-            rabbitmq = connection._impl.server_properties["version"].decode()
+            rabbitmq = str(connection._impl.server_properties["version"])
         return {"postgres": str(row[0]) if row else "", "valkey": str(valkey), "rabbitmq": rabbitmq}
 
     def close(self) -> None:

@@ -285,7 +285,9 @@ def idle(servers: Servers, peer: Peer, size: Size, seconds: float) -> dict[str, 
             "pss_mb": made.workers.pss_mb(),
             "idle_cpu_percent": 100 * used / took,
             "idle_cpu_percent_per_process": 100 * used / took / processes,
-            **{f"{name}_cpu_percent": 100 * (servers_used[name] - servers_before[name]) / took for name in servers_used},
+            **{
+                f"{name}_cpu_percent": 100 * (servers_used[name] - servers_before[name]) / took for name in servers_used
+            },
         }
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 FOLDER = Path(__file__).resolve().parent
 OURS = Path(sys.executable).parent
 THEIRS = FOLDER / ".venv/bin"
-#: As Redis and Valkey are asked to keep what they hold: results may be lost, queues are written each second, or with each command.
+#: How Redis keeps what it holds on disk: not (for results), or written each second, or with each command.
 Durability = Literal["no", "everysec", "always"]
 #: Of a setting: its name and value, and where its vendor describes it.
 Setting = tuple[str, str]

@@ -37,18 +37,31 @@ def install_node() -> str | None:
     locked = _BULLMQ / "package-lock.json"
     if not _is_done(_BULLMQ / "node_modules/.installed", locked):
         print("installing BullMQ …", flush=True)
-        _run(["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(_BULLMQ)])
+        _run(["npm", "install", "--no-save", "--no-audit", "--no-fund", "--ignore-scripts"], _BULLMQ)
         _done(_BULLMQ / "node_modules/.installed", locked)
     return None
 
 
 def versions() -> dict[str, str]:
     """Of what is compared, and of what runs it."""
-    names = ("celery", "rq", "procrastinate", "taskiq", "taskiq-aio-pika", "huey", "dramatiq", "pika", "psycopg", "redis")
+    names = (
+        "celery",
+        "rq",
+        "procrastinate",
+        "taskiq",
+        "taskiq-aio-pika",
+        "huey",
+        "dramatiq",
+        "pika",
+        "psycopg",
+        "redis",
+    )
     asking = f"from importlib.metadata import version\nprint(*(version(n) for n in {names!r}))"
     told = subprocess.run([str(THEIRS / "python"), "-c", asking], check=True, capture_output=True, text=True).stdout
     found = dict(zip(names, told.split(), strict=True))
-    found |= {f"agentflow's {name}": version(name) for name in ("dramatiq", "pika", "psycopg", "redis", "flask", "gunicorn")}
+    found |= {
+        f"agentflow's {name}": version(name) for name in ("dramatiq", "pika", "psycopg", "redis", "flask", "gunicorn")
+    }
     if shutil.which("node"):
         found["node"] = subprocess.run(["node", "--version"], check=True, capture_output=True, text=True).stdout.strip()
         package = _BULLMQ / "node_modules/bullmq/package.json"
@@ -71,7 +84,7 @@ def _digest(locked: Path) -> str:
     return hashlib.sha256(locked.read_bytes() + sys.version.encode()).hexdigest()
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], folder: Path = FOLDER) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command[:3])} failed: {' '.join((done.stdout + done.stderr).split())[-800:]}")
