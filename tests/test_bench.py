@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 from xml.etree import ElementTree
 
 import psycopg
@@ -27,8 +28,8 @@ from ops.bench.comparison.crew import TrialFailed
 from ops.bench.comparison.figures import ratios, shown
 from ops.bench.peers import catalogue, producer
 from ops.bench.peers.marks import Marks
-from tests import core_support
-from tests.http_server import Answer, HttpServer
+from tests import core_support, http_server
+from tests.http_server import Reply
 from tests.processes import ROOT
 
 KILLED_IN_ITS_SECOND_JOB = """
@@ -136,17 +137,16 @@ def test_a_report_pairs_rounds_names_failures_and_judges_targets(tmp_path: Path)
 
 
 def test_a_load_counts_answers_and_fails_with_what_was_refused() -> None:
-    statuses = iter([202] * 20 + [422] * 100)
-
-    def answer(_request: Any) -> Answer:
-        return Answer(next(statuses), b'{"ok": true}')
-
-    with HttpServer(answer) as server:
-        request = intake.Request("/jobs", {"type": "ping"}, key="k")
+    request = intake.Request("/jobs", {"type": "ping"}, key="k")
+    with http_server.serve() as server:
+        server.on("/jobs", Reply(202, b"{}"))
         told = intake.load(server.port, request, 20, connections=2)
-        with pytest.raises(TrialFailed, match="422"):
-            intake.load(server.port, request, 4, connections=2)
+        server.on("/jobs", Reply(202, b"{}"), Reply(422, b"a wrong type"))
+        with pytest.raises(TrialFailed, match="422.*a wrong type"):
+            intake.load(server.port, request, 4, connections=1)
 
+    assert {(each.headers["authorization"], each.body) for each in server.requests} == {("Bearer k", b'{"type": "ping"}')}
+    assert len(server.requests) == 22 and server.connections == 3
     assert told["per_s"] > 0 and 0 < told["p50_ms"] <= told["p99_ms"]
 
 
@@ -170,7 +170,7 @@ def test_generated_rows_are_those_of_a_large_installation(full: str) -> None:
         history = _column(conn, "select sum(succeeded) from agentflow.job_history where seconds = 3600")
         events = _column(conn, "select count(*) from agentflow.webhook_events")
         conn.execute("begin")
-        leases.announce_worker(conn, core_support.uuid4(), _worker(), lease_s=30.0)
+        leases.announce_worker(conn, uuid4(), _worker(), lease_s=30.0)
         rings, _ = dispatch.pick_due(conn, "default")
         conn.execute("rollback")
 

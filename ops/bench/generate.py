@@ -4,7 +4,7 @@
                                                         [--organizations 200] [--days 30]
 
 For a database of its own, whose schema it brings up to date; what is there is kept, and the rows come on top. Organizations are
-of very different sizes (half of the rows belong to the largest tenth). Of the ended jobs 3 % failed, after attempts with errors
+of very different sizes (nearly half of the rows belong to the largest tenth). Of the ended jobs 3 % failed, after attempts with errors
 of a few kinds, and 1 % were cancelled; of the waiting ones half are due, a third wait for their time, the others are parked. The
 dashboard's history is rolled up, and the tables are vacuumed and analyzed. Prints seconds for a million rows of each kind.
 """

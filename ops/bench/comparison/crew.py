@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,7 +56,11 @@ class Crew:
         return cpu_s(self.processes)
 
     def pss_mb(self) -> float:
-        return sum(process.memory_full_info().pss for process in self.processes) / 1e6
+        total = 0
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):
+                total += process.memory_full_info().pss
+        return total / 1e6
 
     def check(self) -> None:
         """Raises TrialFailed where one of them has ended."""

@@ -250,7 +250,7 @@ def waits(servers: Servers, peer: Peer, size: Size) -> dict[str, Any]:
         handed_in = time.monotonic()
         made.let_producer_go()
         made.wait(lambda: made.marks.begun() >= 0.9 * (size.jobs + _WARM) or made.marks.done() > _WARM)
-        full_mb, threads = made.workers.pss_mb(), sum(process.num_threads() for process in made.workers.processes)
+        full_mb, threads = made.workers.pss_mb(), sum(each.num_threads() for each in made.workers.processes)
         connections = servers.connections()
         made.wait(lambda: made.marks.done() == size.jobs + _WARM)
         every = made.marks.every()[: size.jobs]
