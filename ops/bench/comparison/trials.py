@@ -85,9 +85,11 @@ class Trial:
         commands = self.peer.worker(self.size.processes, self.slots)
         self.workers.start([filled(command, self._environment) for command in commands], PORT=str(free_port()))
 
-    def warm_up(self) -> None:
-        """Until the workers have run a few jobs."""
-        self.producer.ask("submit", first=self.size.jobs, count=_WARM, ms=0)
+    def start_warm(self) -> None:
+        """Workers that have run a few jobs."""
+        producer = self.producer  # before them: some make their tables by it
+        self.start_workers()
+        producer.ask("submit", first=self.size.jobs, count=_WARM, ms=0)
         self.wait(lambda: self.marks.done() >= _WARM)
 
     def wait(self, check: Callable[[], bool], within_s: float | None = None) -> None:
@@ -225,8 +227,7 @@ def _wait_or_stall(made: Trial) -> None:
 def one_at_a_time(servers: Servers, peer: Peer, size: Size) -> dict[str, Any]:
     """Each job when the one before has ended, on idle workers. Milliseconds from before the call."""
     with trial(servers, peer, size) as made:
-        made.start_workers()
-        made.warm_up()
+        made.start_warm()
         told = made.producer.ask("one_at_a_time", first=0, count=size.jobs)
     figures = {}
     for name, values in told.items():
@@ -241,8 +242,7 @@ def waits(servers: Servers, peer: Peer, size: Size) -> dict[str, Any]:
     if peer.slots_most < size.slots:
         return {"skipped": "it has a process for each job"}
     with trial(servers, peer, size) as made:
-        made.start_workers()
-        made.warm_up()
+        made.start_warm()
         empty_mb = made.workers.pss_mb()
         for first in range(0, size.jobs, 1000):
             do = "submit_many" if made.producer.has_batches else "submit"
@@ -271,8 +271,7 @@ def waits(servers: Servers, peer: Peer, size: Size) -> dict[str, Any]:
 def idle(servers: Servers, peer: Peer, size: Size, seconds: float) -> dict[str, Any]:
     """Memory of the whole tree of processes, and processor time while there is nothing to do."""
     with trial(servers, peer, size) as made:
-        made.start_workers()
-        made.warm_up()
+        made.start_warm()
         made.let_producer_go()
         time.sleep(min(5.0, seconds))
         before, servers_before, began = made.workers.cpu_s(), servers.cpu_s(), time.monotonic()

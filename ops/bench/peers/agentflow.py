@@ -59,5 +59,10 @@ def result(handed_in: Job) -> None:
     assert ended is not None and ended.state == "succeeded", ended
 
 
+def close() -> None:
+    """What was handed in last is rung before the process ends; else the relay would ring when it is due again."""
+    _system().close()
+
+
 def _new(number: int, ms: int) -> NewJob:
     return NewJob("bench", {"number": number, "ms": ms, "text": TEXT})

@@ -1,7 +1,7 @@
 """Hands jobs to one system, as it is told by lines of JSON: `python -m ops.bench.peers.producer dramatiq`.
 
-A system's module has `submit(number, ms)`, which returns a handle, and may have `submit_many(numbers, ms)` and `result(handle)`,
-which waits for the job's result by the system's own means.
+A system's module has `submit(number, ms)`, which returns a handle, and may have `submit_many(numbers, ms)`, `result(handle)`, which
+waits for the job's result by the system's own means, and `close()`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         print(json.dumps(DO[asked.pop("do")](module, **asked)), file=answers)
+    if hasattr(module, "close"):
+        module.close()
 
 
 def submit(module: Any, first: int, count: int, ms: int) -> dict[str, float]:
