@@ -75,7 +75,7 @@ _lost_leases = Counter("agentflow_lost_leases", "Attempts whose lease another pr
 _memory_kills = Counter(
     "agentflow_memory_kills",
     "Processes that the kernel killed for want of memory: child (of a job), worker",
-    ("process",),
+    ("kind",),  # not `process`: which one of those at the port it is, is said with every sample
     registry=REGISTRY,
 )
 
@@ -198,8 +198,8 @@ for _counter, _words in (
 
 def known_types(types: Iterable[JobType]) -> None:
     """The same for these types."""
-    for process in ("child", "worker"):
-        _memory_kills.labels(process)
+    for kind in ("child", "worker"):
+        _memory_kills.labels(kind)
     for each in types:
         _time_limits.labels(each.name)
         for metric in (_jobs, _completed, _failed, _processing, _duration):
@@ -301,8 +301,8 @@ def lease_lost(jobs: int = 1) -> None:
     _lost_leases.inc(jobs)
 
 
-def killed_for_memory(process: str) -> None:
-    _memory_kills.labels(process).inc()
+def killed_for_memory(kind: str) -> None:
+    _memory_kills.labels(kind).inc()
 
 
 def http_answered(method: str, route: str, status: int, seconds: float) -> None:

@@ -17,7 +17,7 @@ from agentflow import embedded, organizations, settings, signing
 from agentflow.system import System
 from tests import core_support as core
 from tests import webhook_support as webhooks
-from tests.conftest import TEMPLATE, with_database
+from tests.conftest import TEMPLATE, new_database
 from tests.knowledge_support import add_document, key_of
 
 KEY = "0123456789abcdef0123456789abcdef"
@@ -34,30 +34,26 @@ FILES = {
 @pytest.fixture
 def target(stack: embedded.Embedded, environment: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a system whose database has a schema and no rows, and whose storage has no files."""
-    yield from _target(stack, environment, tmp_path, sql.SQL("template {}").format(sql.Identifier(TEMPLATE)))
+    yield from _target(stack, environment, tmp_path, TEMPLATE)
 
 
 @pytest.fixture
 def bare_target(stack: embedded.Embedded, environment: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
     """The same, and the database has not even a schema."""
-    yield from _target(stack, environment, tmp_path, sql.SQL(""))
+    yield from _target(stack, environment, tmp_path, "template1")
 
 
 def _target(
-    stack: embedded.Embedded, environment: dict[str, str], tmp_path: Path, made_of: sql.Composable
+    stack: embedded.Embedded, environment: dict[str, str], tmp_path: Path, template: str
 ) -> Iterator[dict[str, str]]:
-    name = f"empty_{uuid4().hex[:12]}"
-    with psycopg.connect(stack.database_url, autocommit=True) as conn:
-        conn.execute(sql.SQL("create database {} {}").format(sql.Identifier(name), made_of))
-    yield {
-        **environment,
-        "AGENTFLOW_HOME": str(tmp_path / "new-home"),
-        "DATABASE_URL": with_database(stack.database_url, name),
-        "STORAGE_URL": (tmp_path / "new-storage").as_uri(),
-        "JOB_QUEUE_NAME": f"{environment['JOB_QUEUE_NAME']}-new",
-    }
-    with psycopg.connect(stack.database_url, autocommit=True) as conn:
-        conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+    with new_database(stack, f"empty_{uuid4().hex[:12]}", template) as url:
+        yield {
+            **environment,
+            "AGENTFLOW_HOME": str(tmp_path / "new-home"),
+            "DATABASE_URL": url,
+            "STORAGE_URL": (tmp_path / "new-storage").as_uri(),
+            "JOB_QUEUE_NAME": f"{environment['JOB_QUEUE_NAME']}-new",
+        }
 
 
 def fill(system: System, conn: psycopg.Connection, client: FlaskClient) -> dict[str, str]:

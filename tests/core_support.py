@@ -26,7 +26,7 @@ from agentflow import embedded
 from agentflow.jobs import claims, intake, records, settlement
 from agentflow.jobs.intake import NewJob, Prepared
 from agentflow.jobs.model import Job, Outcome, Settled, State, Verdict
-from tests.conftest import TEMPLATE, with_database
+from tests.conftest import new_database
 
 T = TypeVar("T")
 ORGANIZATION = 1
@@ -40,12 +40,8 @@ MAX_CRASHES = 3
 @contextmanager
 def database(stack: embedded.Embedded) -> Iterator[str]:
     """A database for many tests, which `Original` puts back in order between them: making one takes longer than a test."""
-    name = f"shared_{uuid4().hex[:12]}"
-    with psycopg.connect(stack.database_url, autocommit=True) as conn:
-        conn.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(TEMPLATE)))
-    yield with_database(stack.database_url, name)
-    with psycopg.connect(stack.database_url, autocommit=True) as conn:
-        conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+    with new_database(stack, f"shared_{uuid4().hex[:12]}") as url:
+        yield url
 
 
 class Original:

@@ -26,6 +26,10 @@ class MemoryGroup:
         """A command that runs there, with all that it starts."""
         return ["/bin/sh", "-c", _ENTER, str(self.folder), *arguments]
 
+    def limit(self, size_bytes: int) -> None:
+        """From now on, whatever it was made with. Raises OSError where more is in use than the kernel can take back."""
+        (self.folder / ("memory.max" if self.version == 2 else "memory.limit_in_bytes")).write_text(str(size_bytes))
+
     @property
     def kills(self) -> int:
         name = "memory.events" if self.version == 2 else "memory.oom_control"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -260,15 +262,24 @@ def test_subjects_are_judged_each_by_itself() -> None:
     ]
 
 
-def test_an_outage_of_postgres_is_told_by_the_one_that_watched(
-    environment: dict[str, str], receiver: Server, tmp_path: Path
-) -> None:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
-    server = Postgres(tmp_path / "postgres")
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    """A server that a test may stop."""
+    folder = Path(
+        tempfile.mkdtemp(prefix="agentflow-postgres-")
+    )  # not below pytest's folder, which its account cannot enter
+    folder.chmod(0o755)
+    server = Postgres(folder / "postgres")
     server.start()
-    environment |= {"DATABASE_URL": server.make_database(), "ALERT_WEBHOOK_URL": receiver.url("/alerts")}
+    yield server
+    server.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_an_outage_of_postgres_is_told_by_the_one_that_watched(
+    environment: dict[str, str], receiver: Server, postgres: Postgres
+) -> None:
+    environment |= {"DATABASE_URL": postgres.make_database(), "ALERT_WEBHOOK_URL": receiver.url("/alerts")}
     environment["ALERT_WEBHOOK_SECRET"] = SECRET
     systems = [System.start(settings.load(environment), "scheduler") for _ in range(2)]
     try:
@@ -276,17 +287,16 @@ def test_an_outage_of_postgres_is_told_by_the_one_that_watched(
         for watch in (first, second):
             watch._for_s["PostgresUnreachable"] = 0.0
         assert first.look() and not second.look()
-        server.stop()
+        postgres.stop()
         for watch in (first, second, first):
             assert not watch.look()
         assert told(receiver) == [("PostgresUnreachable", "firing", {})]
-        server.start()
+        postgres.start()
         eventually(first.look, within_s=60)
         assert told(receiver)[1:] == [("PostgresUnreachable", "resolved", {})]
     finally:
         for system in systems:
             system.close()
-        server.close()
 
 
 def test_a_message_for_people_names_what_when_and_where_to_read_on(watched: System, conn: psycopg.Connection) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ import pytest
 from agentflow import settings
 from agentflow.alerts import prometheus, table
 from agentflow.system import System
-from tests.memory_cgroup import MemoryCgroup, memory_cgroup
+from tests.memory_group import MemoryGroup, memory_group
 from tests.processes import BIN, ROOT, Process, eventually, free_port, started
 from tests.prometheus import Monitoring, monitoring
 from tests.servers import Redis
@@ -43,23 +42,18 @@ class Fleet:
     environment: dict[str, str]
     folder: Path
     ports: dict[str, int]
-    cgroup: MemoryCgroup
+    cgroup: MemoryGroup
     stack: ExitStack
 
     def start_worker(self, queue: str, threads: int) -> Process:
         command = [str(BIN / "dramatiq"), "tests.job_types", "--processes", "1", "--path", str(ROOT)]
         command += ["--threads", str(threads), "--queues", queue]
-        # Into the cgroup before it is a worker: memory is counted where it is first touched.
-        shell = ["sh", "-c", 'read _ <"$0" && exec "$@"', str(self.folder / f"go-{queue}"), *command]
+        if queue == "default":
+            command = self.cgroup.inside(command)
         log = self.folder / f"worker-{queue}.log"
-        (self.folder / f"go-{queue}").unlink(missing_ok=True)
-        subprocess.run(["mkfifo", str(self.folder / f"go-{queue}")], check=True)
         environment = {**self.environment, "PORT": str(self.ports[queue])}
         before = log.read_text().count("worker ready") if log.exists() else 0
-        process = self.stack.enter_context(started(shell, environment, log))
-        if queue == "default":
-            self.cgroup.take(process.pid)
-        (self.folder / f"go-{queue}").write_text("go\n")
+        process = self.stack.enter_context(started(command, environment, log))
         eventually(lambda: process.text().count("worker ready") > before, within_s=90)
         return process
 
@@ -85,8 +79,7 @@ def redis_of_its_own(tmp_path: Path) -> Iterator[Redis]:
 @contextmanager
 def fleet(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[Fleet, dict[str, Process]]]:
     ports = {name: free_port() for name in ("default", "gpu", "web", "scheduler")}
-    with memory_cgroup() as cgroup, ExitStack() as stack:
-        cgroup.limit(8 << 30)
+    with memory_group(8192) as cgroup, ExitStack() as stack:
         made = Fleet(environment, tmp_path, ports, cgroup, stack)
         web = [str(BIN / "gunicorn"), "-c", "web/gunicorn_config.py", "web.wsgi:app"]
         for name, command in (("web", web), ("scheduler", [sys.executable, "-m", "scheduler"])):

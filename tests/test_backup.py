@@ -440,7 +440,15 @@ def test_what_is_damaged_is_found_and_nothing_comes_of_it(
     assert is_empty(target)
 
 
-@pytest.mark.parametrize("stored", [gzip.compress(b"another table"), gzip.compress(b"the table")[:-9], b""])
+@pytest.mark.parametrize(
+    "stored",
+    [gzip.compress(b"another table"), gzip.compress(b"the table")[:-9], b""],
+    ids=[
+        "another",
+        "cut off",
+        "empty",
+    ],  # else its bytes, with the time in them: other names in each process of pytest's
+)
 def test_a_part_is_what_was_written_or_refused(stored: bytes) -> None:
     """Exchanged for another that is whole; cut off, also where the checksum is that of the rest; empty."""
     whole = gzip.compress(b"the table")

@@ -1,6 +1,7 @@
 """Five ways in which Dramatiq 2.2.1 on RabbitMQ loses or doubles work, each shown on bare Dramatiq, and AgentFlow under the same.
 
-The bare half is a test, too: where a new version of Dramatiq no longer fails, what we do about it may go.
+The bare half is a test, too (most of it in `ops/test --all`): where a new version of Dramatiq no longer fails, what we do
+about it may go.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def bare(rabbitmq: Node, tmp_path: Path) -> Bare:
 # ---- 1. An acknowledgement that comes after a reconnection deletes another job ----
 
 
+@pytest.mark.long
 def test_1_bare_a_late_acknowledgement_deletes_another_job(bare: Bare) -> None:
     with bare.worker(threads=3, dramatiq_restart_delay="200") as process:
         bare.send("quick", "A")
@@ -160,6 +162,7 @@ def publishing_refused(node: Node, pattern: str) -> Iterator[None]:
         node.ctl("clear_policy", name)
 
 
+@pytest.mark.long
 def test_2_bare_a_job_whose_retry_cannot_be_published_is_gone(bare: Bare) -> None:
     with bare.worker(threads=2):
         with publishing_refused(bare.node, rf"^{bare.queue}\.DQ$"):
@@ -194,6 +197,7 @@ def test_2_a_retry_is_a_row_and_is_published_when_the_broker_takes_it(
 # ---- 3. A time limit that fires while the end is recorded ----
 
 
+@pytest.mark.long
 def test_3_bare_a_time_limit_during_the_hooks_loses_the_job_and_its_thread(bare: Bare) -> None:
     with bare.worker(threads=1, BARE_SLOW_RECORD="yes"):
         bare.send("fails_within_its_limit", "L")

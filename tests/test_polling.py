@@ -19,7 +19,7 @@ from flask.testing import FlaskClient
 from agentflow import settings
 from agentflow.broker import PollingBroker
 from agentflow.jobs import dispatch
-from agentflow.jobs.model import QUEUES, Job
+from agentflow.jobs.model import USUAL_QUEUES, Job
 from agentflow.system import System
 from tests import core_support, job_types  # noqa: F401 - registers the tests' job types
 from tests.core_support import ORGANIZATION, column
@@ -296,9 +296,11 @@ def test_every_queue_gets_its_share_of_the_room(
 ) -> None:
     """The queues are looked at in turns: one that is always full does not starve the others."""
     pings(system, 150, sleep_ms=40)
-    conn.execute("update agentflow.jobs set queue = %s", (QUEUES[0],))
+    conn.execute("update agentflow.jobs set queue = %s", (USUAL_QUEUES[0],))
     rest = pings(system, 10)
-    conn.execute("update agentflow.jobs set queue = %s where id = any (%s)", (QUEUES[-1], [job.id for job in rest]))
+    conn.execute(
+        "update agentflow.jobs set queue = %s where id = any (%s)", (USUAL_QUEUES[-1], [job.id for job in rest])
+    )
     with worker({**environment, "JOB_CONCURRENCY": "2"}, tmp_path / "worker.log"):
         eventually(lambda: {read(system, job.id).state for job in rest} == {"succeeded"})
 

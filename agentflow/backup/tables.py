@@ -72,7 +72,8 @@ def every(conn: Connection) -> list[Table]:
     ).fetchall()
     order: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(sorted(found), ()))
     for name, referred in references:
-        order.add(name, referred)
+        if name in found and referred in found:
+            order.add(name, referred)
     return [found[name] for name in order.static_order()]
 
 
@@ -171,7 +172,8 @@ def filling(conn: Connection, names: Sequence[str]) -> Iterator[None]:
         check_empty(conn)
         for name in names:
             conn.execute(sql.SQL("alter table {} disable trigger user").format(_identifier(name)))
-        conn.execute(sql.SQL("truncate {}").format(tables))
+        # `cascade`: with the organizations go those who are signed in for them, who are none of a backup's.
+        conn.execute(sql.SQL("truncate {} cascade").format(tables))
         yield
         for name in names:
             conn.execute(sql.SQL("alter table {} enable trigger user").format(_identifier(name)))
