@@ -80,7 +80,7 @@ def test_a_producer_hands_in_every_number_once(monkeypatch: pytest.MonkeyPatch, 
     single = producer.one_at_a_time(system, 0, 3)
 
     assert [len(batch) for batch in batches] == [1000, 1000, 500]
-    assert sum(batches, []) == list(range(100, 2_600))
+    assert [number for batch in batches for number in batch] == list(range(100, 2_600))
     assert many["seconds"] > 0
     assert marks.done() == 3 and all(len(values) == 3 for values in single.values())
 
@@ -128,7 +128,11 @@ def test_a_report_pairs_rounds_names_failures_and_judges_targets(tmp_path: Path)
     said = (tmp_path / "compare.md").read_text()
     verdicts = {each["what"]: each["met"] for each in json.loads((tmp_path / "compare.json").read_text())["targets"]}
     assert ratios(cells["drain"]["agentflow"], cells["drain"]["dramatiq"], "jobs_per_s") == [0.5, 0.9]
-    assert verdicts == {"drain, of bare Dramatiq's": True, "`submit_many`, jobs/s": True, "lost by kill -9 in a drain": True}
+    assert verdicts == {
+        "drain, of bare Dramatiq's": True,
+        "`submit_many`, jobs/s": True,
+        "lost by kill -9 in a drain": True,
+    }
     assert shown([0.5, 0.9]) == "0.70 (0.50–0.90, 2)" and shown([0.5, 0.9]) in said
     assert "a worker has ended: no module" in said
     assert report.lost(figures), "a job that is not recorded counts as lost"
@@ -142,10 +146,12 @@ def test_a_load_counts_answers_and_fails_with_what_was_refused() -> None:
         server.on("/jobs", Reply(202, b"{}"))
         told = intake.load(server.port, request, 20, connections=2)
         server.on("/jobs", Reply(202, b"{}"), Reply(422, b"a wrong type"))
-        with pytest.raises(TrialFailed, match="422.*a wrong type"):
+        with pytest.raises(TrialFailed, match=r"422.*a wrong type"):
             intake.load(server.port, request, 4, connections=1)
 
-    assert {(each.headers["authorization"], each.body) for each in server.requests} == {("Bearer k", b'{"type": "ping"}')}
+    assert {(each.headers["authorization"], each.body) for each in server.requests} == {
+        ("Bearer k", b'{"type": "ping"}')
+    }
     assert len(server.requests) == 22 and server.connections == 3
     assert told["per_s"] > 0 and 0 < told["p50_ms"] <= told["p99_ms"]
 
@@ -193,7 +199,9 @@ def test_both_sides_of_the_scale_are_measured_alike(full: str, stack: embedded.E
     found = scale.ratios(costs)
 
     assert costs["empty"].keys() == costs["full"].keys()
-    assert all(cost[0]["buffers"] > 0 for name, cost in costs["full"].items() if name.startswith(("job", "list", "status")))
+    assert all(
+        cost[0]["buffers"] > 0 for name, cost in costs["full"].items() if name.startswith(("job", "list", "status"))
+    )
     assert found["buffers"] > 0
     page = scale.page({"machine": "m", "amounts": vars(AMOUNTS), "costs": costs, "ratios": found})
     assert len(re.findall(r"^\| job: ", page, re.MULTILINE)) == 5

@@ -55,7 +55,9 @@ def main() -> None:
         print(json.dumps(generate(conn, Amounts(**options), say=print), indent=1))
 
 
-def generate(conn: Connection, amounts: Amounts, *, say: Callable[[str], object] = lambda _said: None) -> dict[str, float]:
+def generate(
+    conn: Connection, amounts: Amounts, *, say: Callable[[str], object] = lambda _said: None
+) -> dict[str, float]:
     """Returns seconds for a million rows of each kind, and for what is done afterwards. The connection is in autocommit."""
     conn.execute(_ORGANIZATIONS, {"first": FIRST_ORGANIZATION, "count": amounts.organizations})
     conn.execute(_ENDPOINTS, {"first": FIRST_ORGANIZATION, "count": amounts.organizations})

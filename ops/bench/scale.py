@@ -37,7 +37,17 @@ sys.path.insert(0, str(ROOT))
 
 import actors  # noqa: E402, F401 - registers the job types
 from agentflow import embedded, schema, settings  # noqa: E402
-from agentflow.jobs import backlog, claims, dispatch, intake, leases, records, retention, settlement, statistics as counts  # noqa: E402
+from agentflow.jobs import (
+    backlog,
+    claims,
+    dispatch,
+    intake,
+    leases,
+    records,
+    retention,
+    settlement,
+    statistics as counts,
+)  # noqa: E402
 from agentflow.jobs.intake import NewJob  # noqa: E402
 from agentflow.jobs.model import Verdict  # noqa: E402
 from agentflow.jobs.records import Filter  # noqa: E402
@@ -154,7 +164,9 @@ def side(name: str, url: str, redis_url: str, home: Path) -> Side:
     system = System.start(read, "web")
     client = create_app(system).test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {system.admin_key()}"
-    signed = client.post("/dashboard/sign-in", data={"key": system.admin_key()}, headers={"Sec-Fetch-Site": "same-origin"})
+    signed = client.post(
+        "/dashboard/sign-in", data={"key": system.admin_key()}, headers={"Sec-Fetch-Site": "same-origin"}
+    )
     assert signed.status_code in (302, 303), signed.status
     return Side(name, system, client, psycopg.connect(url, autocommit=True))
 
@@ -262,7 +274,11 @@ def note(each: Side, name: str, jobs: int, doing: Callable[[], object]) -> None:
     before, cpu, began = buffers(each.conn), sum(each.backend.cpu_times()[:2]), time.monotonic()
     doing()
     took, cpu_after = time.monotonic() - began, sum(each.backend.cpu_times()[:2])
-    cost = {"ms": 1000 * took / jobs, "cpu_ms": 1000 * (cpu_after - cpu) / jobs, "buffers": (buffers(each.conn) - before) / jobs}
+    cost = {
+        "ms": 1000 * took / jobs,
+        "cpu_ms": 1000 * (cpu_after - cpu) / jobs,
+        "buffers": (buffers(each.conn) - before) / jobs,
+    }
     each.costs.setdefault(name, []).append(cost)
 
 

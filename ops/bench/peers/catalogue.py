@@ -196,7 +196,7 @@ PEERS: tuple[Peer, ...] = (
         stores="Postgres, the same server as AgentFlow's",
         settings=[
             (
-                "`--concurrency` as slots; jobs in threads",
+                "`--concurrency` as slots; jobs are coroutines",
                 "https://procrastinate.readthedocs.io/en/stable/howto/basics/command_line.html",
             ),
             (

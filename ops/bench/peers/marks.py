@@ -5,10 +5,12 @@ A mark outlives its process, however that ends. Times are seconds of the machine
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 import struct
 import time
+from functools import cache
 from pathlib import Path
 
 #: Of one job: its last beginning, its last end, and how often it came to its end.
@@ -47,15 +49,24 @@ class Marks:
         return sum(1 for began, _, _ in RECORD.iter_unpack(self._map[:]) if began)
 
 
-_marks: Marks | None = None
+@cache
+def _of_the_trial() -> Marks:
+    return Marks(Path(os.environ["BENCH_MARKS"]))
 
 
 def work(number: int, ms: int) -> None:
     """What every system's job does: mark its beginning, wait, mark its end."""
-    global _marks
-    if _marks is None:
-        _marks = Marks(Path(os.environ["BENCH_MARKS"]))
-    _marks.begin(number)
+    marks = _of_the_trial()
+    marks.begin(number)
     if ms:
         time.sleep(ms / 1000)
-    _marks.end(number)
+    marks.end(number)
+
+
+async def work_as_coroutine(number: int, ms: int) -> None:
+    """The same, for systems whose slots are no threads."""
+    marks = _of_the_trial()
+    marks.begin(number)
+    if ms:
+        await asyncio.sleep(ms / 1000)
+    marks.end(number)

@@ -8,7 +8,7 @@ from typing import Any
 
 from procrastinate import App, PsycopgConnector, SyncPsycopgConnector
 
-from ops.bench.peers.marks import work
+from ops.bench.peers.marks import work_as_coroutine
 from ops.bench.peers.payload import POSTGRES, QUEUE, TEXT
 
 _SLOTS = int(os.environ.get("BENCH_SLOTS", "8"))
@@ -21,8 +21,8 @@ app = App(
 
 
 @app.task(queue=QUEUE, name="bench")
-def bench(number: int, ms: int, text: str) -> None:
-    work(number, ms)
+async def bench(number: int, ms: int, text: str) -> None:
+    await work_as_coroutine(number, ms)
 
 
 if _IS_PRODUCER:
