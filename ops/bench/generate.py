@@ -4,9 +4,9 @@
                                                         [--organizations 200] [--days 30]
 
 For a database of its own, whose schema it brings up to date; what is there is kept, and the rows come on top. Organizations are
-of very different sizes (nearly half of the rows belong to the largest tenth). Of the ended jobs 3 % failed, after attempts with errors
-of a few kinds, and 1 % were cancelled; of the waiting ones half are due, a third wait for their time, the others are parked. The
-dashboard's history is rolled up, and the tables are vacuumed and analyzed. Prints seconds for a million rows of each kind.
+of very different sizes (nearly half of the rows belong to the largest tenth). Of the ended jobs 3 % failed, after attempts with
+errors of a few kinds, and 1 % were cancelled; of the waiting ones half are due, a third wait for their time, the others are
+parked. The dashboard's history is rolled up, the tables are vacuumed and analyzed. Prints seconds for a million of each kind.
 """
 
 from __future__ import annotations
@@ -104,8 +104,10 @@ on conflict do nothing
 
 # The cube of an even share: half of the rows go to the first eighth of the organizations. Ids as they are made at `at`.
 _NUMBERED = """
-    select n, p.at, %(first)s + least(%(organizations)s - 1, floor(%(organizations)s * power(h.share, 3)))::bigint as organization,
-        (lpad(to_hex((extract(epoch from p.at) * 1000)::bigint), 12, '0') || '7' || substr(md5(n || '{salt}'), 1, 19))::uuid as id,
+    select n, p.at,
+        %(first)s + least(%(organizations)s - 1, floor(%(organizations)s * power(h.share, 3)))::bigint as organization,
+        (lpad(to_hex((extract(epoch from p.at) * 1000)::bigint), 12, '0') || '7'
+            || substr(md5(n || '{salt}'), 1, 19))::uuid as id,
         h.share, (n * 7919) %% 100 as percent
     from generate_series(%(start)s::bigint, %(start)s + %(size)s - 1) n
     cross join lateral (select ((n * 2654435761) %% 4294967296) / 4294967296.0::float8 as share) h
@@ -133,7 +135,7 @@ select r.id, r.organization, k.type, q.queue, case when r.percent < 10 then 0 wh
 from ({_NUMBERED.format(salt="f", age="120 + %(span_s)s * (1 - n / %(total)s::float8)")}) r {_KINDS}
 cross join lateral (select case when r.percent < 96 then 'succeeded' when r.percent < 99 then 'failed' else 'cancelled' end,
     case when r.percent < 96 then 1 when r.percent < 99 then 5 else 0 end) s(state, spent)
-"""
+"""  # noqa: S608 - constants
 
 _ATTEMPTS = """
 insert into agentflow.attempts (job_id, fence, attempt, worker, started_at, ended_at, outcome, error)
@@ -152,17 +154,18 @@ from ({_NUMBERED.format(salt="w", age="3600 * (1 - n / %(total)s::float8)")}) r 
 cross join lateral (select case when r.percent < 50 then r.at
     when r.percent < 83 then clock_timestamp() + interval '1 hour' + make_interval(secs => 600000 * r.share)
     else clock_timestamp() + interval '10 min' + make_interval(secs => 3600 * r.share) end) w(wake_at)
-"""
+"""  # noqa: S608 - constants
 
 _EVENTS = f"""
 insert into agentflow.webhook_events (id, organization_id, endpoint_id, received_at, verdict, delivery_id, delivery_key,
     body_hash, type, entity, headers, body, size_bytes, outcome, handled_at)
 select r.id, r.organization, md5('endpoint ' || r.organization - %(first)s)::uuid, r.at, 'verified', 'delivery-' || r.n,
     sha256(convert_to('key ' || r.n, 'UTF8')), sha256(convert_to('body ' || r.n, 'UTF8')), 'issues', 'issue-' || r.n %% 1000,
-    '{{"Content-Type": "application/json"}}', convert_to('{{"number": ' || r.n || ', "text": "' || repeat('z', 200) || '"}}', 'UTF8'),
+    '{{"Content-Type": "application/json"}}',
+    convert_to('{{"number": ' || r.n || ', "text": "' || repeat('z', 200) || '"}}', 'UTF8'),
     230, case when r.percent < 98 then 'done' else 'ignored' end, r.at + interval '100 ms'
 from ({_NUMBERED.format(salt="e", age="60 + %(span_s)s * (1 - n / %(total)s::float8)")}) r
-"""
+"""  # noqa: S608 - constants
 
 if __name__ == "__main__":
     main()

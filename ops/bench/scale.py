@@ -37,17 +37,8 @@ sys.path.insert(0, str(ROOT))
 
 import actors  # noqa: E402, F401 - registers the job types
 from agentflow import embedded, schema, settings  # noqa: E402
-from agentflow.jobs import (
-    backlog,
-    claims,
-    dispatch,
-    intake,
-    leases,
-    records,
-    retention,
-    settlement,
-    statistics as counts,
-)  # noqa: E402
+from agentflow.jobs import backlog, claims, dispatch, intake, leases, records, retention, settlement  # noqa: E402
+from agentflow.jobs import statistics as counts  # noqa: E402
 from agentflow.jobs.intake import NewJob  # noqa: E402
 from agentflow.jobs.model import Verdict  # noqa: E402
 from agentflow.jobs.records import Filter  # noqa: E402
@@ -309,8 +300,8 @@ def page(figures: dict[str, Any]) -> str:
         "# The same work on an empty and on a full database",
         "",
         f"{figures['machine']}. Full: {amounts['finished']:,} ended and {amounts['waiting']:,} waiting jobs,"
-        f" {amounts['events']:,} webhooks, of {amounts['organizations']} organizations. Medians, in brackets the least, the most and"
-        " how many; of `job` rows for one job. Made by `ops/bench/scale.py`.",
+        f" {amounts['events']:,} webhooks, of {amounts['organizations']} organizations. Medians, in brackets the least, the most"
+        " and how many; of `job` rows for one job. Made by `ops/bench/scale.py`.",
         "",
         f"A job's whole way costs {figures['ratios']['cpu_ms']:.2f} times the processor time of Postgres and"
         f" {figures['ratios']['buffers']:.2f} times the buffers ({ALLOWED:g} are allowed).",

@@ -1,7 +1,7 @@
 """Hands jobs to one system, as it is told by lines of JSON: `python -m ops.bench.peers.producer dramatiq`.
 
-A system's module has `submit(number, ms)`, which returns a handle, and may have `submit_many(numbers, ms)`, `result(handle)`, which
-waits for the job's result by the system's own means, and `close()`.
+A system's module has `submit(number, ms)`, which returns a handle, and may have `submit_many(numbers, ms)`, `close()`, and
+`result(handle)`, which waits for the job's result by the system's own means.
 """
 
 from __future__ import annotations
