@@ -253,6 +253,9 @@ def test_the_frame_behind_an_edge_is_three_clicks_away(
     expect(panel.locator("mark")).to_contain_text("возглавляет")
     panel.get_by_role("link", name="A visit to the plant", exact=True).click()
     expect(page.locator("#chunk-0")).to_contain_text("возглавляет")
+    page.go_back()
+    panel.get_by_role("link", name="Flight record").click()
+    expect(page.locator(".flight")).to_contain_text("A visit to the plant")
 
 
 def test_the_picture_goes_by_keys_and_says_what_its_table_says(visitors: Opened, ids: dict[str, UUID]) -> None:
