@@ -294,6 +294,14 @@ def test_an_outage_of_postgres_is_told_by_the_one_that_watched(
             system.close()
 
 
+def test_whole_numbers_and_shares_stand_beside_each_other(conn: psycopg.Connection) -> None:
+    found = [Found("QueueTooLong", {"queue": "gpu"}, 12), Found("MemoryHigh", {}, 0.85)]
+
+    stand = standing.note(conn, found, {"QueueTooLong": 0.0, "MemoryHigh": 0.0})
+
+    assert {each.name: each.value for each in stand} == {"QueueTooLong": 12.0, "MemoryHigh": 0.85}
+
+
 def test_a_message_for_people_names_what_when_and_where_to_read_on(watched: System, conn: psycopg.Connection) -> None:
     standing.note(conn, [Found("QueueTooLong", {"queue": "gpu"}, 1234.0)], {"QueueTooLong": 0.0})
     (found,) = standing.every(conn)

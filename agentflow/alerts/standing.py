@@ -74,7 +74,7 @@ def note(conn: Connection, found: Collection[Found], for_s: Mapping[str, float])
             {
                 "names": [each.name for each in found],
                 "subjects": [Jsonb(dict(each.subject)) for each in found],
-                "values": [each.value for each in found],
+                "values": [float(each.value) for each in found],  # gauges are whole numbers, too
             },
         )
         conn.execute(
