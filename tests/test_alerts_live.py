@@ -89,7 +89,6 @@ def fleet(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[Fleet, 
         yield made, workers
 
 
-@pytest.mark.long
 def test_the_first_ten_alerts_come_when_they_should_and_end(
     environment: dict[str, str], redis_of_its_own: Redis, conn: psycopg.Connection, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from tests.processes import BIN, Process, eventually, free_port, started
 from tests.test_worker import ended, read, submit
 
 # Long, since the kernel's groups cannot be had in every container that can run all else.
-pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 LIMIT_MB = 400
 
