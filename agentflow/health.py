@@ -157,7 +157,7 @@ class Health:
             return
         try:
             self._ask_database(system)
-        except Exception:
+        except Exception:  # whatever it is goes on to the check, which names it; only the gauge is set here
             metrics.database_connected(False)
             raise
         metrics.database_connected(True)

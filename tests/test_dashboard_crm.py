@@ -30,8 +30,9 @@ from tests.dashboard_support import (
     tenants,
     visitors,
 )
+from tests.dashboard_visits import SCRIPT
 from tests.test_dashboard import change, sign_in
-from tests.test_dashboard_pages import SCRIPT, one
+from tests.test_dashboard_pages import one
 from tests.test_query_plans import plans
 from web import create_app
 from web.dashboard import crm

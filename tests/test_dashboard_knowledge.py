@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from flask import Flask
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
 from agentflow import settings
 from agentflow.knowledge import chunks, graph_queries, graph_types
@@ -28,9 +28,10 @@ from tests.dashboard_support import (
     tenants,
     visitors,
 )
+from tests.dashboard_visits import SCRIPT, Clicks
 from tests.graph_support import small_graph, write_chunks
 from tests.test_dashboard import change, form_token, sign_in
-from tests.test_dashboard_pages import SCRIPT, one
+from tests.test_dashboard_pages import one
 from web import create_app
 from web.dashboard import places
 
@@ -41,18 +42,6 @@ expect.set_options(timeout=PATIENCE_MS)
 
 #: Pages that are others on a phone: tables become cards, and the panel stands below the picture.
 _ANOTHER = ("", "/graph")
-
-
-class Clicks:
-    """Clicks on a page, counted."""
-
-    def __init__(self, page: Page) -> None:
-        self.page = page
-        self.number = 0
-
-    def on(self, target: Any) -> None:
-        target.click()
-        self.number += 1
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
-import pytest
 from flask import Flask
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
 from agentflow import organizations
 from agentflow.calls import Service
@@ -26,7 +25,6 @@ from tests.dashboard_support import (
     DESKTOP,
     MINE,
     PATIENCE_MS,
-    PHONE,
     THEIRS,
     Opened,
     Visitor,
@@ -36,26 +34,13 @@ from tests.dashboard_support import (
     tenants,
     visitors,
 )
+from tests.dashboard_visits import SCRIPT, WIDTHS, Clicks
 from tests.test_dashboard import change, sign_in
 
 __all__ = ["app", "browser", "tenants", "visitors"]
 
 expect.set_options(timeout=PATIENCE_MS)
 Connection = psycopg.Connection
-SCRIPT = "<img src=x onerror='window.ran = true'>"
-WIDTHS = pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
-
-
-class Clicks:
-    """Counts what a person does with a finger; keys are no clicks."""
-
-    def __init__(self, page: Page) -> None:
-        self.page = page
-        self.number = 0
-
-    def on(self, role: Any, name: str | re.Pattern[str]) -> None:
-        self.page.get_by_role(role, name=name, exact=isinstance(name, str)).click()
-        self.number += 1
 
 
 def rows(conn: Connection, query: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -84,9 +69,9 @@ def test_an_organization_is_paused_and_goes_on_in_three_clicks_each(
     page = visitors(viewport).sign_in().page
     clicks = Clicks(page)
 
-    clicks.on("link", "Limits")
-    clicks.on("button", "Pause Mine")
-    clicks.on("button", "Yes, do it")
+    clicks.on_role("link", "Limits")
+    clicks.on_role("button", "Pause Mine")
+    clicks.on_role("button", "Yes, do it")
 
     expect(page.get_by_role("status").first).to_have_text("Mine: paused.")
     assert clicks.number == 3
@@ -96,8 +81,8 @@ def test_an_organization_is_paused_and_goes_on_in_three_clicks_each(
 
     page.get_by_role("link", name="Overview", exact=True).click()
     again = Clicks(page)
-    again.on("link", "Limits")
-    again.on("button", "Resume Mine")
+    again.on_role("link", "Limits")
+    again.on_role("button", "Resume Mine")
 
     expect(page.get_by_role("status").first).to_have_text("Mine: goes on. 1 job that it held is due.")
     assert rows(conn, paused) == [] and again.number <= 3
@@ -132,11 +117,11 @@ def test_a_limit_is_raised_in_three_clicks(
     page = visitors(viewport).sign_in().page
     clicks = Clicks(page)
 
-    clicks.on("link", "Limits")
+    clicks.on_role("link", "Limits")
     expect(page.get_by_role("row").filter(has_text="Mine").first).to_contain_text("over budget")
-    clicks.on("link", "Mine")
+    clicks.on_role("link", "Mine")
     expect(page.get_by_role("row").filter(has_text="usd")).to_contain_text("6.5 / 5")
-    clicks.on("textbox", "usd a day")
+    clicks.on_role("textbox", "usd a day")
     page.keyboard.press("Control+a")
     page.keyboard.type("12.5")
     page.keyboard.press("Enter")

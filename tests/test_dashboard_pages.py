@@ -26,12 +26,12 @@ from tests.dashboard_support import (
     tenants,
     visitors,
 )
+from tests.dashboard_visits import SCRIPT
 from tests.processes import eventually
 
 __all__ = ["app", "browser", "tenants", "visitors"]
 
 expect.set_options(timeout=PATIENCE_MS)
-SCRIPT = "<script>window.ran = true</script><img src=x onerror='window.ran = true'>{{ 7*7 }}"
 
 
 def one(conn: psycopg.Connection, query: str, *values: Any) -> Any:

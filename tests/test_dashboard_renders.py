@@ -8,7 +8,6 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-import pytest
 from flask import Flask
 from playwright.sync_api import expect
 
@@ -18,10 +17,8 @@ from agentflow.jobs.lines import Line, Place
 from agentflow.system import System
 from tests.dashboard_pictures import GB, film, put_lines, put_picture, put_prompt, put_render, put_server
 from tests.dashboard_support import (
-    DESKTOP,
     MINE,
     PATIENCE_MS,
-    PHONE,
     THEIRS,
     Opened,
     app,
@@ -30,6 +27,7 @@ from tests.dashboard_support import (
     tenants,
     visitors,
 )
+from tests.dashboard_visits import SCRIPT, WIDTHS
 from tests.test_dashboard import sign_in
 from tests.test_query_plans import plans
 
@@ -37,8 +35,6 @@ __all__ = ["app", "browser", "tenants", "visitors"]
 
 expect.set_options(timeout=PATIENCE_MS)
 Connection = psycopg.Connection
-SCRIPT = "<img src=x onerror='window.ran = true'>"
-WIDTHS = pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 
 
 # ---- renders ----

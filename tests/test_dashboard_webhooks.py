@@ -28,6 +28,7 @@ from tests.dashboard_support import (
     tenants,
     visitors,
 )
+from tests.dashboard_visits import SCRIPT
 from tests.flight_support import Flown, endpoint, fly, forget_events, forget_jobs
 from tests.test_dashboard import change, form_token, sign_in
 from web.dashboard import shown, webhooks
@@ -36,7 +37,6 @@ __all__ = ["app", "browser", "tenants", "visitors"]
 
 expect.set_options(timeout=PATIENCE_MS)
 Connection = psycopg.Connection
-SCRIPT = "<script>window.ran = true</script><img src=x onerror='window.ran = true'>{{ 7*7 }}"
 
 
 def caller(app: Flask, key: str = ADMIN_KEY) -> FlaskClient:
