@@ -393,44 +393,6 @@ def _remember(conn: Connection, organization_id: int, prepared: Prepared, hours:
     raise IdempotencyConflict(str(key), prepared.id)
 
 
-_INSERT = f"""
-with input as materialized (
-    select * from unnest(
-        %(ids)s::uuid[], %(types)s::text[], %(queues)s::text[], %(priorities)s::smallint[], %(payloads)s::jsonb[],
-        %(max_attempts)s::smallint[], %(time_limits)s::real[], %(run_ats)s::timestamptz[], %(keys)s::text[],
-        %(thens)s::jsonb[], %(callbacks)s::text[], %(correlations)s::text[], %(idempotency_keys)s::text[],
-        %(retries)s::uuid[], %(head_starts)s::smallint[]
-    ) with ordinality as i(id, type, queue, priority, payload, max_attempts, time_limit_s, run_at, concurrency_key,
-        then_jobs, callback_url, correlation_id, idempotency_key, retry_of, head_start_s, n)
-), room as materialized (
-    select q.queue, w.size - (
-            select count(*) from (
-                select 1 from agentflow.jobs s where s.queue = q.queue and s.organization_id = %(organization)s
-                and s.state = 'queued' and s.sent_at is not null limit w.size
-            ) x
-        ) as room,
-        exists (
-            select from agentflow.jobs o where o.queue = q.queue and o.priority = q.priority and o.state = 'queued'
-            and o.organization_id = %(organization)s and o.wake_at <= clock_timestamp()
-        ) as older, q.priority
-    from (select distinct queue, priority from input) q cross join lateral (select agentflow.window_1(q.queue) as size) w
-), placed as (
-    select i.*, %(ring)s and (i.run_at is null or i.run_at <= clock_timestamp()) and not r.older
-        and row_number() over (partition by i.queue order by i.priority, i.n) <= r.room as now
-    from input i join room r on r.queue = i.queue and r.priority = i.priority
-)
-insert into agentflow.jobs as j (id, organization_id, type, queue, priority, payload, max_attempts, time_limit_s, run_at,
-    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, head_start_s, batch_id, trace,
-    wake_at, sent_at, sends)
-select id, %(organization)s, type, queue, priority, payload, max_attempts, time_limit_s, coalesce(run_at, clock_timestamp()),
-    concurrency_key, then_jobs, callback_url, correlation_id, idempotency_key, retry_of, head_start_s, %(batch)s, %(trace)s,
-    case when now then clock_timestamp() + interval '30 s' else coalesce(run_at, clock_timestamp()) end,
-    case when now then clock_timestamp() end, now::integer
-from placed order by n
-returning {JOB_COLUMNS}, j.sent_at is not null
-"""  # noqa: S608 - only constants are put in
-
-
 def _insert(
     conn: Connection, organization_id: int, prepared: Sequence[Prepared], batch_id: UUID | None, ring: bool
 ) -> tuple[list[Job], list[Ring]]:
@@ -438,28 +400,30 @@ def _insert(
     if slots:
         _name_slots(conn, slots)
     rows = conn.execute(
-        _INSERT,
-        {
-            "organization": organization_id,
-            "batch": batch_id,
-            "trace": traces.carried(),
-            "ring": ring,
-            "ids": [p.id for p in prepared],
-            "types": [p.new.type for p in prepared],
-            "queues": [p.queue for p in prepared],
-            "priorities": [p.priority for p in prepared],
-            "payloads": [p.payload for p in prepared],
-            "max_attempts": [p.max_attempts for p in prepared],
-            "time_limits": [p.time_limit_s for p in prepared],
-            "run_ats": [p.new.run_at for p in prepared],
-            "keys": [p.concurrency[0] if p.concurrency else None for p in prepared],
-            "thens": [p.then_jobs for p in prepared],
-            "callbacks": [p.new.callback_url for p in prepared],
-            "correlations": [p.new.correlation_id for p in prepared],
-            "idempotency_keys": [p.new.idempotency_key for p in prepared],
-            "retries": [p.new.retry_of for p in prepared],
-            "head_starts": [p.head_start_s for p in prepared],
-        },
+        f"select {JOB_COLUMNS}, j.sent_at is not null from agentflow.submit_1(%s, %s, %s, %s, %s::uuid[], %s::text[],"  # noqa: S608 - constants
+        " %s::text[], %s::smallint[], %s::jsonb[], %s::smallint[], %s::real[], %s::timestamptz[], %s::text[], %s::jsonb[],"
+        " %s::text[], %s::text[], %s::text[], %s::uuid[], %s::smallint[]) j",
+        (
+            organization_id,
+            batch_id,
+            traces.carried(),
+            ring,
+            [p.id for p in prepared],
+            [p.new.type for p in prepared],
+            [p.queue for p in prepared],
+            [p.priority for p in prepared],
+            [p.payload for p in prepared],
+            [p.max_attempts for p in prepared],
+            [p.time_limit_s for p in prepared],
+            [p.new.run_at for p in prepared],
+            [p.concurrency[0] if p.concurrency else None for p in prepared],
+            [p.then_jobs for p in prepared],
+            [p.new.callback_url for p in prepared],
+            [p.new.correlation_id for p in prepared],
+            [p.new.idempotency_key for p in prepared],
+            [p.new.retry_of for p in prepared],
+            [p.head_start_s for p in prepared],
+        ),
     ).fetchall()
     jobs = {row[0]: job_from_row(row[:-1]) for row in rows}
     sent = {row[0] for row in rows if row[-1]}

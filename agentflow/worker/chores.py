@@ -23,8 +23,8 @@ logger = log.get(__name__)
 
 _RESCUE_BATCH: Final = 200
 _SOONEST_S: Final = 0.005
-#: Between two looks to ring, however often claims and ends wake it: a window is 50 ms of work.
-_APART_S: Final = 0.01
+#: Between two looks to ring, however often claims and ends wake it: a window is 100 ms of measured work.
+_APART_S: Final = 0.02
 _MOST_OWED: Final = 10_000
 _CHARGE_S: Final = 0.5
 
@@ -41,7 +41,7 @@ NO_ROOM: Final = Room(0, 0, ())
 
 
 class Relay(Loop):
-    """Rings for due rows. Runs again at once while it finds some, and when the window may have room (`wake`).
+    """Rings for due rows. Looks again soon while it finds some, and when a queue's window may have room (`room_in`).
 
     While the broker takes nothing it rings for nobody; while it brings nothing, or there is none, rows are picked for the free
     threads of this process and handed over by `deliver`: again at once while there are some, and when a thread becomes free.
@@ -76,6 +76,8 @@ class Relay(Loop):
         self._lock = threading.Lock()
         self._turn = 0
         self._rung_at = 0.0
+        self._next_look = dict.fromkeys(queues, 0.0)
+        self._called_for: set[str] = set()  # written by any thread: one operation at a time
 
     @property
     def polling(self) -> bool:
@@ -85,6 +87,17 @@ class Relay(Loop):
         """Rings that were to be taken back while the database was away: done first when it is there again."""
         with self._lock:
             self._owed = (self._owed + list(ids))[-_MOST_OWED:]
+
+    def wake(self) -> None:
+        """There may be something due in any queue."""
+        self._called_for.update(self._queues)
+        super().wake()
+
+    def room_in(self, queue: str) -> None:
+        """The queue's window may have room."""
+        if not self.polling:
+            self._called_for.add(queue)
+            super().wake()
 
     def room_made(self) -> None:
         """A thread is free again: there may be work for it that was left for want of room."""
@@ -100,14 +113,22 @@ class Relay(Loop):
         if not self.polling and (early_s := self._rung_at + _APART_S - time.monotonic()) > 0:
             time.sleep(early_s)
         if self._can_publish():  # else rows stay due, and are rung at once when it is back; stamped ones would wait
-            for queue in self._queues:
-                rings, due_in_s = dispatch.pick_due(conn, queue)  # committed: no lock is held while publishing
-                self._publish(rings)
-                pause_s = min(pause_s, _pause_s(rings, due_in_s))
-            self._rung_at = time.monotonic()
+            self._ring(conn, pause_s)
+            pause_s = max(0.0, min(self._next_look.values()) - time.monotonic())
         if self.polling:
             pause_s = min(pause_s, self._poll(conn))
         return pause_s
+
+    def _ring(self, conn: BoundedConnection, pause_s: float) -> None:
+        """In each queue that it is time for: within `pause_s` it is so again."""
+        for queue in self._queues:
+            if queue not in self._called_for and time.monotonic() < self._next_look[queue]:
+                continue
+            self._called_for.discard(queue)  # before the look: a call that comes during it is one for another
+            rings, due_in_s = dispatch.pick_due(conn, queue)  # committed: no lock is held while publishing
+            self._publish(rings)
+            self._rung_at = time.monotonic()
+            self._next_look[queue] = self._rung_at + min(pause_s, _pause_s(rings, due_in_s))
 
     def _poll(self, conn: BoundedConnection) -> float:
         pause_s = math.inf

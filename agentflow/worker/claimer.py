@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +11,11 @@ from uuid import UUID
 from agentflow.database import BoundedConnection, Database
 from agentflow.jobs import claims, registry
 from agentflow.jobs.model import Job
+from agentflow.worker.inbox import Inbox
 from agentflow.worker.loops import Loop
 from agentflow.worker.running import Running
 
-_BATCH: Final = 100
+_LINGER_S: Final = 0.002
 
 
 class _Request:
@@ -39,7 +39,7 @@ class Claimer(Loop):
         self._worker = worker
         self._lease_s = lease_s
         self._hold = hold
-        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._requests: Inbox[_Request] = Inbox(_LINGER_S)
         self._batch: list[_Request] = []
         self._unsure = False
 
@@ -58,12 +58,12 @@ class Claimer(Loop):
         return request.running
 
     def wake(self) -> None:
-        self._requests.put(None)
+        self._requests.wake()
         super().wake()
 
     def stop(self, timeout_s: float = 5.0) -> None:
         super().stop(timeout_s)
-        self._requests.put(None)
+        self._requests.wake()
 
     def unsure_of(self, job_id: UUID) -> bool:
         """Whether a claim of this job is under way: its row may say that it is ours before we know."""
@@ -71,7 +71,7 @@ class Claimer(Loop):
 
     def step(self, conn: BoundedConnection) -> float:
         if not self._batch:
-            self._batch = self._collect()
+            self._batch = self._requests.take(self.waiting)
         if self._batch:
             wanted = [request.job_id for request in self._batch]
             started = time.monotonic()
@@ -100,18 +100,6 @@ class Claimer(Loop):
         found = claims.claim_keyed(conn, keyed, self._worker, self._lease_s)
         self._unsure = False
         self._answer(found, started, rest=True)
-
-    def _collect(self) -> list[_Request]:
-        first = self.waiting(self._requests.get)
-        batch = [first] if first is not None else []
-        while len(batch) < _BATCH:
-            try:
-                request = self._requests.get_nowait()
-            except queue.Empty:
-                break
-            if request is not None:
-                batch.append(request)
-        return batch
 
     def _answer(self, jobs: Sequence[Job], started: float, *, rest: bool) -> None:
         """Give the jobs to those who asked for them, heads of lines to anybody; `rest`: tell the others that there is none."""

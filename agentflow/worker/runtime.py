@@ -80,6 +80,7 @@ class Runtime:
         self._empty = threading.Condition(self._lock)
         self._drained = threading.Lock()
         self._all_ended: bool | None = None
+        self._told_demand = threads
 
         lease_s, crashes = settings.job_lease, settings.job_max_crashes
         self.admission = Admission(system.database, system.rules, system.calls, threads)
@@ -274,8 +275,7 @@ class Runtime:
             metrics.message_dropped("not_claimable")
             return
         self.threads.claimed()
-        if not self.relay.polling:
-            self.relay.wake()
+        self.relay.room_in(running.job.queue)
         self.run(running)
 
     def run(self, running: Running) -> None:
@@ -331,10 +331,11 @@ class Runtime:
     def _after_settle(self, settled: Settled, ended: Sequence[Ended]) -> None:
         publisher = self.system.publisher
         publisher.ring(settled.rings)
-        if self._ends_make_room() or any(
-            0 < e.verdict.delay_s < self.system.settings.worker_polling_interval for e in ended
-        ):
+        self._room_by_ends(ended)
+        if any(0 < e.verdict.delay_s < self.system.settings.worker_polling_interval for e in ended):
             self.relay.wake()  # or it looks when the next one is due, which may be sooner than it knew
+        if self._demand() > 2 * self._told_demand:
+            self.heart.wake()  # which tells it: the window is to grow with the work, not some seconds later
         verdicts = {e.verdict.job_id: e.verdict for e in ended}
         publisher.finished(
             [
@@ -343,10 +344,14 @@ class Runtime:
             ]
         )
 
-    def _ends_make_room(self) -> bool:
-        """Whether what runs counts in what may be rung for, as with shares and caps: else each claim makes room already."""
+    def _room_by_ends(self, ended: Sequence[Ended]) -> None:
+        """Where what runs counts in what may be rung for, as with shares and caps: else each claim has made room already."""
         now = self.system.rules.now()
-        return not self.relay.polling and (now.shared or bool(now.caps))
+        if now.caps:  # over all queues
+            self.relay.wake()
+        elif now.shared:
+            for queue in {e.running.job.queue for e in ended if e.running is not None}:
+                self.relay.room_in(queue)
 
     def _after_rescue(self, settled: Settled) -> None:
         metrics.rescued(len(settled.states))
@@ -406,8 +411,12 @@ class Runtime:
         self.system.broker.nudge()
         self.relay.room_made()
 
+    def _demand(self) -> int:
+        """Messages that this process uses up in 100 ms, as measured: its part of each queue's window."""
+        return min(1000, max(self.threads.count, int(self.threads.claims_per_s() * 0.1)))
+
     def _facts(self) -> dict[str, Any]:
-        demand = min(1000, max(self.threads.count, int(self.threads.claims_per_s() * 0.1)))
+        self._told_demand = self._demand()
         return {
             "kind": self.kind,
             "host": socket.gethostname(),
@@ -415,7 +424,7 @@ class Runtime:
             "version": __version__,
             "queues": list(self.queues),
             "threads": self.threads.count,
-            "demand": dict.fromkeys(self.queues, demand),
+            "demand": dict.fromkeys(self.queues, self._told_demand),
             "memory_bytes": container.resident_bytes() or None,
             "busy": self.threads.busy,
         }

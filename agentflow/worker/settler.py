@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
@@ -15,12 +14,13 @@ from agentflow import log
 from agentflow.database import BoundedConnection, Database, Unavailable
 from agentflow.jobs import settlement, usage
 from agentflow.jobs.model import Settled, State, Verdict
+from agentflow.worker.inbox import Inbox
 from agentflow.worker.loops import Loop
 from agentflow.worker.running import Running
 
 logger = log.get(__name__)
 
-_BATCH: Final = 100
+_LINGER_S: Final = 0.005
 
 
 class Ended(NamedTuple):
@@ -48,7 +48,7 @@ class Settler(Loop):
         self._max_crashes = max_crashes
         self._settled = settled
         self._after = after
-        self._ended: queue.SimpleQueue[Ended | None] = queue.SimpleQueue()
+        self._ended: Inbox[Ended] = Inbox(_LINGER_S)
         self._batch: list[Ended] = []
         self._unsure = False
         self._open = 0
@@ -65,12 +65,12 @@ class Settler(Loop):
             return self._idle.wait_for(lambda: self._open == 0, timeout_s)
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        self._ended.put(None)
+        self._ended.wake()
         super().stop(timeout_s)
 
     def step(self, conn: BoundedConnection) -> float:
         if not self._batch:
-            self._batch = self._collect()
+            self._batch = self._ended.take(self.waiting)
         if self._batch and self._unsure:  # the last COMMIT was not heard: what of it is written?
             written = settlement.already_written(conn, [e.verdict for e in self._batch], self._worker)
             self._unsure = False
@@ -80,18 +80,6 @@ class Settler(Loop):
             self._save_usage(conn, self._batch)
             self._write(conn, list(self._batch))
         return 0.0
-
-    def _collect(self) -> list[Ended]:
-        first = self.waiting(self._ended.get)
-        batch = [first] if first is not None else []
-        while len(batch) < _BATCH:
-            try:
-                ended = self._ended.get_nowait()
-            except queue.Empty:
-                break
-            if ended is not None:
-                batch.append(ended)
-        return batch
 
     @staticmethod
     def _save_usage(conn: BoundedConnection, batch: Sequence[Ended]) -> None:

@@ -1,0 +1,52 @@
+"""What many threads hand to one loop, which takes it out in batches: whatever came while it was busy goes together."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+T = TypeVar("T")
+
+_BATCH: Final = 100
+_LOOK_S: Final = 0.0005
+
+
+class Inbox(Generic[T]):
+    """Under load it waits up to `linger_s` until as many are there as the last time: a statement for eight costs little more
+    than one for two. What comes alone goes at once."""
+
+    def __init__(self, linger_s: float) -> None:
+        self._linger_s = linger_s
+        self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._last = 0
+
+    def put(self, item: T) -> None:
+        self._queue.put(item)
+
+    def wake(self) -> None:
+        """End a wait in `take`."""
+        self._queue.put(None)
+
+    def take(self, waiting: Callable[[Callable[[], T | None]], T | None]) -> list[T]:
+        """At most 100, at least one; none when it was woken. `waiting` is called with what waits for the first."""
+        first = waiting(self._queue.get)
+        if first is None:
+            return []
+        self._linger()
+        batch = [first]
+        while len(batch) < _BATCH:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if item is not None:
+                batch.append(item)
+        self._last = len(batch)
+        return batch
+
+    def _linger(self) -> None:
+        end = time.monotonic() + self._linger_s
+        while self._queue.qsize() + 1 < self._last and time.monotonic() < end:
+            time.sleep(_LOOK_S)
