@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
 from uuid import UUID, uuid4
 
@@ -389,11 +388,6 @@ def mutate_function(conn: psycopg.Connection, name: str, *changes: tuple[str, st
         name,
     )
     conn.execute(_changed(text, changes, name).encode())
-
-
-def mutate_text(patch: pytest.MonkeyPatch, module: ModuleType, name: str, *changes: tuple[str, str]) -> None:
-    """Replace text in a module's string, such as the statement of the claim."""
-    patch.setattr(module, name, _changed(getattr(module, name), changes, name))
 
 
 def mutate_code(patch: pytest.MonkeyPatch, owner: Any, name: str, *changes: tuple[str, str]) -> None:

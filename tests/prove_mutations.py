@@ -11,15 +11,23 @@ import pytest
 
 from agentflow.broker import rabbitmq
 from agentflow.jobs import claims
-from tests.core_support import mutate_code, mutate_text
+from tests.core_support import mutate_code
 
 _patch = pytest.MonkeyPatch()
+_TO_BE_HAD = (
+    "update agentflow.jobs set state = 'queued', worker = null, lease_until = null, wake_at = clock_timestamp(),"
+    " attempt = attempt - 1 where id = any (%s) and state = 'running'"
+)
 
 
 def claim() -> None:
     """Takes whatever it is told of, also what runs already. (What has ended is refused by the table's own constraints.)"""
-    mutate_text(_patch, claims, "_CLAIM", ("and state || '' = 'queued'", "and finished_at is null"))
-    mutate_text(_patch, claims, "_CLAIM", ("and j.state || '' = 'queued' and j.attempt < j.max_attempts", ""))
+    mutate_code(
+        _patch,
+        claims,
+        "claim",
+        ("rows = conn.execute(", f"conn.execute({_TO_BE_HAD!r}, (list(ids),)); rows = conn.execute("),
+    )
     importlib.import_module("agentflow.cli.prove_worker")
 
 

@@ -47,10 +47,7 @@ SHARED: Final = frozenset(
 
 #: Statements for all organizations at once, by a piece of their text (of functions without their version), each with its reason.
 SYSTEM_WIDE: Final[Mapping[str, str]] = {
-    "with locked as materialized ( select id from agentflow.jobs where id = any (%(ids)s)": (
-        "the claim: a message names a job's id, and a worker works for all"
-    ),
-    "from agentflow.claim_keyed_": "the same for jobs with a concurrency key",
+    "from agentflow.claim_": "the claim: a message names a job's id, and a worker works for all",
     "from agentflow.jobs j where j.id = any (%s) and j.worker = %s": "whether a claim whose COMMIT was lost was done",
     "select * from agentflow.settle_": "the end of an attempt: by id, fence and worker, which only the claim's holder has",
     "select a.job_id, a.fence from agentflow.job_attempts a join unnest": "whether a finish whose COMMIT was lost was done",
@@ -191,7 +188,7 @@ def tables_of(text: str) -> set[str]:
 
 
 _TESTS: Final = Path(__file__).parent
-_GIVEN: Final = re.compile(r"organization_id = (%\(\w+\)s|%s)")
+_GIVEN: Final = re.compile(r"(organization_id =|p_organization =>) (%\(\w+\)s|%s)")
 _WRITTEN: Final = re.compile(r"insert into agentflow\.\w+( as \w+)? \([^)]*\borganization_id\b")
 
 

@@ -43,7 +43,6 @@ from tests.core_support import (
     lockable,
     mutate_code,
     mutate_function,
-    mutate_text,
     pass_time,
     prepared,
     read,
@@ -1240,10 +1239,6 @@ def function(name: str, *changes: tuple[str, str]) -> Change:
     return lambda conn, patch: mutate_function(conn, name, *changes)
 
 
-def statement(module: Any, name: str, *changes: tuple[str, str]) -> Change:
-    return lambda conn, patch: mutate_text(patch, module, name, *changes)
-
-
 def code(owner: Any, name: str, *changes: tuple[str, str]) -> Change:
     return lambda conn, patch: mutate_code(patch, owner, name, *changes)
 
@@ -1276,10 +1271,12 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "1 a claim looks at the state": (
         test_a_job_moves_along_the_six_edges_and_no_other,
         {},
-        statement(
-            claims,
-            "_CLAIM",
-            ("and state || '' = 'queued' and run_at", "and run_at"),
+        function(
+            "claim_1",
+            (
+                "and j.state || '' = 'queued' and j.run_at <= clock_timestamp() and j.concurrency_key is null",
+                "and j.run_at <= clock_timestamp() and j.concurrency_key is null",
+            ),
             ("and j.state || '' = 'queued' and j.attempt", "and j.attempt"),
         ),
     ),
@@ -1323,7 +1320,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "3 the fence rises at a claim": (
         test_the_fence_rises_by_one_at_each_claim_and_at_nothing_else,
         {},
-        statement(claims, "_CLAIM", ("fence = j.fence + 1", "fence = j.attempt + 1")),
+        function("claim_1", ("fence = j.fence + 1", "fence = j.attempt + 1")),
     ),
     "3 the fence rises at a keyed claim": (
         test_the_fence_rises_by_one_at_each_claim_and_at_nothing_else,
@@ -1485,30 +1482,31 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "10 a message for a job that is not due": (
         test_a_message_for_a_row_that_is_not_waiting_and_due_changes_nothing,
         {"key": None},
-        statement(claims, "_CLAIM", ("and run_at <= clock_timestamp()", "")),
+        function("claim_1", _DUE),
     ),
     "10 a message for a keyed job that is not due": (
         test_a_message_for_a_row_that_is_not_waiting_and_due_changes_nothing,
         {"key": "k"},
-        both(function("claim_keyed_1", _DUE), statement(claims, "_CLAIM", _DUE)),
+        both(function("claim_keyed_1", _DUE), function("claim_1", _DUE)),
     ),
     "10 a message for a running job": (
         test_a_message_for_a_row_that_is_not_waiting_and_due_changes_nothing,
         {"key": None},
-        statement(
-            claims,
-            "_CLAIM",
-            ("and state || '' = 'queued' and run_at", "and run_at"),
+        function(
+            "claim_1",
+            (
+                "and j.state || '' = 'queued' and j.run_at <= clock_timestamp() and j.concurrency_key is null",
+                "and j.run_at <= clock_timestamp() and j.concurrency_key is null",
+            ),
             ("and j.state || '' = 'queued' and j.attempt", "and j.attempt"),
         ),
     ),
     "10 a doubled message": (
         test_a_doubled_message_is_one_claim,
         {"key": None},
-        statement(
-            claims,
-            "_CLAIM",
-            ("order by id for update", "order by id"),
+        function(
+            "claim_1",
+            ("order by j.id for update", "order by j.id"),
             ("and j.state || '' = 'queued' and j.attempt", "and j.attempt"),
         ),
     ),
@@ -1527,7 +1525,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
         test_the_relay_publishes_after_its_commit,
         {},
         code(
-            chores.Relay, "step", ("for queue in self._queues:", "for queue in conn.execute('begin') and self._queues:")
+            chores.Relay, "_ring", ("for queue in self._queues:", "for queue in conn.execute('begin') and self._queues:")
         ),
     ),
     "11 the settler commits first": (
@@ -1552,7 +1550,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "12 a claim sorts its rows": (
         test_rows_are_locked_in_the_order_of_their_ids,
         {},
-        statement(claims, "_CLAIM", ("order by id for update", "order by id desc for update")),
+        function("claim_1", ("order by j.id for update", "order by j.id desc for update")),
     ),
     "12 a finish sorts its rows": (
         test_rows_are_locked_in_the_order_of_their_ids,
@@ -1597,7 +1595,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "13 a claim asks the clock": (
         test_a_lease_is_whole_however_long_its_claim_had_to_wait,
         {"key": None},
-        statement(claims, "_CLAIM", ("lease_until = clock_timestamp()", "lease_until = now()")),
+        function("claim_1", ("lease_until = clock_timestamp()", "lease_until = now()")),
     ),
     "13 a keyed claim asks the clock": (
         test_a_lease_is_whole_however_long_its_claim_had_to_wait,
@@ -1665,10 +1663,9 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "14 a claim looks again after its wait": (
         test_a_claim_that_meets_a_cancel_gets_nothing,
         {},
-        statement(
-            claims,
-            "_CLAIM",
-            ("order by id for update", "order by id"),
+        function(
+            "claim_1",
+            ("order by j.id for update", "order by j.id"),
             ("and j.state || '' = 'queued' and j.attempt", "and j.attempt"),
         ),
     ),
@@ -1710,9 +1707,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "16 a submitter looks at the window": (
         test_a_flood_is_rung_as_far_as_the_window_reaches,
         {},
-        statement(
-            intake, "_INSERT", ("and row_number() over (partition by i.queue order by i.priority, i.n) <= r.room", "")
-        ),
+        function("submit_1", ("and row_number() over (partition by i.queue order by i.priority, i.n) <= r.room", "")),
     ),
     "16 the relay looks at the window": (
         test_a_flood_is_rung_as_far_as_the_window_reaches,
@@ -1722,12 +1717,12 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "16 submitters see each other's": (
         test_submitters_at_once_exceed_the_window_by_no_more_than_themselves,
         {},
-        statement(intake, "_INSERT", ("and s.sent_at is not null limit w.size", "and false limit w.size")),
+        function("submit_1", ("and s.sent_at is not null limit w.size", "and false limit w.size")),
     ),
     "16 a submitter looks for older jobs": (
         test_nobody_is_rung_before_an_older_job_of_its_class,
         {},
-        statement(intake, "_INSERT", ("and not r.older", "")),
+        function("submit_1", ("and not r.older", "")),
     ),
     "16 rings grow rarer": (
         test_an_unheard_job_is_rung_ever_more_seldom_and_at_least_every_five_minutes,

@@ -371,9 +371,9 @@ def test_a_job_that_meets_a_thread_kept_for_critical_ones_waits_there_for_the_ne
     runtime.settler.stop()
 
 
-@pytest.mark.parametrize("counted", ["nothing", "shares", "caps"])
+@pytest.mark.parametrize(("counted", "after"), [("nothing", []), ("shares", ["looks at default"]), ("caps", ["looks"])])
 def test_where_what_runs_counts_the_relay_looks_again_when_a_job_ends(
-    system: System, monkeypatch: pytest.MonkeyPatch, counted: str
+    system: System, monkeypatch: pytest.MonkeyPatch, counted: str, after: list[str]
 ) -> None:
     with system.database.connection() as conn:
         if counted == "shares":
@@ -388,6 +388,7 @@ def test_where_what_runs_counts_the_relay_looks_again_when_a_job_ends(
 
     runtime = runtime_of(system, perform)
     monkeypatch.setattr(runtime.relay, "wake", lambda: woken.append("looks"))
+    monkeypatch.setattr(runtime.relay, "room_in", lambda queue: woken.append(f"looks at {queue}"))
     runtime.claimer.start()
     runtime.settler.start()
     job = submit(system, "ping")
@@ -397,7 +398,7 @@ def test_where_what_runs_counts_the_relay_looks_again_when_a_job_ends(
     runtime.settler.stop(30.0)
 
     assert read(system, job.id).state == "succeeded"
-    assert woken == ["looks", "begun"] + ["looks"] * (counted != "nothing")
+    assert woken == ["looks at default", "begun", *after]
     runtime.claimer.stop()
 
 

@@ -393,6 +393,20 @@ def _remember(conn: Connection, organization_id: int, prepared: Prepared, hours:
     raise IdempotencyConflict(str(key), prepared.id)
 
 
+_INSERT: Final = f"""
+select {JOB_COLUMNS}, j.sent_at is not null from agentflow.submit_1(
+    p_organization => %(organization)s, p_batch => %(batch)s, p_trace => %(trace)s, p_ring => %(ring)s,
+    p_ids => %(ids)s::uuid[], p_types => %(types)s::text[], p_queues => %(queues)s::text[],
+    p_priorities => %(priorities)s::smallint[], p_payloads => %(payloads)s::jsonb[],
+    p_max_attempts => %(max_attempts)s::smallint[], p_time_limits => %(time_limits)s::real[],
+    p_run_ats => %(run_ats)s::timestamptz[], p_keys => %(keys)s::text[], p_thens => %(thens)s::jsonb[],
+    p_callbacks => %(callbacks)s::text[], p_correlations => %(correlations)s::text[],
+    p_idempotency_keys => %(idempotency_keys)s::text[], p_retries => %(retries)s::uuid[],
+    p_head_starts => %(head_starts)s::smallint[]
+) j
+"""  # noqa: S608 - only constants are put in
+
+
 def _insert(
     conn: Connection, organization_id: int, prepared: Sequence[Prepared], batch_id: UUID | None, ring: bool
 ) -> tuple[list[Job], list[Ring]]:
@@ -400,30 +414,28 @@ def _insert(
     if slots:
         _name_slots(conn, slots)
     rows = conn.execute(
-        f"select {JOB_COLUMNS}, j.sent_at is not null from agentflow.submit_1(%s, %s, %s, %s, %s::uuid[], %s::text[],"  # noqa: S608 - constants
-        " %s::text[], %s::smallint[], %s::jsonb[], %s::smallint[], %s::real[], %s::timestamptz[], %s::text[], %s::jsonb[],"
-        " %s::text[], %s::text[], %s::text[], %s::uuid[], %s::smallint[]) j",
-        (
-            organization_id,
-            batch_id,
-            traces.carried(),
-            ring,
-            [p.id for p in prepared],
-            [p.new.type for p in prepared],
-            [p.queue for p in prepared],
-            [p.priority for p in prepared],
-            [p.payload for p in prepared],
-            [p.max_attempts for p in prepared],
-            [p.time_limit_s for p in prepared],
-            [p.new.run_at for p in prepared],
-            [p.concurrency[0] if p.concurrency else None for p in prepared],
-            [p.then_jobs for p in prepared],
-            [p.new.callback_url for p in prepared],
-            [p.new.correlation_id for p in prepared],
-            [p.new.idempotency_key for p in prepared],
-            [p.new.retry_of for p in prepared],
-            [p.head_start_s for p in prepared],
-        ),
+        _INSERT,
+        {
+            "organization": organization_id,
+            "batch": batch_id,
+            "trace": traces.carried(),
+            "ring": ring,
+            "ids": [p.id for p in prepared],
+            "types": [p.new.type for p in prepared],
+            "queues": [p.queue for p in prepared],
+            "priorities": [p.priority for p in prepared],
+            "payloads": [p.payload for p in prepared],
+            "max_attempts": [p.max_attempts for p in prepared],
+            "time_limits": [p.time_limit_s for p in prepared],
+            "run_ats": [p.new.run_at for p in prepared],
+            "keys": [p.concurrency[0] if p.concurrency else None for p in prepared],
+            "thens": [p.then_jobs for p in prepared],
+            "callbacks": [p.new.callback_url for p in prepared],
+            "correlations": [p.new.correlation_id for p in prepared],
+            "idempotency_keys": [p.new.idempotency_key for p in prepared],
+            "retries": [p.new.retry_of for p in prepared],
+            "head_starts": [p.head_start_s for p in prepared],
+        },
     ).fetchall()
     jobs = {row[0]: job_from_row(row[:-1]) for row in rows}
     sent = {row[0] for row in rows if row[-1]}

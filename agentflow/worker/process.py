@@ -5,6 +5,7 @@ All ways of running a worker come by here: `dramatiq actors` (Dramatiq's own com
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -140,6 +141,8 @@ class WorkerProcess:
             enqueue=lambda message: worker.consumers[message.queue_name].handle_message(message),
         )
         self.runtime.start()
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: the collector need not look at it again and again
 
     def _queues(self, worker: dramatiq.Worker) -> Sequence[str]:
         """Our own names of the queues to serve. Dramatiq compares with those at the broker. Exits with one clear line."""
