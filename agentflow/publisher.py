@@ -50,7 +50,9 @@ class Publisher:
         self._database = database
         #: Who takes rings back later, when the database is away, too. Without one the relay finds them when they are due.
         self.take_back_later: Callable[[Sequence[UUID]], None] = lambda _ids: None
-        self._queue: queue.Queue[Ring | Finished | tuple[Claim, Progress] | Callable[[], None]] = queue.Queue()
+        self._queue: queue.SimpleQueue[Ring | Finished | tuple[Claim, Progress] | Callable[[], None]] = (
+            queue.SimpleQueue()
+        )
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closing = threading.Event()

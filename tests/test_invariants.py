@@ -1525,7 +1525,9 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
         test_the_relay_publishes_after_its_commit,
         {},
         code(
-            chores.Relay, "_ring", ("for queue in self._queues:", "for queue in conn.execute('begin') and self._queues:")
+            chores.Relay,
+            "_ring",
+            ("for queue in self._queues:", "for queue in conn.execute('begin') and self._queues:"),
         ),
     ),
     "11 the settler commits first": (

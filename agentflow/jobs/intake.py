@@ -230,6 +230,11 @@ def _children(
     return children
 
 
+def is_one_statement(prepared: Prepared) -> bool:
+    """Whether `submit` does it in one: nothing is looked up, and nothing written beside the row."""
+    return prepared.new.idempotency_key is None and prepared.unique is None and prepared.concurrency is None
+
+
 def submit(
     conn: Connection, organization_id: int, prepared: Prepared, *, idempotency_hours: float = 24.0, ring: bool = True
 ) -> Submitted:
