@@ -61,6 +61,10 @@ class Doorbell(Broker):
         """Publish a message for each. Raises an error of the client or an OSError: what was sent then is unknown."""
         raise NotImplementedError
 
+    def take(self, rings: Sequence[Ring]) -> Sequence[Ring]:
+        """Have this worker's own threads run what there is room for, as if the broker had brought it. Returns the rest."""
+        return rings
+
     def tell_cancel(self) -> None:
         """Wake the workers' heartbeats: one of their jobs is to be cancelled. Raises as `ring`."""
         raise NotImplementedError

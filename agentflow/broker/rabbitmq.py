@@ -184,6 +184,17 @@ class RabbitBroker(Doorbell):
         free = self.allowance() - sum(len(consumer.held) for consumer in self._consumers)
         return free if critical else free - self.reserved()
 
+    def take(self, rings: Sequence[Ring]) -> list[Ring]:
+        """A round trip by the broker would bring it here, or somewhere else, which has the rest: it costs more than the claim."""
+        if not self.can_hear():
+            return list(rings)
+        consumers = {consumer.queue_name: consumer for consumer in self._consumers}
+        return [
+            ring
+            for ring in rings
+            if (consumer := consumers.get(queue_name(self.prefix, ring.queue))) is None or not consumer.take(ring)
+        ]
+
     def nudge(self) -> None:
         if self.saturated:
             self.saturated = False
@@ -212,6 +223,17 @@ class RabbitMessage(DeliveredMessage):
         self.tag: int = method.delivery_tag
         self.redelivered: bool = method.redelivered
         self.deliveries = int((properties.headers or {}).get("x-delivery-count", 0))  # of quorum queues
+
+
+class OwnMessage(RabbitMessage):
+    """What this process told itself: no broker knows of it, nor can it be passed on by one."""
+
+    def __init__(self, ring: Ring, origin: RabbitConsumer, prefix: str) -> None:
+        DeliveredMessage.__init__(self, message_for(ring, prefix), origin)
+        self.channel = None
+        self.tag = 0
+        self.redelivered = True
+        self.deliveries = DELIVERY_LIMIT
 
 
 class Lane:
@@ -279,9 +301,19 @@ class RabbitConsumer(Consumer):
         """At shutdown: the messages that no thread took."""
         messages = list(messages)
         self.broker.give_back_polled(messages)
+        self.broker.give_back([m for m in messages if isinstance(m, OwnMessage) and not m.acknowledged], 0.0)
         for message in messages:
             if isinstance(message, RabbitMessage) and self._let_go(message):
                 self.broker.consuming.settle(message, requeue=True)
+
+    def take(self, ring: Ring) -> bool:
+        """Put it before this process's threads, where there is room. From the relay's thread."""
+        lane = next(lane for lane in self.lanes if lane.critical == (ring.priority == 0))
+        if self.broker.room(lane.critical) <= len(lane.waiting):
+            return False
+        lane.waiting.append(OwnMessage(ring, self, self.broker.prefix))
+        self.bell.set()
+        return True
 
     def stop(self) -> None:
         for lane in self.lanes:
@@ -307,7 +339,7 @@ class RabbitConsumer(Consumer):
     def forget(self) -> None:
         """The channel is gone, and the broker offers its messages anew. Those handed over go on: the claim decides."""
         for lane in self.lanes:
-            lane.waiting.clear()
+            lane.waiting = deque(message for message in lane.waiting if isinstance(message, OwnMessage))
             lane.consumer_tag = None
         self.held.clear()
 
@@ -391,6 +423,8 @@ class ConsumingLink(Link):
 
     def settle(self, message: RabbitMessage, *, requeue: bool = False) -> None:
         """Acknowledge it, or put it back. To a channel that is gone nothing is said: the broker has its message back."""
+        if message.channel is None:
+            return
         with self._answers_lock:
             self._answers.append((message, requeue))
             if self._answering:

@@ -102,7 +102,7 @@ class Runtime:
             system.database,
             self.queues,
             poll_s=settings.worker_polling_interval,
-            publish=system.publisher.ring,
+            publish=self._ring,
             can_publish=system.broker.can_publish,
             can_hear=system.broker.can_hear,
             room=self.threads.room,
@@ -374,6 +374,12 @@ class Runtime:
         self.settler.put(Ended(verdict, running))
 
     # ---- messages ----
+
+    def _ring(self, rings: Sequence[Ring]) -> None:
+        """For jobs that the relay has picked: what this process has threads for need not go by the broker."""
+        plain = [ring for ring in rings if self.threads.takes(ring.type)]
+        rest = self.system.broker.take(plain)
+        self.system.publisher.ring([*rest, *(ring for ring in rings if not self.threads.takes(ring.type))])
 
     def _deliver(self, rings: Sequence[Ring]) -> None:
         """Put jobs that were picked for this process before its threads."""

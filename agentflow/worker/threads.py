@@ -78,6 +78,11 @@ class Threads:
         ]
         return Room(free, free - min(free, max(0, for_any)), types)
 
+    @staticmethod
+    def takes(name: str) -> bool:
+        """Whether any free thread may run this type: not where a process runs no more than so many of it."""
+        return registry.known(name) and registry.get(name).process_limit is None
+
     def claimed(self) -> None:
         self._claims += 1
 
