@@ -6,11 +6,12 @@ is answered where, agentflow/scraping.py knows.
 
 from __future__ import annotations
 
+import functools
 import hmac
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -206,20 +207,26 @@ def known_types(types: Iterable[JobType]) -> None:
             metric.labels(each.name, each.queue)
 
 
+@functools.cache
+def _of(metric: Any, *labels: str) -> Any:
+    """The metric of these labels: looked up once, not six times for each job."""
+    return metric.labels(*labels)
+
+
 def job_started(job_type: str, queue: str, pickup_s: float) -> None:
-    _jobs.labels(job_type, queue).inc()
-    _processing.labels(job_type, queue).inc()
-    _pickup.labels(queue).observe(max(0.0, pickup_s))
+    _of(_jobs, job_type, queue).inc()
+    _of(_processing, job_type, queue).inc()
+    _of(_pickup, queue).observe(max(0.0, pickup_s))
 
 
 def job_ended(job_type: str, queue: str, state: State | None, seconds: float) -> None:
     """The state that was written: `queued` after a retry, a wait or a hand-back; None when the lease was lost."""
-    _processing.labels(job_type, queue).dec()
-    _duration.labels(job_type, queue).observe(seconds)
+    _of(_processing, job_type, queue).dec()
+    _of(_duration, job_type, queue).observe(seconds)
     if state == "succeeded":
-        _completed.labels(job_type, queue).inc()
+        _of(_completed, job_type, queue).inc()
     elif state == "failed":
-        _failed.labels(job_type, queue).inc()
+        _of(_failed, job_type, queue).inc()
 
 
 def failed_unseen(job_type: str, queue: str) -> None:

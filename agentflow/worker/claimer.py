@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
 from uuid import UUID
 
 from agentflow.database import BoundedConnection, Database
@@ -14,8 +13,6 @@ from agentflow.jobs.model import Job
 from agentflow.worker.inbox import Inbox
 from agentflow.worker.loops import Loop
 from agentflow.worker.running import Running
-
-_LINGER_S: Final = 0.002
 
 
 class _Request:
@@ -48,7 +45,7 @@ class Claimer(Loop):
         self._worker = worker
         self._lease_s = lease_s
         self._hold = hold
-        self._requests: Inbox[_Request] = Inbox(_LINGER_S)
+        self._requests: Inbox[_Request] = Inbox()  # no lingering: threads wait for the answer
         self._batch: list[_Request] = []
         self._unsure = False
 

@@ -19,7 +19,7 @@ class Inbox(Generic[T]):
     """Under load it waits up to `linger_s` for twice as many as the last time: a statement for eight costs little more than one
     for two."""
 
-    def __init__(self, linger_s: float) -> None:
+    def __init__(self, linger_s: float = 0.0) -> None:
         self._linger_s = linger_s
         self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
         self._last = 0

@@ -87,11 +87,11 @@ class Threads:
         self._claims += 1
 
     def claims_per_s(self) -> float:
-        """A moving average over about a second."""
+        """A moving average over about a second, which follows a rise at once: what is measured decides how much is fetched."""
         now = time.monotonic()
         if (elapsed := now - self._rated_at) > 0.2:
-            weight = min(1.0, elapsed)
-            self._rate = (1 - weight) * self._rate + weight * self._claims / elapsed
+            weight, rate = min(1.0, elapsed), self._claims / elapsed
+            self._rate = max(rate, (1 - weight) * self._rate + weight * rate)
             self._claims, self._rated_at = 0, now
         return self._rate
 
