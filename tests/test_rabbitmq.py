@@ -591,6 +591,63 @@ def test_a_message_passed_on_once_is_given_back_the_second_time(broker: RabbitBr
     assert second.message_id == first.message_id and not second.pass_on()
 
 
+def test_what_the_relay_picked_is_taken_here_as_far_as_there_is_room_past_the_broker(
+    broker: RabbitBroker, rabbitmq: Node
+) -> None:
+    consumer = broker.consume(queue_name(broker.prefix, "default"), prefetch=10)
+    broker.ring(rings(1))
+    brought = eventually(lambda: next(consumer))
+    broker.allowance, broker.reserved = (lambda: 4), (lambda: 1)
+    picked = [*rings(5), Ring(uuid4(), QUEUES[0], "ping", 0), Ring(uuid4(), "gpu", "comfy_render")]
+
+    rest = broker.take(picked)
+
+    # One of four is held, one is kept for critical jobs; of a queue that is not read here nothing is taken.
+    assert rest == [*picked[2:5], picked[6]]
+    taken = [eventually(lambda: next(consumer)) for _ in range(2)]
+    assert next(consumer) is None
+    brought.acknowledge()
+    taken.append(eventually(lambda: next(consumer)))
+    assert [message.args[0] for message in taken] == [str(picked[n].job_id) for n in (5, 0, 1)]
+    assert rabbitmq.ready_messages(consumer.lanes[1].name) == {consumer.lanes[1].name: 0}
+    for message in taken:
+        message.acknowledge()
+    assert broker.room(critical=True) == 4
+
+
+def test_what_was_taken_here_and_not_claimed_is_given_back_and_lost_with_no_channel(broker: RabbitBroker) -> None:
+    consumer = broker.consume(queue_name(broker.prefix, "default"), prefetch=10)
+    assert broker.consuming.ready.wait(30)
+    given_back = list[Any]()
+    broker.give_back = lambda messages, _delay_s: given_back.extend(messages)
+    late, passed, left, waiting = picked = rings(4)
+
+    assert broker.take(picked) == []
+    messages = [eventually(lambda: next(consumer)) for _ in range(3)]
+    broker.consuming.ready.clear()
+    broker.consuming.call(lambda: broker.consuming.drop(ConnectionError("by a test")))
+    assert broker.consuming.ready.wait(30)
+    messages += [eventually(lambda: next(consumer))]
+
+    assert [message.args[0] for message in messages] == [str(ring.job_id) for ring in (late, passed, left, waiting)]
+    assert not messages[1].pass_on(), "no other consumer will hear of it"
+    consumer.requeue([messages[2]])
+    assert given_back == [messages[2]]
+    eventually(lambda: next(consumer) is None and messages[3] in given_back)
+
+
+def test_a_busy_worker_gives_back_what_it_took_for_itself(broker: RabbitBroker) -> None:
+    consumer = broker.consume(queue_name(broker.prefix, "default"), prefetch=10)
+    assert broker.consuming.ready.wait(30)
+    given_back = list[Any]()
+    broker.give_back = lambda messages, _delay_s: given_back.extend(messages)
+    assert broker.take(rings(3)) == []
+
+    broker.allowance = lambda: 0
+
+    eventually(lambda: next(consumer) is None and len(given_back) == 3)
+
+
 def test_closing_leaves_no_thread_and_no_socket(rabbitmq: Node) -> None:
     process = psutil.Process()
     before = (process.num_fds(), process.num_threads())

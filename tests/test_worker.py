@@ -402,6 +402,49 @@ def test_where_what_runs_counts_the_relay_looks_again_when_a_job_ends(
     runtime.claimer.stop()
 
 
+def test_a_worker_takes_what_its_relay_picked_but_for_types_of_which_it_runs_only_so_many(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = runtime_of(system, lambda running, _context: Verdict(*running.key, "succeeded"))
+    offered, rung = list[Ring](), list[Ring]()
+    monkeypatch.setattr(system.broker, "take", lambda rings: offered.extend(rings) or rings[1:])
+    jobs = [submit(system, "ping") for _ in range(2)] + [submit(system, "test_narrow", {"file": "/nowhere"})]
+    monkeypatch.setattr(system.publisher, "ring", rung.extend)
+    with system.database.connection() as conn:
+        conn.execute("update agentflow.jobs set sent_at = null, sends = 0, wake_at = clock_timestamp()")
+
+    with system.database.connect() as conn:
+        runtime.relay.step(conn)
+
+    assert {ring.job_id for ring in offered} == {job.id for job in jobs[:2]}
+    assert {ring.job_id for ring in rung} == {offered[1].job_id, jobs[2].id}
+
+
+def test_the_window_grows_as_soon_as_the_work_does(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = runtime_of(system, lambda running, _context: Verdict(*running.key, "succeeded"))
+    woken = list[str]()
+    monkeypatch.setattr(runtime.heart, "wake", lambda: woken.append("told"))
+    runtime.claimer.start()
+    runtime.settler.start()
+
+    def run_one() -> None:
+        job = submit(system, "ping")
+        message = message_for(Ring(job.id, job.queue, job.type), system.settings.job_queue_name)
+        runtime.handle(DeliveredMessage(message, Nobody()))
+        assert runtime.settler.flush(30)
+
+    run_one()
+    assert woken == []  # four threads' worth is what everybody counts with
+    monkeypatch.setattr(runtime.threads, "claims_per_s", lambda: 90.0)  # 9 in 100 ms
+    run_one()
+    assert woken == ["told"]
+    assert runtime._facts()["demand"]["default"] == 9
+    run_one()
+    assert woken == ["told"]
+    runtime.settler.stop()
+    runtime.claimer.stop()
+
+
 def test_a_doubled_a_stale_and_a_malformed_message_change_nothing(system: System, running_worker: Process) -> None:
     job = ended(system, submit(system, "ping"))
     busy = submit(system, "ping", {"sleep_ms": 1500})

@@ -341,7 +341,9 @@ class RabbitConsumer(Consumer):
         for lane in self.lanes:
             lane.waiting = deque(message for message in lane.waiting if isinstance(message, OwnMessage))
             lane.consumer_tag = None
-        self.held.clear()
+        for key, message in list(self.held.items()):
+            if not isinstance(message, OwnMessage):
+                self.held.pop(key, None)
 
     # ---- in Dramatiq's consumer thread ----
 
