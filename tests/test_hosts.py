@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import network
-from tests.processes import ROOT
+from tests.processes import ROOT, eventually
 
 
 @pytest.mark.long
@@ -51,7 +51,8 @@ def test_a_host_that_is_cut_off_hears_and_says_nothing_until_it_is_joined_and_le
             assert not reaches(one.inside, net.address) and not reaches(two.inside, one.address)
             assert reaches(two.inside, net.address)
             one.join()
-            assert reaches(one.inside, net.address) and reaches(two.inside, one.address)
+            # The neighbours have to find each other again first.
+            eventually(lambda: reaches(one.inside, net.address) and reaches(two.inside, one.address))
         namespaces = {host.namespace for host in net.hosts.values()}
 
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 import psycopg
 
 from agentflow.telegram.shown import EVERY_S
+from tests.comfyui_server import comfyui
 from tests.core_support import rows, value
 from tests.processes import BIN, Process, eventually, worker
 from tests.telegram_jobs import picture
@@ -80,3 +81,35 @@ def test_one_result_message_whatever_is_delivered_twice_and_whoever_dies(
     for table in ("jobs", "job_attempts", "webhook_events", "webhook_endpoints", "telegram_requests"):
         everything += str(rows(conn, f"select to_jsonb(t) from agentflow.{table} t"))  # noqa: S608
     assert "Worker process is ready" in everything and bot.token.partition(":")[2] not in everything
+
+
+def test_the_products_own_render_comes_once_though_its_worker_dies_between_render_and_message(
+    bot: BotApi, environment: dict[str, str], conn: psycopg.Connection, tmp_path: Path
+) -> None:
+    """Nothing is stood in for but Telegram and the GPU."""
+    environment |= {"JOB_LEASE": "3", "JOB_LEASE_RENEW": "1"}
+    ann = User(bot, ANN, {})
+    bot.updates.times = 2
+    with comfyui(tmp_path / "comfyui") as comfy, gunicorn(environment, tmp_path) as web:
+        environment["COMFYUI_URL"] = comfy.with_qwen().url
+        process = Process(
+            [str(BIN / "agentflow"), "telegram", "set-webhook", web.url], environment, tmp_path / "webhook.log"
+        )
+        assert process.popen.wait(60) == 0, process.text()
+        ann.photo(picture(0x00FF00, "JPEG"), caption="make it blue")
+
+        with worker(environment, tmp_path / "first.log") as first:
+            bot.fault("stall", path="editMessageMedia", seconds=90.0, times=1)
+            eventually(lambda: bot.called("editMessageMedia"), within_s=90)
+            first.kill()
+        with worker(environment, tmp_path / "second.log"):
+            eventually(lambda: value(conn, "select state from agentflow.telegram_requests") == "delivered", within_s=90)
+
+        assert len(comfy.runs) == 1, "the same picture was rendered twice"
+        (sent,) = photos(bot)
+        assert (
+            value(conn, "select result -> 'outputs' -> 0 ->> 'kind' from agentflow.jobs where type = 'comfy_render'")
+            == "image"
+        )
+        assert sent.content in [file.read_bytes() for file in comfy.files.folder.rglob("*.png")]
+        assert sent.buttons and not [message for message in bot.chat(ANN) if message.kind == "text"]
