@@ -85,6 +85,7 @@ def test_lanes_of_a_class_take_turns_by_the_work_that_they_ask_for() -> None:
     assert turns_before(mine, 3, [Lane(2, 1, 1, 2.0)])[0] == 3 + 1  # it has no more than one
     assert turns_before(mine, 3, [Lane(2, 1, 100, 2.0, virtual_s=3.0)])[0] == 3 + 0.5  # it had some already
     assert turns_before(mine, 3, [Lane(2, 1, 100, 2.0, weight=2.0)])[0] == 3 + 4
+    assert turns_before(mine, 3, [Lane(2, 1, 0, 2.0, per_s=0.1).after(10.0)])[0] == 3 + 1  # one more has come by then
 
 
 def test_classes_come_in_order_with_a_tenth_for_low() -> None:

@@ -227,6 +227,24 @@ def test_others_take_turns_with_it_and_nothing_else_is_said_of_them(client: Flas
     assert 8 <= said["waiting"]["before"] <= 10  # four of its own, and as many of the other's
 
 
+@pytest.mark.parametrize(("when", "before"), [("lately", 9), ("before that", 4)])
+def test_others_who_hand_in_again_and_again_are_expected_to_go_on(
+    client: FlaskClient, conn: Connection, staff: UUID, when: str, before: int
+) -> None:
+    learned(conn)
+    conn.execute("insert into agentflow.organizations (id, slug, name) values (2, 'two', 'Two')")
+    assert len(core_claim(conn, staff, *(submitted(conn, 2) for _ in range(30)))) == 30  # none of them waits now
+    if when != "lately":
+        conn.execute("update agentflow.jobs set id = overlay(id::text placing '00000000' from 1 for 8)::uuid")
+    mine = [submit(client) for _ in range(5)][-1]
+    conn.execute("update agentflow.jobs set sent_at = null, wake_at = run_at where state = 'queued'")
+
+    said = look(client, mine)
+
+    assert said["waiting"]["position"] == 5
+    assert said["waiting"]["before"] == before  # four of its own, and five turns of the other's
+
+
 @pytest.mark.usefixtures("staff")
 def test_counting_is_bounded(client: FlaskClient, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standing, "_MIX", 5)

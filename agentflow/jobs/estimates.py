@@ -15,7 +15,7 @@ import heapq
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Final
@@ -80,18 +80,23 @@ class Durations:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """Due jobs of an organization and class that nobody was rung for yet. `cost_s` is what one of them takes; `virtual_s` the
-    work done over the weight, by which the relay takes turns."""
+    """Due jobs of an organization and class that nobody was rung for yet, and how many more come in a second. `cost_s` is what
+    one of them takes; `virtual_s` the work done over the weight, by which the relay takes turns."""
 
     organization_id: int
     priority: int
-    jobs: int
+    jobs: float
     cost_s: float
     virtual_s: float = 0.0
     weight: float = 1.0
+    per_s: float = 0.0
+
+    def after(self, seconds: float) -> Lane:
+        """With those that will have come by then."""
+        return replace(self, jobs=self.jobs + seconds * self.per_s)
 
 
-def turns_before(mine: Lane, ahead: int, others: Sequence[Lane]) -> tuple[float, float]:
+def turns_before(mine: Lane, ahead: float, others: Sequence[Lane]) -> tuple[float, float]:
     """How many jobs of all lanes get their turn before the one that has `ahead` others before it in its own, and their work in
     seconds.
 

@@ -3,6 +3,7 @@ cost what ten thousand do."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +22,9 @@ _MOST_OF_A_LANE: Final = 1000
 _MOST_LANES: Final = 500
 _MOST_RUNNING: Final = 5000
 _WORKER_SILENT_S: Final = 60
+#: Over so long it is counted how many jobs come, of the newest ones of all queues.
+LATELY_S: Final = 10.0
+_MOST_ARRIVALS: Final = 2000
 #: The lanes (class and organization) in which jobs of the queue wait, by skip scan.
 _LANES: Final = """
 with recursive lanes as (
@@ -51,7 +55,8 @@ class RunningJob:
 
 @dataclass(frozen=True, slots=True)
 class WaitingLane:
-    """Due jobs of an organization and class that were not rung for; `cost_s` of one as measured lately, where it is known."""
+    """Due jobs of an organization and class that were not rung for; `cost_s` of one as measured lately, where it is known;
+    `per_s`: how many were handed in a second lately."""
 
     priority: int
     organization_id: int
@@ -59,6 +64,7 @@ class WaitingLane:
     cost_s: float | None
     virtual_s: float
     weight: float
+    per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +99,21 @@ def picture(conn: Connection, queue: str) -> Picture:
     ).fetchall()
     lanes = conn.execute(
         _LANES  # noqa: S608 - constants
-        + """
+        + """, newest as materialized (                   -- ids begin with their time
+            select j.queue, j.priority, j.organization_id, j.created_at, j.run_at from agentflow.jobs j
+            where j.id >= %(since)s order by j.id desc limit %(arrivals)s
+        ), span as (
+            select case when count(*) < %(arrivals)s then %(lately)s
+                else greatest(0.5, extract(epoch from clock_timestamp() - min(created_at)))::float8 end as seconds from newest
+        ), arrived as (
+            select priority, organization_id, count(*) as jobs from newest
+            where queue = %(queue)s and run_at <= clock_timestamp() group by 1, 2
+        ), every as (
+            select priority, organization_id from lanes union select priority, organization_id from arrived
+        )
         select l.priority, l.organization_id, due.jobs, v.cost_s, greatest(coalesce(v.virtual_s, 0), coalesce(c.virtual_s, 0)),
-            coalesce(o.weight, 1)
-        from lanes l cross join lateral (
+            coalesce(o.weight, 1), coalesce(a.jobs, 0) / span.seconds
+        from every l cross join span cross join lateral (
             select count(*) as jobs from (
                 select from agentflow.jobs j where j.queue = %(queue)s and j.priority = l.priority
                 and j.organization_id = l.organization_id and j.state = 'queued' and j.wake_at <= clock_timestamp() limit %(most)s
@@ -105,9 +122,17 @@ def picture(conn: Connection, queue: str) -> Picture:
         left join agentflow.lanes v on v.queue = %(queue)s and v.organization_id = l.organization_id
         left join agentflow.lanes c on c.queue = %(queue)s and c.organization_id = 0
         left join agentflow.organizations o on o.id = l.organization_id
-        where due.jobs > 0
+        left join arrived a on a.priority = l.priority and a.organization_id = l.organization_id
+        where due.jobs > 0 or a.jobs > 0
         """,
-        {"queue": queue, "lanes": _MOST_LANES, "most": _MOST_OF_A_LANE},
+        {
+            "queue": queue,
+            "lanes": _MOST_LANES,
+            "most": _MOST_OF_A_LANE,
+            "arrivals": _MOST_ARRIVALS,
+            "lately": LATELY_S,
+            "since": _first_id(time.time() - LATELY_S),
+        },
     ).fetchall()
     sent = conn.execute(
         "select type, count(*) from (select j.type from agentflow.jobs j where j.queue = %s and j.state = 'queued'"
@@ -125,6 +150,11 @@ def picture(conn: Connection, queue: str) -> Picture:
         sent=dict(sent),
         durations=forecasts.durations(conn),
     )
+
+
+def _first_id(moment: float) -> UUID:
+    """Ids of jobs that were made after this (epoch seconds) are larger."""
+    return UUID(int=int(moment * 1000) << 80)
 
 
 @dataclass(frozen=True, slots=True)

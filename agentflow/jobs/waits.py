@@ -9,13 +9,15 @@ from datetime import UTC, timedelta
 from typing import Final
 
 from agentflow.jobs import callbacks, registry, rules
-from agentflow.jobs.estimates import Durations, Lane, free_after, turns_before
+from agentflow.jobs.estimates import RESOLUTION_S, Durations, Lane, free_after, turns_before
 from agentflow.jobs.model import PRIORITIES, Job
-from agentflow.jobs.standing import KeyLine, Picture, Place, RunningJob
+from agentflow.jobs.standing import LATELY_S, KeyLine, Picture, Place, RunningJob
 from agentflow.settings import Settings
 
 #: The least that a job is taken to cost: a lane's cost divides.
 _LEAST_COST_S: Final = 0.0001
+#: Of adding those that come during the wait, which makes the wait longer: where more come than go it has no end.
+_ROUNDS: Final = 8
 
 
 class Waits:
@@ -79,22 +81,27 @@ class Waits:
         """Until a thread of the queue is free for it. Returns how many jobs of all organizations go first."""
         picture, place = self._picture, self._place
         threads = picture.threads[self._priority] * (picture.in_use or 1.0)
-        ahead: float = place.ahead
         work_s = self._work_s(place.ahead, place.types)
-        if not place.sent:
-            lanes = self._lanes(work_s)
+        lanes = None if place.sent else self._lanes(work_s)
+        sent = 0 if place.sent else sum(picture.sent.values())
+        sent_s = self._work_s(sent, picture.sent)
+        left_s = [self._left_s(r) for r in picture.running if r.here]
+        ahead, wait_s = float(place.ahead), 0.0
+        # While it waits more come, whose turn may be before its own: as many as came lately, in as long a time, and beyond that
+        # nothing is known.
+        for _ in range(_ROUNDS):
             if lanes is not None:
                 mine, others = lanes
-                ahead, work_s = turns_before(mine, place.ahead, others)
-            sent = sum(picture.sent.values())
-            sent_s = self._work_s(sent, picture.sent)
-            ahead, work_s = ahead + sent, None if work_s is None or sent_s is None else work_s + sent_s
-        if not threads or (ahead and work_s is None):
-            self._waits_s.append(None)
-            return ahead
-        left_s = [self._left_s(r) for r in picture.running if r.here]
-        self._waits_s.append(free_after(threads, left_s, ahead, work_s or 0.0))
-        return ahead
+                ahead, work_s = turns_before(mine, place.ahead, [lane.after(min(wait_s, LATELY_S)) for lane in others])
+            before, before_s = ahead + sent, None if work_s is None or sent_s is None else work_s + sent_s
+            if not threads or (before and before_s is None):
+                self._waits_s.append(None)
+                return before
+            earlier_s, wait_s = wait_s, free_after(threads, left_s, before, before_s or 0.0)
+            if lanes is None or wait_s - earlier_s < RESOLUTION_S:
+                break
+        self._waits_s.append(wait_s)
+        return before
 
     def _lanes(self, work_s: float | None) -> tuple[Lane, list[Lane]] | None:
         """This job's own and the others'. None: nothing is known of what their jobs take."""
@@ -105,7 +112,15 @@ class Waits:
         if cost_s is None:
             return None
         others = [
-            Lane(w.organization_id, w.priority, w.jobs, max(_LEAST_COST_S, w.cost_s or cost_s), w.virtual_s, w.weight)
+            Lane(
+                w.organization_id,
+                w.priority,
+                w.jobs,
+                max(_LEAST_COST_S, w.cost_s or cost_s),
+                w.virtual_s,
+                w.weight,
+                w.per_s,
+            )
             for w in self._picture.lanes
             if (w.priority, w.organization_id) != here
         ]
