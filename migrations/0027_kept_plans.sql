@@ -20,7 +20,7 @@ begin
         select p.oid from pg_proc p
         where p.pronamespace = 'agentflow'::regnamespace and p.proname in (
             'window_1', 'share_1', 'room_1', 'free_1', 'over_budget_1', 'ahead_1', 'relay_3', 'poll_3', 'claim_keyed_1',
-            'claim_keyed_2', 'settle_1', 'follow_up_1', 'wake_line_1', 'leave_key_1', 'enter_key_1', 'heartbeat_1', 'record_usage_2'
+            'claim_keyed_2', 'settle_1', 'follow_up_1', 'wake_line_1', 'leave_key_1', 'enter_key_1', 'heartbeat_1'
         )
     loop
         execute format('alter function %s set plan_cache_mode = force_generic_plan', f.oid::regprocedure);
@@ -102,4 +102,39 @@ begin
         case when p.now then clock_timestamp() end, p.now::integer
     from placed p order by p.n
     returning j.*;
+end $$;
+
+-- Two changes to the texts of relay_3 and poll_3, which promise what they did.
+-- What was picked is looked up by its ids: on a small table a join begins with all jobs, and a kept plan would do so on a large one.
+-- And the relay looks at no more of an organization's jobs than its turns in this round may be: where two hundred wait with
+-- thousands each, whole windows of all of them were read to pick one. The level is the virtual time up to which twice as many jobs
+-- as there is room for have their turns, were there enough of each; who is short of jobs leaves turns to the next round.
+do $$
+declare
+    changes text[] := array[
+        array['relay_3(text)', 'select * from unnest(organizations, rooms, bases, costs) m(id, own_room, base, cost)',
+            'select m.*, least(room, m.own_room, 1 + ceil(greatest(0, (l.level - m.base) / m.cost)))::integer as most
+            from unnest(organizations, rooms, bases, costs) m(id, own_room, base, cost) cross join (
+                select min(p.level) as level from (
+                    select (2 * room + sum(o.base / o.cost) over up_to) / sum(1 / o.cost) over up_to as level
+                    from unnest(bases, costs) o(base, cost) window up_to as (order by o.base)
+                ) p
+            ) l'],
+        array['relay_3(text)', 'order by j.wake_at limit least(room, m.own_room)', 'order by j.wake_at limit m.most'],
+        array['relay_3(text)', 'null, moment, least(room, m.own_room))', 'null, moment, m.most)'],
+        array['relay_3(text)', 'join picked on picked.id = j.id
+            where ', 'where j.id = any (array(select p.id from picked p)) and '],
+        array['poll_3(text,integer,integer,text[])', 'join picked on picked.id = j.id
+        where ', 'where j.id = any (array(select p.id from picked p)) and ']
+    ];
+    change text[];
+    was text;
+begin
+    foreach change slice 1 in array changes loop
+        was := pg_get_functiondef(('agentflow.' || change[1])::regprocedure);
+        if position(change[2] in was) = 0 then
+            raise exception '% has no %', change[1], change[2];
+        end if;
+        execute replace(was, change[2], change[3]);
+    end loop;
 end $$;

@@ -319,7 +319,7 @@ FAILED = "jobs_failed"
 #: statement -> how it is made, whether its plans are kept (in a function) or made each time, and the indexes that they may use.
 #: Of a key the running jobs are few, and found by the index of all running ones as well as by that of the slots.
 HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
-    "claim": (_claim, False, {PKEY}),
+    "claim": (_claim, True, {PKEY}),
     "claim with a key": (_claim_keyed, True, {PKEY, LINE, SLOT, RUNNING}),
     "finish": (_settle, True, {PKEY}),
     "finish with a key": (_settle_keyed, True, {PKEY, LINE, SLOT, RUNNING}),
@@ -331,8 +331,8 @@ HOT: dict[str, tuple[Callable[[Connection], Act], bool, set[str]]] = {
     "usage": (_record_usage, True, {PKEY}),
     "poll for what nobody claimed": (_poll_again, True, {PKEY, READY, SENT, AHEAD, BACK}),
     "rescue": (_rescue, True, {PKEY, RUNNING}),
-    "submit": (_submit, False, {READY, SENT}),
-    "submit many": (_submit_many, False, {READY, SENT}),
+    "submit": (_submit, True, {READY, SENT}),
+    "submit many": (_submit_many, True, {READY, SENT}),
     "take back": (_take_back, False, {PKEY}),
     "cancel": (_cancel, True, {PKEY, LIST, LINE, SLOT, RUNNING}),
     "get": (_get, False, {PKEY, LIST}),
