@@ -9,7 +9,7 @@ from typing import Any
 
 import actors
 from agentflow.calls import Service
-from agentflow.errors import Permanent, Wait
+from agentflow.errors import Permanent, Transient, Wait
 from agentflow.jobs.registry import Payload, Rate, job
 from agentflow.limits import Window
 from agentflow.models import Message, answers
@@ -116,6 +116,15 @@ def halfway(context: JobContext, payload: Gate) -> dict[str, Any]:
 def narrow(context: JobContext, payload: Gate) -> dict[str, Any]:
     """One at a time in a process; waits for a file."""
     return gate(context, payload)
+
+
+@job("test_narrow_fails_once", payload=Gate, process_limit=lambda _settings: 1)
+def narrow_fails_once(context: JobContext, payload: Gate) -> dict[str, Any]:
+    """One at a time in a process, so that no worker takes it for itself past the broker. Fails once its file is there."""
+    gate(context, payload)
+    if context.job.attempt == 1:
+        raise Transient("attempt 1 fails as asked")
+    return {}
 
 
 class Effect(Payload):

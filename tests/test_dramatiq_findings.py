@@ -181,10 +181,12 @@ def test_2_a_retry_is_a_row_and_is_published_when_the_broker_takes_it(
     rabbitmq: Node,
     tmp_path: Path,
 ) -> None:
+    gate = tmp_path / "gate"
     with worker(environment, tmp_path / "worker.log") as process:
-        job = submit(system, "ping", {"sleep_ms": 2000, "fail_attempts": 1})
+        job = submit(system, "test_narrow_fails_once", {"file": str(gate)})
         eventually(lambda: read(system, job.id).state == "running")
         with publishing_refused(rabbitmq, rf"^{environment['JOB_QUEUE_NAME']}\."):
+            gate.touch()
             process.wait_for("RabbitMQ refused the message")
             assert read(system, job.id).state == "queued"
 
