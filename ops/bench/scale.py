@@ -49,6 +49,32 @@ from ops.bench.generate import FIRST_ORGANIZATION, Amounts, generate  # noqa: E4
 from web import create_app  # noqa: E402
 
 ALLOWED = 1.1
+#: The most that a page of the dashboard may take on the full side, and what counts as a big table there.
+PAGE_MS = 150.0
+BIG_ROWS = 100_000
+#: Those that are about many; and those about one.
+PAGES = {
+    "overview": "/dashboard",
+    "charts of 24 h": "/dashboard/charts?window=24h",
+    "charts of 7 d": "/dashboard/charts?window=7d",
+    "overview of an organization": "/dashboard?organization=bench-150",
+    "jobs": "/dashboard/jobs",
+    "jobs that failed": "/dashboard/jobs?state=failed",
+    "jobs by words of their errors": "/dashboard/jobs?error=timeout",
+    "jobs of a type and an organization": "/dashboard/jobs?type=comfy_render&organization=bench-150",
+    "dead letters": "/dashboard/dead-letters",
+    "dead letters of an organization": "/dashboard/dead-letters?organization=bench-150",
+    "webhooks": "/dashboard/webhooks",
+    "CRM": "/dashboard/crm",
+    "documents": "/dashboard/knowledge",
+    "graph": "/dashboard/knowledge/graph",
+    "models": "/dashboard/knowledge/models",
+    "renders": "/dashboard/renders",
+    "limits": "/dashboard/limits",
+    "schedules": "/dashboard/schedules",
+}
+JOB = {"": "/dashboard/jobs/{}", "'s flight record": "/dashboard/flight/job/{}"}
+EVENT = {"": "/dashboard/webhooks/{}", "'s flight record": "/dashboard/flight/event/{}"}
 _LEASE_S = 30.0
 _BATCH = 100
 _THREADS = 1000
@@ -89,16 +115,20 @@ def main() -> int:
         urls = {name: made(joined.database_url, name) for name in ("empty", "full")}
         figures["generated"] = filled(urls["full"], amounts)
         sides = [side(name, url, joined.redis_url, home) for name, url in urls.items()]
+        for each in sides:
+            each.conn.execute("select pg_stat_reset()")
         for number in range(options.pairs):
             for each in sides[:: 1 if number % 2 else -1]:
                 measure(each, options.jobs)
             print(f"pair {number + 1} of {options.pairs} is done", flush=True)
         figures["costs"] = {each.name: each.costs for each in sides}
+        figures["sequential scans"] = sequential_scans(sides[-1].conn)
         for each in sides:
             each.conn.close()
             each.system.close()
     figures["ratios"] = ratios(figures["costs"])
     figures["flat"] = all(value <= ALLOWED for value in figures["ratios"].values())
+    figures["slow pages"] = slow_pages(figures["costs"]["full"])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(figures, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(page(figures))
@@ -239,7 +269,6 @@ def looks(each: Side) -> dict[str, Callable[[], object]]:
         "list: of a type, of the largest": (FIRST_ORGANIZATION, Filter(type="comfy_render")),
         "list: by correlation": (FIRST_ORGANIZATION, Filter(correlation_id="order-17")),
     }
-    pages = ("/dashboard", "/dashboard/jobs", "/dashboard/jobs?state=failed", "/dashboard/dead-letters")
     statuses = ("/health", "/api/system/queue-stats", "/api/system/stats")
     return {
         **{
@@ -250,9 +279,27 @@ def looks(each: Side) -> dict[str, Callable[[], object]]:
         "status: shares": lambda: backlog.shares(conn),
         "status: stuck": lambda: backlog.stuck(conn),
         "clean-up: a batch": lambda: retention.delete_jobs(conn, succeeded=True, keep=Keep(24.0, 1000), limit=1000),
-        **{f"page: {path}": lambda path=path: opened(each, path) for path in pages},
-        **{f"page: {path}": lambda path=path: opened(each, path) for path in statuses},
+        **{f"page: {name}": lambda path=path: opened(each, path) for name, path in {**PAGES, **of_one(conn)}.items()},
+        **{f"status: {path}": lambda path=path: opened(each, path) for path in statuses},
     }
+
+
+def of_one(conn: Connection) -> dict[str, str]:
+    """The pages of one thing each, of the middle of its table."""
+    found = {}
+    for name, query, paths in (
+        (
+            "an ended job",
+            "select id from agentflow.jobs where state = 'succeeded' order by id desc offset 500 limit 1",
+            JOB,
+        ),
+        ("a failed job", "select id from agentflow.jobs where state = 'failed' order by finished_at desc limit 1", JOB),
+        ("a waiting job", "select id from agentflow.jobs where state = 'queued' order by id desc limit 1", JOB),
+        ("a webhook", "select id from agentflow.webhook_events order by id desc offset 500 limit 1", EVENT),
+    ):
+        if row := conn.execute(query.encode()).fetchone():
+            found |= {f"{name}{what}": path.format(row[0]) for what, path in paths.items()}
+    return found
 
 
 def opened(each: Side, path: str) -> None:
@@ -282,7 +329,25 @@ def buffers(conn: Connection) -> float:
     return float(row[0]) if row else 0.0
 
 
+def sequential_scans(conn: Connection) -> dict[str, int]:
+    """Of big tables, since they were filled: what looked at all of their rows."""
+    conn.execute("select pg_stat_force_next_flush()")
+    return dict(
+        conn.execute(
+            "select relname, seq_scan from pg_stat_user_tables"
+            " where schemaname = 'agentflow' and n_live_tup > %s and seq_scan > 0",
+            (BIG_ROWS,),
+        ).fetchall()
+    )
+
+
 # ---- what became of it ----
+
+
+def slow_pages(costs: dict[str, list[Cost]]) -> dict[str, float]:
+    """Whose median is over PAGE_MS."""
+    medians = {name: statistics.median(cost["ms"] for cost in found) for name, found in costs.items()}
+    return {name: round(ms) for name, ms in medians.items() if name.startswith("page: ") and ms > PAGE_MS}
 
 
 def ratios(costs: dict[str, dict[str, list[Cost]]]) -> dict[str, float]:
@@ -306,6 +371,9 @@ def page(figures: dict[str, Any]) -> str:
         f"A job's whole way costs {figures['ratios']['cpu_ms']:.2f} times the processor time of Postgres and"
         f" {figures['ratios']['buffers']:.2f} times the buffers ({ALLOWED:g} are allowed).",
         "",
+        f"Pages of the full side that took longer than {PAGE_MS:g} ms: {_listed(figures['slow pages'], ' ms')}. Tables of more"
+        f" than {BIG_ROWS:,} rows that were read from one end to the other: {_listed(figures['sequential scans'], ' times')}.",
+        "",
         "| | empty, ms | full, ms | empty, buffers | full, buffers |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -314,6 +382,10 @@ def page(figures: dict[str, Any]) -> str:
         cells = [shown([cost[what] for cost in costs]) for what in ("ms", "buffers") for costs in (empty, full)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _listed(found: dict[str, Any], unit: str) -> str:
+    return ", ".join(f"{name.removeprefix('page: ')} {value}{unit}" for name, value in found.items()) or "none"
 
 
 if __name__ == "__main__":
