@@ -28,6 +28,7 @@ from agentflow.database import Connection, Database, Unavailable
 from agentflow.jobs import dispatch, intake, records, rules, statistics
 from agentflow.jobs.intake import NewJob, Prepared, Submitted
 from agentflow.jobs.model import Job, Ring, State
+from agentflow.kept import Kept
 from agentflow.knowledge.embedding import Embeddings
 from agentflow.limits import Limits
 from agentflow.links import Links
@@ -226,6 +227,10 @@ class System:
     @cached_property
     def rules(self) -> rules.Known:
         return rules.Known(self.database)
+
+    @cached_property
+    def kept(self) -> Kept:
+        return Kept(self.database)
 
     @cached_property
     def outlooks(self) -> Outlooks:

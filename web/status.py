@@ -121,7 +121,9 @@ class LiveView(View):
 def queue_stats(call: Call) -> QueueStats:
     """What waits and runs, by queue; of the caller's organization alone. Windows, workers and threads are everybody's."""
     with call.system.database.connection() as conn:
-        return QueueStats(queues=[_view(QueueView, each) for each in statistics.queues(conn, call.sees)])
+        return QueueStats(
+            queues=[_view(QueueView, each) for each in statistics.kept_queues(conn, call.system.kept, call.sees)]
+        )
 
 
 @system_routes.get("/api/system/stats", {200: SystemStats}, scope="admin")
@@ -129,7 +131,7 @@ def stats(call: Call) -> SystemStats:
     """The whole picture: queues, workers, what was done lately, versions, connections, the calendar."""
     with call.system.database.connection() as conn:
         return SystemStats(
-            queues=[_view(QueueView, each) for each in statistics.queues(conn)],
+            queues=[_view(QueueView, each) for each in statistics.kept_queues(conn, call.system.kept)],
             workers=[_view(WorkerView, each) for each in statistics.workers(conn)],
             lately=_view(LatelyView, statistics.lately(conn)),
             versions={

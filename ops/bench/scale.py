@@ -207,11 +207,12 @@ def way(each: Side, jobs: int) -> None:
     conn, worker = each.conn, uuid4()
     announce(conn, worker)
     prepared = [each.system.prepare(FIRST_ORGANIZATION, NewJob("ping", {})) for _ in range(jobs)]
-    with each.system.database.transaction() as other:  # who hands in is known
-        other.execute(
-            "insert into agentflow.organizations (id, slug, name) values (%s, 'scale', 'Scale') on conflict do nothing",
-            (FIRST_ORGANIZATION,),
-        )
+    with each.system.database.transaction() as other:  # who hands in is known, and who is looked at
+        for n in (0, 150):
+            other.execute(
+                "insert into agentflow.organizations (id, slug, name) values (%s, %s, %s) on conflict do nothing",
+                (FIRST_ORGANIZATION + n, f"bench-{n}", f"Bench {n}"),
+            )
 
     def hand_in() -> None:
         for start in range(0, jobs, _BATCH):
@@ -378,8 +379,12 @@ def page(figures: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for name in figures["costs"]["full"]:
-        empty, full = (figures["costs"][where][name] for where in ("empty", "full"))
-        cells = [shown([cost[what] for cost in costs]) for what in ("ms", "buffers") for costs in (empty, full)]
+        empty, full = (figures["costs"][where].get(name, []) for where in ("empty", "full"))
+        cells = [
+            shown([cost[what] for cost in costs]) if costs else "–"
+            for what in ("ms", "buffers")
+            for costs in (empty, full)
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

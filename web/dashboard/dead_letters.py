@@ -25,8 +25,8 @@ _EXAMPLES: Final = 5
 @pages.get("/dead-letters")
 def dead_letters(visit: Visit) -> Response:
     with visit.system.database.connection() as conn:
-        groups = letters.groups(conn, visit.sees)
-        count = letters.count(conn, visit.sees)
+        groups = letters.kept_groups(conn, visit.system.kept, visit.sees)
+        count = letters.kept_count(conn, visit.system.kept, visit.sees)
     slugs = {each.id: each.slug for each in visit.organizations()} if visit.sees is None else {}
     values: dict[str, Any] = {"groups": groups, "count": count, "most": letters.MOST_COUNTED, "slugs": slugs}
     if request.args.get("part") == "groups":
@@ -56,6 +56,7 @@ def deal_with(visit: Visit, action: str) -> Response:
     if rate not in RATES:
         raise Refused(422, say("{field} is not known.", field="rate"))
     said = _done(visit, cast(Action, action), which, organization_id, RATES[rate])
+    letters.changed(visit.system.kept)
     return visit.go("dead_letters", said=said)
 
 
