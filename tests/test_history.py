@@ -277,6 +277,25 @@ def test_what_cannot_be_tried_again_is_named_and_holds_nothing_up(system: System
     }
 
 
+@pytest.mark.parametrize("organization", [1, None])
+def test_words_are_found_among_the_newest_errors_and_among_all(
+    conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, organization: int | None
+) -> None:
+    monkeypatch.setattr(records, "_NEWEST_ERRORS", 3)
+    needle, *common = [dead(conn, "a needle"), *(dead(conn, "the same again") for _ in range(5))]
+
+    def found(words: str, **more: Any) -> list[UUID]:
+        return [job.id for job in records.search(conn, organization, records.Filter(error=words), **more)]
+
+    ids = sorted(common, reverse=True)
+    assert found("same", limit=2) == ids[:2]
+    assert found("same", limit=2, before=ids[1]) == ids[2:4]
+    assert found("same", limit=4) == ids[:4]  # more than are among the newest
+    assert found("same") == ids
+    assert found("needle", limit=1) == [needle]
+    assert found("nothing") == []
+
+
 def test_an_error_of_any_length_and_kind_is_written_and_found(conn: psycopg.Connection) -> None:
     long = dead(conn, "word " * 400_000 + "needle")
     odd = put_job(conn, "failed", error={"message": {"a": [1]}, "code": 5})

@@ -24,8 +24,10 @@ EVERY_ORGANIZATION = None
 ERROR_WORDS: Final = (
     "to_tsvector('simple', coalesce(j.error ->> 'code', '') || ' ' || left(coalesce(j.error ->> 'message', ''), 4000))"
 )
+#: Of the newest errors so many are read for words before the index of words is asked.
+_NEWEST_ERRORS: Final = 1000
 #: A page of a hundred results of 4 MB each would be the end of a small instance.
-_LISTED = JOB_COLUMNS.replace("j.payload", "'{}'::jsonb").replace("j.result", "null::jsonb")
+_LISTED: Final = JOB_COLUMNS.replace("j.payload", "'{}'::jsonb").replace("j.result", "null::jsonb")
 
 
 def get(conn: Connection, organization_id: int | None, job_id: UUID) -> Job | None:
@@ -76,15 +78,32 @@ def search(
         if (value := getattr(wanted, name)) is not None:
             clauses.append(sql.SQL("j.{} = {}").format(sql.Identifier(name), sql.Placeholder(name)))
             values[name] = value
-    if wanted.error is not None:
-        clauses.append(sql.SQL(f"j.error is not null and {ERROR_WORDS} @@ websearch_to_tsquery('simple', %(error)s)"))
-        values["error"] = wanted.error
     for name, comparison in (("since", ">="), ("until", "<")):
         if (moment := getattr(wanted, name)) is not None:
             clauses.append(sql.SQL(f"j.id {comparison} %({name})s"))
             values[name] = id_floor(moment.timestamp())
-    query = sql.SQL("select {} from agentflow.jobs j where {} order by j.id desc limit %(limit)s").format(
-        sql.SQL(_LISTED), sql.SQL(" and ").join(clauses)
+    if wanted.error is not None:
+        return _search_words(conn, clauses, values, wanted.error, limit)
+    return _found(conn, sql.SQL("agentflow.jobs"), clauses, values)
+
+
+def _search_words(
+    conn: Connection, clauses: list[sql.Composable], values: dict[str, Any], words: str, limit: int
+) -> list[Job]:
+    """Words that very many errors share fill a page from the newest ones; all others are few, and found by the words' index."""
+    clauses.append(sql.SQL("j.error is not null"))
+    these_words = sql.SQL(f"{ERROR_WORDS} @@ websearch_to_tsquery('simple', %(error)s)")
+    values |= {"error": words, "newest": _NEWEST_ERRORS}
+    newest = sql.SQL("(select * from agentflow.jobs j where {} order by j.id desc limit %(newest)s)")
+    found = _found(conn, newest.format(sql.SQL(" and ").join(clauses)), [these_words], values)
+    if len(found) == limit:
+        return found
+    return _found(conn, sql.SQL("agentflow.jobs"), [*clauses, these_words], values)
+
+
+def _found(conn: Connection, among: sql.Composable, clauses: list[sql.Composable], values: dict[str, Any]) -> list[Job]:
+    query = sql.SQL("select {} from {} j where {} order by j.id desc limit %(limit)s").format(
+        sql.SQL(_LISTED), among, sql.SQL(" and ").join(clauses)
     )
     return [job_from_row(row) for row in conn.execute(query, values).fetchall()]
 
