@@ -1516,8 +1516,8 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
         function(
             "relay_3",
             (
-                "and j.state = 'queued' and j.wake_at <= moment order by j.wake_at limit least(",
-                "and j.state = 'queued' and j.wake_at <= moment and j.sent_at is null order by j.wake_at limit least(",
+                "and j.state = 'queued' and j.wake_at <= moment order by j.wake_at limit m.most",
+                "and j.state = 'queued' and j.wake_at <= moment and j.sent_at is null order by j.wake_at limit m.most",
             ),
         ),
     ),

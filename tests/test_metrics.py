@@ -193,7 +193,7 @@ def test_gauges_of_the_queues_are_asked_for_once_in_a_while(
     fill(client, system, conn)
     asked: list[float] = []
     real = statistics.queues
-    monkeypatch.setattr("agentflow.jobs.statistics.queues", lambda c: (asked.append(time.monotonic()), real(c))[1])
+    monkeypatch.setattr("agentflow.jobs.statistics.queues", lambda *of: (asked.append(time.monotonic()), real(*of))[1])
 
     first = samples(client.get("/metrics").data)
     for _ in range(5):
