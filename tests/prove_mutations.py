@@ -15,8 +15,8 @@ from tests.core_support import mutate_code
 
 _patch = pytest.MonkeyPatch()
 _TO_BE_HAD = (
-    "update agentflow.jobs set state = 'queued', worker = null, lease_until = null, wake_at = clock_timestamp(),"
-    " attempt = attempt - 1 where id = any (%s) and state = 'running'"
+    "update agentflow.jobs set state = 'queued', worker = null, lease_until = null, slot = null,"
+    " wake_at = clock_timestamp(), attempt = attempt - 1 where id = any (%s) and state = 'running'"
 )
 
 
