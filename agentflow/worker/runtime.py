@@ -377,9 +377,9 @@ class Runtime:
 
     def _ring(self, rings: Sequence[Ring]) -> None:
         """For jobs that the relay has picked: what this process has threads for need not go by the broker."""
-        plain = [ring for ring in rings if self.threads.takes(ring.type)]
-        rest = self.system.broker.take(plain)
-        self.system.publisher.ring([*rest, *(ring for ring in rings if not self.threads.takes(ring.type))])
+        mine = [ring for ring in rings if self.threads.takes(ring.type)]
+        others = [ring for ring in rings if not self.threads.takes(ring.type)]
+        self.system.publisher.ring([*others, *self.system.broker.take(mine)])
 
     def _deliver(self, rings: Sequence[Ring]) -> None:
         """Put jobs that were picked for this process before its threads."""
