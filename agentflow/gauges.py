@@ -112,8 +112,8 @@ class _Container(Collector):
 def read(system: System, conn: Connection) -> Iterator[Metric]:
     """All of them, asked now. Raises Unavailable."""
     workers = statistics.workers(conn)
-    shares = system.kept.get(conn, "shares", backlog.shares)
-    queues = statistics.kept_queues(conn, system.kept)
+    shares = system.kept.get(conn, backlog.shares)
+    queues = system.kept.get(conn, statistics.queues, None)
     yield from _of_queues(queues)
     yield from _of_workers(workers)
     limits = {t.name: t.process_limit(system.settings) for t in registry.every() if t.process_limit is not None}

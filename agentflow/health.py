@@ -155,12 +155,12 @@ class Health:
         system = self._system()
         if system is None:
             return
+        answered = False
         try:
             self._ask_database(system)
-        except Exception:  # whatever it is goes on to the check, which names it; only the gauge is set here
-            metrics.database_connected(False)
-            raise
-        metrics.database_connected(True)
+            answered = True
+        finally:
+            metrics.database_connected(answered)
 
     def _ask_database(self, system: System) -> None:
         if self.database._known.connected:

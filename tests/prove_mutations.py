@@ -9,7 +9,7 @@ import importlib
 
 import pytest
 
-from agentflow.broker import rabbitmq
+from agentflow.broker import consuming
 from agentflow.jobs import claims
 from tests.core_support import mutate_code
 
@@ -33,5 +33,5 @@ def claim() -> None:
 
 def origin() -> None:
     """Acknowledges to whichever channel there is now."""
-    mutate_code(_patch, rabbitmq.ConsumingLink, "_answer", ("message.channel is not self._channel", "False"))
+    mutate_code(_patch, consuming.ConsumingLink, "_answer", ("message.channel is not self._channel", "False"))
     importlib.import_module("agentflow.cli.prove_worker")

@@ -58,7 +58,7 @@ def test_a_wake_among_items_is_no_item() -> None:
 def test_what_comes_by_ones_and_twos_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
     box = filled(last, linger_s=60.0)
     box.take(at_once)
-    monkeypatch.setattr(inbox.time, "sleep", lambda _s: pytest.fail("it waits"))
+    monkeypatch.setattr(inbox, "sleep", lambda _s: pytest.fail("it waits"))
     box.put(7)
 
     assert box.take(at_once) == [7]

@@ -23,6 +23,7 @@ from agentflow.jobs.intake import (
     Submitted,
 )
 from agentflow.jobs.registry import UnknownType
+from agentflow.jobs.unique import Unique
 from agentflow.system import System
 from tests import core_support
 from tests.core_support import ORGANIZATION, Background, claim, column, prepared, read, together, value
@@ -423,3 +424,31 @@ def test_a_ring_that_failed_is_taken_back(system: System, conn: Connection) -> N
 def test_a_key_too_long_for_an_index_is_refused_by_name(field: str) -> None:
     with pytest.raises(InvalidJob, match=f"{field}: is longer than 1000 bytes"):
         prepare(NewJob("ping", {}, **{field: "ж" * 501}))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"idempotency_key": "once"}, {"unique": Unique("one")}, {"concurrency_key": "file 1"}],
+    ids=["idempotency", "unique", "concurrency"],
+)
+def test_of_what_takes_several_statements_nothing_is_left_when_the_last_fails(
+    system: System, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
+) -> None:
+    insert = intake._insert
+
+    def and_fail(*args: Any) -> Any:
+        insert(*args)
+        raise psycopg.OperationalError("the server went away")
+
+    monkeypatch.setattr(intake, "_insert", and_fail)
+    request = ping(**keys)
+
+    with pytest.raises(psycopg.OperationalError):
+        system.submit(ORGANIZATION, request)
+
+    with system.database.connection() as conn:
+        assert jobs(conn) == 0
+        for beside in ("idempotency_keys", "unique_keys"):
+            assert value(conn, f"select count(*) from agentflow.{beside}") == 0  # noqa: S608 - constants
+    monkeypatch.setattr(intake, "_insert", insert)
+    assert system.submit(ORGANIZATION, request).created

@@ -39,11 +39,14 @@ class Question:
         self._clock = clock
         self.seconds = seconds
         self.asked = 0
+        self.__name__ = "question"
+        self.begun = threading.Event()
         self.may_go_on = threading.Event()
         self.may_go_on.set()
         self.error: Exception | None = None
 
-    def __call__(self, _conn: Any) -> int:
+    def __call__(self, _conn: Any, _key: str = "") -> int:
+        self.begun.set()
         assert self.may_go_on.wait(60)
         self.asked += 1
         self._clock.now += self.seconds
@@ -56,7 +59,7 @@ class Question:
 def get(system: System) -> Iterator[Callable[[Question], int]]:
     found = Kept(system.database)
     with system.database.connection() as conn:
-        yield lambda question: found.get(conn, "key", question)
+        yield lambda question: found.get(conn, question)
 
 
 def test_what_is_found_quickly_is_found_each_time(clock: Clock, get: Callable[[Question], int]) -> None:
@@ -114,14 +117,33 @@ def test_what_cannot_be_found_anew_is_asked_for_by_the_next(
 
 
 def test_an_answer_can_be_forgotten(clock: Clock, system: System) -> None:
-    found = Kept(system.database)
-    questions = {key: Question(clock, 1.0) for key in ("one", "two")}
+    found, questions = Kept(system.database), [Question(clock, 1.0), Question(clock, 1.0)]
     with system.database.connection() as conn:
-        for key, question in questions.items():
-            found.get(conn, key, question)
-        found.forget(lambda key: key == "one")
+        for question in questions:
+            found.get(conn, question)
+        found.forget(questions[0])
 
-        assert [found.get(conn, key, question) for key, question in questions.items()] == [2, 1]
+        assert [found.get(conn, question) for question in questions] == [2, 1]
+
+
+def test_an_answer_that_was_being_found_while_it_was_forgotten_is_not_kept(clock: Clock, system: System) -> None:
+    found, question = Kept(system.database), Question(clock, 1.0)
+    with system.database.connection() as conn:
+        question.may_go_on.clear()
+        looking = threading.Thread(target=found.get, args=(conn, question))
+        looking.start()
+        assert question.begun.wait(60)
+        found.forget(question)  # a change was made after the question began: what it is about to say is old
+        question.may_go_on.set()
+        looking.join(60)
+
+        assert found.get(conn, question) == 2
+
+
+def test_the_same_question_about_something_else_is_another(clock: Clock, system: System) -> None:
+    found, question = Kept(system.database), Question(clock, 1.0)
+    with system.database.connection() as conn:
+        assert [found.get(conn, question, key) for key in ("one", "two", "one")] == [1, 2, 1]
 
 
 def test_no_more_than_so_many_are_kept(clock: Clock, system: System, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +151,6 @@ def test_no_more_than_so_many_are_kept(clock: Clock, system: System, monkeypatch
     found, question = Kept(system.database), Question(clock, 1.0)
     with system.database.connection() as conn:
         for key in ("one", "two", "three"):
-            found.get(conn, key, question)
-        assert found.get(conn, "three", question) == 3
-        assert found.get(conn, "one", question) == 4
+            found.get(conn, question, key)
+        assert found.get(conn, question, "three") == 3
+        assert found.get(conn, question, "one") == 4

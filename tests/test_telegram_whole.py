@@ -32,6 +32,11 @@ def killed_at(process: Process, bot: BotApi, method: str) -> None:
     process.kill()
 
 
+def set_webhook(url: str, environment: dict[str, str], folder: Path) -> None:
+    process = Process([str(BIN / "agentflow"), "telegram", "set-webhook", url], environment, folder / "webhook.log")
+    assert process.popen.wait(60) == 0, process.text()
+
+
 def test_one_result_message_whatever_is_delivered_twice_and_whoever_dies(
     bot: BotApi, environment: dict[str, str], conn: psycopg.Connection, tmp_path: Path
 ) -> None:
@@ -41,10 +46,7 @@ def test_one_result_message_whatever_is_delivered_twice_and_whoever_dies(
     bot.updates.times = 2
     logs = [tmp_path / f"worker{n}.log" for n in range(4)]
     with gunicorn(environment, tmp_path) as web:
-        process = Process(
-            [str(BIN / "agentflow"), "telegram", "set-webhook", web.url], environment, tmp_path / "webhook.log"
-        )
-        assert process.popen.wait(60) == 0, process.text()
+        set_webhook(web.url, environment, tmp_path)
         ann.photo(picture(0xFF0000, "JPEG"), caption=f"half way until {gate}")
 
         with worker(environment, logs[0], types=TYPES) as first:
@@ -92,10 +94,7 @@ def test_the_products_own_render_comes_once_though_its_worker_dies_between_rende
     bot.updates.times = 2
     with comfyui(tmp_path / "comfyui") as comfy, gunicorn(environment, tmp_path) as web:
         environment["COMFYUI_URL"] = comfy.with_qwen().url
-        process = Process(
-            [str(BIN / "agentflow"), "telegram", "set-webhook", web.url], environment, tmp_path / "webhook.log"
-        )
-        assert process.popen.wait(60) == 0, process.text()
+        set_webhook(web.url, environment, tmp_path)
         ann.photo(picture(0x00FF00, "JPEG"), caption="make it blue")
 
         with worker(environment, tmp_path / "first.log") as first:

@@ -122,7 +122,7 @@ def queue_stats(call: Call) -> QueueStats:
     """What waits and runs, by queue; of the caller's organization alone. Windows, workers and threads are everybody's."""
     with call.system.database.connection() as conn:
         return QueueStats(
-            queues=[_view(QueueView, each) for each in statistics.kept_queues(conn, call.system.kept, call.sees)]
+            queues=[_view(QueueView, each) for each in call.system.kept.get(conn, statistics.queues, call.sees)]
         )
 
 
@@ -131,7 +131,7 @@ def stats(call: Call) -> SystemStats:
     """The whole picture: queues, workers, what was done lately, versions, connections, the calendar."""
     with call.system.database.connection() as conn:
         return SystemStats(
-            queues=[_view(QueueView, each) for each in statistics.kept_queues(conn, call.system.kept)],
+            queues=[_view(QueueView, each) for each in call.system.kept.get(conn, statistics.queues, None)],
             workers=[_view(WorkerView, each) for each in statistics.workers(conn)],
             lately=_view(LatelyView, statistics.lately(conn)),
             versions={

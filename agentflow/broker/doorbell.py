@@ -7,7 +7,7 @@ from typing import Any
 
 from dramatiq.broker import Broker
 
-from agentflow.broker.message import DeliveredMessage, PolledMessage, queue_name
+from agentflow.broker.message import DeliveredMessage, queue_name
 from agentflow.jobs.model import QUEUES, Ring
 
 
@@ -81,10 +81,10 @@ class Doorbell(Broker):
         """Room was made: consumers that held back look again."""
         raise NotImplementedError
 
-    def give_back_polled(self, messages: Iterable[Any]) -> None:
-        """Of these, what no broker delivered and no thread took: other workers may find it at once."""
-        if polled := [m for m in messages if isinstance(m, PolledMessage) and not m.acknowledged]:
-            self.give_back(polled, 0.0)
+    def give_back_own(self, messages: Iterable[Any]) -> None:
+        """Of these, what no broker has and no thread took: other workers may find it at once."""
+        if own := [m for m in messages if isinstance(m, DeliveredMessage) and not (m.at_broker or m.acknowledged)]:
+            self.give_back(own, 0.0)
 
     def stop_consuming(self) -> None:
         """The process is draining: what nobody has claimed goes to other workers, and no more comes."""

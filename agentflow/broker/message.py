@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import dramatiq
 from dramatiq.broker import MessageProxy
@@ -50,7 +50,12 @@ class Origin(Protocol):
 
 class DeliveredMessage(MessageProxy):
     """A message with the consumer that delivered it. It is acknowledged once, as soon as the claim's answer is known, by
-    the worker's thread; what Dramatiq acknowledges after the job is then a no-op."""
+    the worker's thread; what Dramatiq acknowledges after the job is then a no-op.
+
+    One that is not `at_broker` is known to this process alone: what it does not claim, it has to give back.
+    """
+
+    at_broker: ClassVar[bool] = True
 
     def __init__(self, message: dramatiq.Message[Any], origin: Origin) -> None:
         super().__init__(message)
@@ -70,6 +75,8 @@ class DeliveredMessage(MessageProxy):
 
 class PolledMessage(DeliveredMessage):
     """What a worker told itself: it found the job in Postgres, and no broker knows of it."""
+
+    at_broker = False
 
     def __init__(self, ring: Ring, prefix: str) -> None:
         super().__init__(message_for(ring, prefix), _Nobody())

@@ -83,4 +83,4 @@ class _Silence(Consumer):
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """At shutdown: jobs that were found and that no thread took."""
-        self._broker.give_back_polled(messages)
+        self._broker.give_back_own(messages)

@@ -28,7 +28,7 @@ from redis.retry import Retry
 
 from agentflow import log, network, tls
 from agentflow.broker.doorbell import Doorbell
-from agentflow.broker.message import DeliveredMessage, PolledMessage, message_for, queue_name
+from agentflow.broker.message import DeliveredMessage, message_for, queue_name
 from agentflow.jobs.model import QUEUES, Ring
 from agentflow.presence import Presence
 from agentflow.tls import Trust
@@ -329,9 +329,9 @@ class BellConsumer(Consumer):
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """At shutdown: the messages that no thread took go back to the list, for the other workers."""
         messages = list(messages)
-        self.broker.give_back_polled(messages)
-        own = [m for m in messages if isinstance(m, DeliveredMessage) and not isinstance(m, PolledMessage)]
-        tokens = [m.options["redis_message_id"] for m in own if not m.acknowledged]
+        self.broker.give_back_own(messages)
+        delivered = [m for m in messages if isinstance(m, DeliveredMessage) and m.at_broker]
+        tokens = [m.options["redis_message_id"] for m in delivered if not m.acknowledged]
         if tokens:
             try:
                 self.broker.do_requeue(self.queue_name, *tokens)

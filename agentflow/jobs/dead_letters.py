@@ -15,7 +15,6 @@ from agentflow.jobs import records
 from agentflow.jobs.intake import InvalidJob
 from agentflow.jobs.model import JOB_COLUMNS, Job, Ring, job_from_row
 from agentflow.jobs.registry import UnknownType
-from agentflow.kept import Kept
 
 Action = Literal["retry", "discard"]
 
@@ -123,21 +122,6 @@ def count(conn: Connection, organization_id: int | None, which: Which = Which())
         {**values, "limit": MOST_COUNTED},
     ).fetchone()
     return int(row[0]) if row else 0
-
-
-def kept_groups(conn: Connection, kept: Kept, organization_id: int | None) -> list[Group]:
-    """`groups`, where they are many not found anew by each look, until `changed`."""
-    return kept.get(conn, ("dead groups", organization_id), lambda own: groups(own, organization_id))
-
-
-def kept_count(conn: Connection, kept: Kept, organization_id: int | None) -> int:
-    """The same of `count`."""
-    return kept.get(conn, ("dead count", organization_id), lambda own: count(own, organization_id))
-
-
-def changed(kept: Kept) -> None:
-    """Somebody dealt with some here: whoever looks next sees it."""
-    kept.forget(lambda key: isinstance(key, tuple) and str(key[0]).startswith("dead "))
 
 
 def _where(organization_id: int | None, which: Which) -> tuple[sql.Composable, dict[str, Any]]:

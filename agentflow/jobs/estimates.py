@@ -96,7 +96,7 @@ class Lane:
         return replace(self, jobs=self.jobs + seconds * self.per_s)
 
 
-def turns_before(mine: Lane, ahead: float, others: Sequence[Lane]) -> tuple[float, float]:
+def turns_before(mine: Lane, ahead: int, others: Sequence[Lane]) -> tuple[float, float]:
     """How many jobs of all lanes get their turn before the one that has `ahead` others before it in its own, and their work in
     seconds.
 

@@ -13,6 +13,7 @@ from uuid import UUID
 from agentflow.database import Connection
 from agentflow.jobs import forecasts
 from agentflow.jobs.model import PRIORITIES, Job
+from agentflow.jobs.statistics import id_floor
 
 #: Of the jobs before one so many are counted; beyond that it is "more than".
 MOST_AHEAD: Final = 10_000
@@ -131,7 +132,7 @@ def picture(conn: Connection, queue: str) -> Picture:
             "most": _MOST_OF_A_LANE,
             "arrivals": _MOST_ARRIVALS,
             "lately": LATELY_S,
-            "since": _first_id(time.time() - LATELY_S),
+            "since": id_floor(time.time() - LATELY_S),
         },
     ).fetchall()
     sent = conn.execute(
@@ -150,11 +151,6 @@ def picture(conn: Connection, queue: str) -> Picture:
         sent=dict(sent),
         durations=forecasts.durations(conn),
     )
-
-
-def _first_id(moment: float) -> UUID:
-    """Ids of jobs that were made after this (epoch seconds) are larger."""
-    return UUID(int=int(moment * 1000) << 80)
 
 
 @dataclass(frozen=True, slots=True)

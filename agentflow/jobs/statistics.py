@@ -12,7 +12,6 @@ from uuid import UUID
 
 from agentflow.database import Connection
 from agentflow.jobs.model import QUEUES
-from agentflow.kept import Kept
 
 #: Of each queue so many reasons of waiting are told apart; the rest is `other` (a reason may be an error's code).
 MOST_REASONS: Final = 12
@@ -96,11 +95,6 @@ def queues(conn: Connection, organization_id: int | None = None) -> list[Queue]:
             Queue(name, due, _few(parked), running.get(name, 0), age_s, windows.get(name, 0), workers, threads)
         )
     return found
-
-
-def kept_queues(conn: Connection, kept: Kept, organization_id: int | None = None) -> list[Queue]:
-    """The same, counted as often as is worth its cost: among a million waiting jobs that is seconds."""
-    return kept.get(conn, ("queues", organization_id), lambda own: queues(own, organization_id))
 
 
 def running_by_type(conn: Connection, organization_id: int) -> dict[str, int]:

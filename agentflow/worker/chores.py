@@ -125,6 +125,7 @@ class Relay(Loop):
             if queue not in self._called_for and time.monotonic() < self._next_look[queue]:
                 continue
             self._called_for.discard(queue)  # before the look: a call that comes during it is one for another
+            self._next_look[queue] = 0.0  # and one that fails is still to be done
             rings, due_in_s = dispatch.pick_due(conn, queue)  # committed: no lock is held while publishing
             self._publish(rings)
             self._rung_at = time.monotonic()

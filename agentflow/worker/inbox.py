@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import queue
-import time
 from collections.abc import Callable
+from time import monotonic, sleep
 from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
@@ -49,6 +49,6 @@ class Inbox(Generic[T]):
         return batch
 
     def _linger(self) -> None:
-        end = time.monotonic() + self._linger_s
-        while self._last >= _LOADED and self._queue.qsize() < 2 * self._last and time.monotonic() < end:
-            time.sleep(_LOOK_S)
+        end = monotonic() + self._linger_s
+        while self._last >= _LOADED and self._queue.qsize() < 2 * self._last and monotonic() < end:
+            sleep(_LOOK_S)

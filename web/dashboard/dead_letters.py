@@ -25,8 +25,8 @@ _EXAMPLES: Final = 5
 @pages.get("/dead-letters")
 def dead_letters(visit: Visit) -> Response:
     with visit.system.database.connection() as conn:
-        groups = letters.kept_groups(conn, visit.system.kept, visit.sees)
-        count = letters.kept_count(conn, visit.system.kept, visit.sees)
+        groups = visit.system.kept.get(conn, letters.groups, visit.sees)
+        count = visit.system.kept.get(conn, letters.count, visit.sees)
     slugs = {each.id: each.slug for each in visit.organizations()} if visit.sees is None else {}
     values: dict[str, Any] = {"groups": groups, "count": count, "most": letters.MOST_COUNTED, "slugs": slugs}
     if request.args.get("part") == "groups":
@@ -56,7 +56,7 @@ def deal_with(visit: Visit, action: str) -> Response:
     if rate not in RATES:
         raise Refused(422, say("{field} is not known.", field="rate"))
     said = _done(visit, cast(Action, action), which, organization_id, RATES[rate])
-    letters.changed(visit.system.kept)
+    visit.system.kept.forget(letters.groups, letters.count)
     return visit.go("dead_letters", said=said)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
 from typing import Any
 
 from flask import Response, request
@@ -34,8 +33,7 @@ def charts(visit: Visit) -> Response:
     if window not in history.WINDOWS:
         raise invalid("window", f"is one of {', '.join(history.WINDOWS)}", "query")
     with visit.system.database.connection() as conn:
-        read = partial(history.read, organization_id=visit.sees, window=window)
-        points = visit.system.kept.get(conn, ("history", visit.sees, window), read)
+        points = visit.system.kept.get(conn, history.read, visit.sees, window)
     names = [field.name for field in dataclasses.fields(history.Point)]
     columns = {name: [getattr(point, name) for point in points] for name in names}
     document = {"window": window, "seconds": history.WINDOWS[window][0], **columns}
@@ -46,14 +44,14 @@ def _now(visit: Visit) -> dict[str, Any]:
     system = visit.system
     connections = health.of(system).connections() if visit.is_operator else {}
     with system.database.connection() as conn:
-        queues = statistics.kept_queues(conn, system.kept, visit.sees)
+        queues = system.kept.get(conn, statistics.queues, visit.sees)
         found: dict[str, Any] = {
             "queues": queues,
             "outside": outside.services(visit, conn, queues),
             "workers": statistics.workers(conn) if visit.is_operator else [],
             "canaries": canaries.states(conn) if visit.is_operator else [],
             "calendar": ticks.latest(conn) if visit.is_operator else [],
-            "dead": dead_letters.kept_count(conn, system.kept, visit.sees),
+            "dead": system.kept.get(conn, dead_letters.count, visit.sees),
             "history_behind_s": history.behind_s(conn),
             "connections": connections,
         }

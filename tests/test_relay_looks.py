@@ -1,0 +1,133 @@
+"""When the relay looks at which queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+
+import psycopg
+import pytest
+
+from agentflow.database import BoundedConnection
+from agentflow.jobs import dispatch
+from agentflow.jobs.model import Ring
+from agentflow.system import System
+from agentflow.worker import chores, threads
+from agentflow.worker.chores import Relay
+from agentflow.worker.threads import Threads
+
+QUEUES = ("one", "two", "three")
+
+
+pick_due = dispatch.pick_due
+
+
+class Looks(list[str]):
+    """Stands before `pick_due`: which queues were looked at; `error` is raised at the next look."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def pick_due(self, conn: BoundedConnection, queue: str) -> tuple[list[Ring], float | None]:
+        self.append(queue)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return pick_due(conn, queue)
+
+    def taken(self) -> list[str]:
+        found = list(self)
+        self.clear()
+        return found
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
+    made = Looks()
+    monkeypatch.setattr(chores.dispatch, "pick_due", made.pick_due)
+    return made
+
+
+@pytest.fixture
+def connection(system: System) -> Iterator[BoundedConnection]:
+    with system.database.connect() as conn:
+        yield conn
+
+
+def ring_nobody(_rings: Sequence[Ring]) -> None:
+    pass
+
+
+@pytest.fixture
+def relay(system: System) -> Relay:
+    return Relay(system.database, QUEUES, poll_s=1000.0, publish=ring_nobody)
+
+
+def test_room_in_a_queue_is_a_reason_to_look_there_alone(
+    looks: Looks, relay: Relay, connection: BoundedConnection
+) -> None:
+    relay.step(connection)
+    assert looks.taken() == [*QUEUES]  # at the start, all
+    relay.step(connection)
+    assert looks.taken() == []
+
+    relay.room_in("two")
+    relay.step(connection)
+
+    assert looks.taken() == ["two"]
+    relay.wake()
+    relay.step(connection)
+    assert looks.taken() == [*QUEUES]
+
+
+def test_a_look_that_failed_is_done_again_and_so_is_what_came_after_it(
+    looks: Looks, relay: Relay, connection: BoundedConnection
+) -> None:
+    relay.step(connection)
+    looks.clear()
+    relay.wake()
+    looks.error = psycopg.OperationalError("the server went away")
+
+    with pytest.raises(psycopg.OperationalError):
+        relay.step(connection)
+    assert looks.taken() == ["one"]
+    relay.step(connection)
+
+    assert looks.taken() == [*QUEUES]
+
+
+def test_a_pause_is_no_longer_than_until_the_next_row_is_due(
+    system: System, looks: Looks, connection: BoundedConnection
+) -> None:
+    relay = Relay(system.database, QUEUES, poll_s=1000.0, publish=ring_nobody)
+
+    assert 790 < relay.step(connection) < 1201
+    connection.execute(
+        "insert into agentflow.jobs (id, organization_id, type, queue, max_attempts, time_limit_s, run_at, wake_at)"
+        " select gen_random_uuid(), 1, 'ping', 'two', 3, 60, at, at from (select clock_timestamp() + '9 s' as at) _"
+    )
+    relay.room_in("two")
+
+    assert relay.step(connection) < 9.1
+
+
+def test_the_measured_rate_of_claims_follows_a_rise_at_once_and_a_fall_slowly(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(threads, "time", SimpleNamespace(monotonic=lambda: now))
+    measuring = Threads(4, system.settings, ready=lambda: True, draining=lambda: False)
+
+    def quarter_of_a_second(claims: int) -> float:
+        nonlocal now
+        for _ in range(claims):
+            measuring.claimed()
+        now += 0.25
+        return measuring.claims_per_s()
+
+    assert quarter_of_a_second(0) == 0
+    assert quarter_of_a_second(100) == pytest.approx(400)  # not a quarter of it, as a mean over a second would say
+    assert quarter_of_a_second(200) == pytest.approx(800)
+    fallen = [quarter_of_a_second(0) for _ in range(8)]
+    assert fallen[0] == pytest.approx(600)
+    assert fallen == sorted(fallen, reverse=True) and 0 < fallen[-1] < 100
