@@ -267,17 +267,18 @@ begin
                 select p.id, f.free, row_number() over (partition by p.organization_id, p.type order by p.place) as n
                 from picked p join free f on f.organization_id = p.organization_id and f.type = p.type
             ) p where p.n > p.free
-        ), charged as (
+        ), locked as materialized (
+            select j.id, j.organization_id, j.sends from agentflow.jobs j
+            where j.id = any (picks) and j.state || '' = 'queued' and j.wake_at <= clock_timestamp() order by j.id for update of j skip locked
+        ), charged as (                               -- once for each job, however often it is rung for until it is claimed
             insert into agentflow.lanes as l (queue, organization_id, virtual_s)
             select p_queue, m.id, m.base + n.jobs * m.cost from mine m cross join lateral (
-                select count(*) as jobs from picked p where p.organization_id = m.id and p.id not in (select k.id from parked k)
+                select count(*) as jobs from locked p where p.organization_id = m.id and p.sends = 0
+                and p.id not in (select k.id from parked k)
             ) n where cardinality(organizations) > 1
             union all
             select p_queue, 0, min(m.base) from mine m where cardinality(organizations) > 1 having count(*) > 1
             on conflict (queue, organization_id) do update set virtual_s = greatest(l.virtual_s, excluded.virtual_s)
-        ), locked as materialized (
-            select j.id from agentflow.jobs j
-            where j.id = any (picks) and j.state || '' = 'queued' and j.wake_at <= clock_timestamp() order by j.id for update of j skip locked
         ), stamped as (
             update agentflow.jobs j set
                 sent_at = case when k.id is null then clock_timestamp() end,

@@ -115,6 +115,27 @@ def test_who_comes_back_from_idleness_has_the_next_turns_but_not_those_it_did_no
     assert rung[ONE] > 0 and rung[TWO] > 0  # and not alone
 
 
+@pytest.mark.usefixtures("organizations")
+def test_what_is_taken_back_is_charged_once_and_has_its_place_in_the_line_again(conn: Connection) -> None:
+    virtual = (
+        "select virtual_s from agentflow.lanes where organization_id <> 0 order by organization_id"  # 0: the clock
+    )
+    conn.execute("update agentflow.workers set demand = '{\"default\": 20}'")
+    for organization in (ONE, TWO):
+        waiting(conn, organization, 30)
+    rung = ring(conn)
+    charged = [row.virtual_s for row in rows(conn, virtual)]
+    assert max(charged) > 0
+
+    for _ in range(3):
+        dispatch.take_back(conn, rung, 0.0)
+        assert set(ring(conn)) == set(rung)
+
+    assert [row.virtual_s for row in rows(conn, virtual)] == charged
+    sends = rows(conn, "select distinct sends from agentflow.jobs where sent_at is not null")
+    assert [row.sends for row in sends] == [2]
+
+
 def test_one_organization_alone_has_everything(conn: Connection) -> None:
     staff(conn, threads=20, demand=100)
     waiting(conn, ONE, 300)

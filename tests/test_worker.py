@@ -311,7 +311,7 @@ def test_critical_jobs_run_while_default_ones_take_all_the_room(system: System, 
 class Nobody:
     """A consumer that only hears."""
 
-    def ack(self, message: Any) -> None:
+    def acknowledge(self, message: Any) -> None:
         message.acknowledged = True
 
     def pass_on(self, message: Any) -> bool:

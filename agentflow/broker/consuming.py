@@ -11,14 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
-from dramatiq.broker import Consumer, MessageProxy
+from dramatiq.broker import MessageProxy
 from dramatiq.errors import DecodeError
 from dramatiq.message import Message
 from pika.exceptions import ChannelClosedByBroker
 
 from agentflow import log, metrics
 from agentflow.broker.amqp import Link
-from agentflow.broker.message import DeliveredMessage, message_for, read_message
+from agentflow.broker.message import Bringing, DeliveredMessage, message_for, read_message
 from agentflow.jobs.model import Ring
 from agentflow.presence import Presence
 
@@ -78,7 +78,7 @@ class Lane:
         self.crowded_since: float | None = None
 
 
-class RabbitConsumer(Consumer):
+class RabbitConsumer(Bringing):
     """Hands over what there is room for, critical messages first. What finds no room is passed on to other workers; what no
     thread has claimed within a second is given back.
 
@@ -111,13 +111,11 @@ class RabbitConsumer(Consumer):
         self.bell.wait(_CROWDED_POLL_S if crowded else self.UNCLAIMED_S / 4 if self.held else _IDLE_POLL_S)
         return None
 
-    def ack(self, message: MessageProxy) -> None:
+    def acknowledge(self, message: MessageProxy) -> None:
         """From any thread, once, and to the channel that delivered: tags begin anew on the next one. Others' are none of ours."""
         if isinstance(message, RabbitMessage) and self._let_go(message):
             self.broker.consuming.settle(message)
             self.broker.nudge()
-
-    nack = ack  # nothing is dead-lettered in the broker: the row says what became of the job
 
     def pass_on(self, message: DeliveredMessage) -> bool:
         """Back to the queue's head, for whoever else reads it; once, since that may be this process again."""

@@ -77,6 +77,15 @@ class Doorbell(Broker):
         """False while the broker is known to bring nothing: this worker looks for due jobs itself."""
         return True
 
+    def room(self, critical: bool) -> int:
+        """How many more messages may be handed to Dramatiq's threads now."""
+        free = self.allowance() - self.held()
+        return free if critical else free - self.reserved()
+
+    def held(self) -> int:
+        """Messages that were handed over, and not acknowledged yet."""
+        raise NotImplementedError
+
     def nudge(self) -> None:
         """Room was made: consumers that held back look again."""
         raise NotImplementedError

@@ -6,7 +6,7 @@ import time
 from typing import Any, ClassVar, Protocol
 
 import dramatiq
-from dramatiq.broker import MessageProxy
+from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.errors import DecodeError
 
 from agentflow.jobs.model import Ring
@@ -15,6 +15,11 @@ from agentflow.jobs.model import Ring
 def queue_name(prefix: str, queue: str) -> str:
     """The broker's name of a queue: `agent-jobs.default`."""
     return f"{prefix}.{queue}"
+
+
+def lane_name(queue_name: str, critical: bool) -> str:
+    """Critical jobs of a queue have a lane of their own: a worker reads it, too, while it has threads for nothing else."""
+    return queue_name + (".critical" if critical else "")
 
 
 def message_for(ring: Ring, prefix: str) -> dramatiq.Message[Any]:
@@ -43,14 +48,14 @@ def read_message(body: bytes, queue_name: str) -> dramatiq.Message[Any]:
 class Origin(Protocol):
     """The consumer that delivered a message: acknowledgements go to it and to no other."""
 
-    def ack(self, message: Any) -> None: ...
+    def acknowledge(self, message: Any) -> None: ...
 
     def pass_on(self, message: Any) -> bool: ...
 
 
 class DeliveredMessage(MessageProxy):
     """A message with the consumer that delivered it. It is acknowledged once, as soon as the claim's answer is known, by
-    the worker's thread; what Dramatiq acknowledges after the job is then a no-op.
+    the worker's thread, and not when Dramatiq's thread is done with it (`Bringing`).
 
     One that is not `at_broker` is known to this process alone: what it does not claim, it has to give back.
     """
@@ -66,7 +71,7 @@ class DeliveredMessage(MessageProxy):
 
     def acknowledge(self) -> None:
         if not self.acknowledged:
-            self.origin.ack(self)
+            self.origin.acknowledge(self)
 
     def pass_on(self) -> bool:
         """Let the broker offer it to another consumer. False where that is not to be had: it is to be given back."""
@@ -82,8 +87,19 @@ class PolledMessage(DeliveredMessage):
         super().__init__(message_for(ring, prefix), _Nobody())
 
 
+class Bringing(Consumer):
+    """Dramatiq acknowledges a message when its thread has returned: that it was set aside until there is room, or that its claim
+    failed, is the same to it. Here a message is held until somebody has said what became of it."""
+
+    def ack(self, message: MessageProxy) -> None:
+        """What counts is `DeliveredMessage.acknowledge`. Nothing is dead-lettered in the broker: the row says what became of the
+        job."""
+
+    nack = ack
+
+
 class _Nobody:
-    def ack(self, message: Any) -> None:
+    def acknowledge(self, message: Any) -> None:
         message.acknowledged = True
 
     def pass_on(self, message: Any) -> bool:

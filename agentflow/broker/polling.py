@@ -15,6 +15,7 @@ from dramatiq.message import Message
 from dramatiq.middleware import Middleware
 
 from agentflow.broker.doorbell import BrokerAway, Doorbell
+from agentflow.broker.message import Bringing
 from agentflow.jobs.model import Ring
 
 _IDLE_S: Final = 1.0
@@ -67,7 +68,7 @@ class PollingBroker(Doorbell):
         self.stopped.set()
 
 
-class _Silence(Consumer):
+class _Silence(Bringing):
     """Brings nothing."""
 
     def __init__(self, broker: PollingBroker) -> None:
@@ -75,11 +76,6 @@ class _Silence(Consumer):
 
     def __next__(self) -> None:
         self._broker.stopped.wait(_IDLE_S)
-
-    def ack(self, message: MessageProxy) -> None:
-        """The message was this worker's own."""
-
-    nack = ack
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """At shutdown: jobs that were found and that no thread took."""

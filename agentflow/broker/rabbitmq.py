@@ -20,7 +20,7 @@ from dramatiq.middleware import Middleware
 from agentflow.broker.amqp import Link, parameters_of, presence_of
 from agentflow.broker.consuming import DELIVERY_LIMIT, ConsumingLink, RabbitConsumer, aside
 from agentflow.broker.doorbell import Doorbell
-from agentflow.broker.message import message_for, queue_name
+from agentflow.broker.message import lane_name, message_for, queue_name
 from agentflow.broker.publishing import Letter, PublishingLink
 from agentflow.jobs.model import QUEUES, Ring
 from agentflow.tls import Trust
@@ -63,7 +63,7 @@ class RabbitBroker(Doorbell):
 
     def lane_name(self, queue_name: str, critical: bool) -> str:
         """The broker's name of a lane. Quorum queues have names of their own: a queue's type cannot be changed."""
-        return queue_name + (".critical" if critical else "") + (".q" if self.quorum else "")
+        return lane_name(queue_name, critical) + (".q" if self.quorum else "")
 
     def lane_names(self) -> list[str]:
         names = [queue_name(self.prefix, queue) for queue in QUEUES]
@@ -159,11 +159,10 @@ class RabbitBroker(Doorbell):
         return consumer
 
     def room(self, critical: bool) -> int:
-        """How many more messages may be handed to Dramatiq's threads now."""
-        if self._stopped:
-            return 0
-        free = self.allowance() - sum(len(consumer.held) for consumer in self._consumers)
-        return free if critical else free - self.reserved()
+        return 0 if self._stopped else super().room(critical)
+
+    def held(self) -> int:
+        return sum(len(consumer.held) for consumer in self._consumers)
 
     def take(self, rings: Sequence[Ring]) -> list[Ring]:
         """A round trip by the broker would bring it here, or somewhere else, which has the rest: it costs more than the claim."""

@@ -12,12 +12,13 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import redis
-from dramatiq.broker import Consumer, MessageProxy
+from dramatiq.broker import MessageProxy
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.common import current_millis
 from dramatiq.errors import ConnectionClosed, DecodeError
@@ -28,7 +29,7 @@ from redis.retry import Retry
 
 from agentflow import log, network, tls
 from agentflow.broker.doorbell import Doorbell
-from agentflow.broker.message import DeliveredMessage, message_for, queue_name
+from agentflow.broker.message import Bringing, DeliveredMessage, lane_name, message_for, queue_name
 from agentflow.jobs.model import QUEUES, Ring
 from agentflow.presence import Presence
 from agentflow.tls import Trust
@@ -143,8 +144,17 @@ _KINDS: Final[dict[str, Any]] = {
 }
 
 
+class RedisMessage(DeliveredMessage):
+    """One of a list, which knows it by its token."""
+
+    def __init__(self, message: Message[Any], origin: BellConsumer, lane: str) -> None:
+        super().__init__(message, origin)
+        self.lane = lane
+        self.token = str(message.options["redis_message_id"])
+
+
 class BellBroker(Doorbell, RedisBroker):
-    """Dramatiq's lists in Redis, with the bell."""
+    """Dramatiq's lists in Redis, with the bell: of each queue one list for critical jobs and one for the others."""
 
     def __init__(
         self, client: redis.Redis, *, prefix: str, middleware: list[Middleware], idle_poll_s: float = 1.0
@@ -155,13 +165,10 @@ class BellBroker(Doorbell, RedisBroker):
         self._listening = threading.Event()
         self._closed = threading.Event()
         self.saturated = False
+        self._consumers: list[BellConsumer] = []
         self._failed_rings = 0
         self._publish_again_at = 0.0
         self.declare_queues()
-
-    @property
-    def consumer_class(self) -> type[BellConsumer]:
-        return BellConsumer
 
     @property
     def fingerprint(self) -> str:
@@ -169,9 +176,14 @@ class BellBroker(Doorbell, RedisBroker):
         server = where.get("path") or f"{where.get('host')}:{where.get('port')}"
         return f"redis {server}/{where.get('db') or 0} {self.namespace}"
 
-    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> BellConsumer:
         self._listen()
-        return super().consume(queue_name, prefetch, timeout)
+        consumer = BellConsumer(self, queue_name, prefetch)
+        self._consumers = [c for c in self._consumers if c.queue_name != queue_name] + [consumer]
+        return consumer
+
+    def held(self) -> int:
+        return sum(len(consumer.held) for consumer in self._consumers)
 
     def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
         """Dramatiq's own way in (`actor.send`); jobs come by `ring`."""
@@ -207,10 +219,11 @@ class BellBroker(Doorbell, RedisBroker):
                 message = message_for(ring, self.prefix)
                 token = f"{ring.job_id}:{time.monotonic_ns()}"  # unique: a doubled ring is a message of its own
                 message.options["redis_message_id"] = token
+                lane = lane_name(message.queue_name, ring.priority == 0)
                 # fmt: off
                 dispatch(
                     keys=[self.namespace],
-                    args=["enqueue", current_millis(), message.queue_name, self.broker_id, self.heartbeat_timeout,
+                    args=["enqueue", current_millis(), lane, self.broker_id, self.heartbeat_timeout,
                           self.dead_message_ttl, 0, limit, token, message.encode()],
                     client=pipe,
                 )
@@ -292,110 +305,112 @@ class BellBroker(Doorbell, RedisBroker):
             self.bell(what).set()
 
 
-class BellConsumer(Consumer):
-    """Fetches when the bell rang, and only what the process has room for; hands back what nobody claimed within a second."""
+class BellConsumer(Bringing):
+    """Fetches when the bell rang, and only what the process has room for, critical messages first; gives back what nobody claimed
+    within a second."""
 
     UNCLAIMED_S: Final = 1.0
 
-    def __init__(self, broker: BellBroker, queue_name: str, prefetch: int, timeout: int) -> None:
+    def __init__(self, broker: BellBroker, queue_name: str, prefetch: int) -> None:
         self.broker = broker
         self.queue_name = queue_name
         self.prefetch = prefetch
-        self.timeout = timeout
-        self._cache: list[bytes] = []
-        self._held: dict[str, DeliveredMessage] = {}
+        self.lanes = {lane_name(queue_name, critical): critical for critical in (True, False)}
+        self.held: dict[str, RedisMessage] = {}  # fetched and not acknowledged, by token
+        self._fetched: deque[RedisMessage] = deque()  # of those, what was not handed over yet
         self._lock = threading.Lock()
 
-    def ack(self, message: MessageProxy) -> None:
+    def acknowledge(self, message: MessageProxy) -> None:
         """From any thread, once; an acknowledgement of another's message is ignored."""
-        if not isinstance(message, DeliveredMessage) or message.origin is not self:
+        if not isinstance(message, RedisMessage) or message.origin is not self:
             return
-        token = message.options["redis_message_id"]
         with self._lock:
-            if message.acknowledged or self._held.pop(token, None) is None:
+            if message.acknowledged or self.held.pop(message.token, None) is None:
                 return
             message.acknowledged = True
         try:
-            self.broker.do_ack(self.queue_name, token)
+            self.broker.do_ack(message.lane, message.token)
         except redis.RedisError as error:
             # The message comes again when this process is gone, and its claim finds nothing: harmless.
             logger.debug("acknowledgement lost", error=str(error))
-
-    nack = ack  # nothing is dead-lettered in the broker: the row says what became of the job
 
     def pass_on(self, message: DeliveredMessage) -> bool:
         return False
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
-        """At shutdown: the messages that no thread took go back to the list, for the other workers."""
+        """At shutdown: the messages that no thread took go back to their lists, for the other workers."""
         messages = list(messages)
         self.broker.give_back_own(messages)
-        delivered = [m for m in messages if isinstance(m, DeliveredMessage) and m.at_broker]
-        tokens = [m.options["redis_message_id"] for m in delivered if not m.acknowledged]
-        if tokens:
-            try:
-                self.broker.do_requeue(self.queue_name, *tokens)
-                self.broker.client.publish(self.broker._channel, self.queue_name)
-            except redis.RedisError as error:
-                raise ConnectionClosed(error) from None
+        self._put_back([m for m in messages if isinstance(m, RedisMessage) and not m.acknowledged])
 
-    def __next__(self) -> DeliveredMessage | None:
+    def __next__(self) -> RedisMessage | None:
         bell = self.broker.bell(self.queue_name)
         bell.clear()  # before the fetch: a ring during it is not lost
         self._give_back_unclaimed()
         if not self.broker.can_hear():
             bell.wait(self.broker.idle_poll_s)  # set when the connection is there again
             return None
-        try:
-            if not self._cache:
-                with self._lock:
-                    room = min(self.prefetch, self.broker.allowance()) - len(self._held)
-                if room > 0:
-                    self._cache = [m for m in self.broker.do_fetch(self.queue_name, room) if m is not None]
-                else:
-                    self.broker.saturated = True
-        except redis.RedisError as error:
-            raise ConnectionClosed(error) from None
-        while self._cache:
-            message = self._decode(self._cache.pop(0))
-            if message is not None:
+        if not self._fetched:
+            self._fetch()
+        while self._fetched:
+            message = self._fetched.popleft()
+            if self.broker.known(message.actor_name):
                 return message
-        bell.wait(self.UNCLAIMED_S / 4 if self._held else self.broker.idle_poll_s)
-        return None
-
-    def _decode(self, data: bytes) -> DeliveredMessage | None:
-        """A message for a type known here; one that is not, or cannot be read, is given back or dropped."""
-        try:
-            message = DeliveredMessage(Message.decode(data), self)
-        except DecodeError:
-            logger.warning("a message that is not one of ours was dropped", queue=self.queue_name)
-            return None
-        with self._lock:
-            self._held[message.options["redis_message_id"]] = message
-        if not self.broker.known(message.actor_name):
             # A worker of an older version, in the middle of a deploy: another one may know the type.
             message.given_back = True
             self.broker.give_back([message], 30.0)
+        bell.wait(self.UNCLAIMED_S / 4 if self.held else self.broker.idle_poll_s)
+        return None
+
+    def close(self) -> None:
+        self._put_back(list(self.held.values()))
+
+    def _fetch(self) -> None:
+        for lane, critical in self.lanes.items():
+            room = self.broker.room(critical)
+            if room <= 0:
+                self.broker.saturated = (
+                    True  # from here on whoever makes room rings; look again, for one who was quicker
+                )
+                room = self.broker.room(critical)
+            if room <= 0:
+                continue
+            try:
+                found = self.broker.do_fetch(lane, min(self.prefetch, room))
+            except redis.RedisError as error:
+                raise ConnectionClosed(error) from None
+            for data in found:
+                if data is not None and (message := self._decode(data, lane)) is not None:
+                    with self._lock:
+                        self.held[message.token] = message
+                    self._fetched.append(message)
+
+    def _decode(self, data: bytes, lane: str) -> RedisMessage | None:
+        try:
+            return RedisMessage(Message.decode(data), self, lane)
+        except DecodeError:
+            logger.warning("a message that is not one of ours was dropped", queue=self.queue_name)
             return None
-        return message
 
     def _give_back_unclaimed(self) -> None:
-        if not self._held:
+        if not self.held:
             return
         too_old = time.monotonic() - self.UNCLAIMED_S
         with self._lock:
-            late = [m for m in self._held.values() if m.delivered_at < too_old and not m.given_back]
+            late = [m for m in self.held.values() if m.delivered_at < too_old and not m.given_back]
             for message in late:
                 message.given_back = True
         if late:
             self.broker.give_back(late, 1.0)
 
-    def close(self) -> None:
-        with self._lock:
-            tokens = list(self._held)
-        if tokens or self._cache:
-            try:
-                tokens += [Message.decode(data).options["redis_message_id"] for data in self._cache]
-                self.broker.do_requeue(self.queue_name, *tokens)
-            except (redis.RedisError, DecodeError) as error:
-                raise ConnectionClosed(error) from None
+    def _put_back(self, messages: Sequence[RedisMessage]) -> None:
+        tokens: dict[str, list[str]] = {}
+        for message in messages:
+            tokens.setdefault(message.lane, []).append(message.token)
+        try:
+            for lane, of_lane in tokens.items():
+                self.broker.do_requeue(lane, *of_lane)
+            if tokens:
+                self.broker.client.publish(self.broker._channel, self.queue_name)
+        except redis.RedisError as error:
+            raise ConnectionClosed(error) from None

@@ -48,13 +48,16 @@ def charge(conn: Connection, work: Mapping[tuple[str, int], tuple[int, float]]) 
 
 
 def take_back(conn: Connection, ids: Sequence[UUID], delay_s: float) -> None:
-    """Say that these jobs were not sent after all (the publish failed, or no thread was free): the relay rings again."""
+    """Say that these jobs were not sent after all (the publish failed, or no thread was free): the relay rings again, after
+    `delay_s`. Without one they have their place in the line again. That their messages were heard of says that rings arrive: what
+    is lost later is found as soon as with a first one."""
     conn.execute(
-        "with locked as materialized (select id from agentflow.jobs where id = any (%s) and state || '' = 'queued'"
+        "with locked as materialized (select id from agentflow.jobs where id = any (%(ids)s) and state || '' = 'queued'"
         " and sent_at is not null order by id for update)"
-        " update agentflow.jobs j set sent_at = null, wake_at = greatest(j.run_at, clock_timestamp() + make_interval(secs => %s))"
+        " update agentflow.jobs j set sent_at = null, sends = least(j.sends, 1), wake_at = case when %(delay)s > 0"
+        " then greatest(j.run_at, clock_timestamp() + make_interval(secs => %(delay)s)) else j.run_at end"
         " from locked where j.id = locked.id and j.state || '' = 'queued'",
-        (sorted(set(ids)), delay_s),
+        {"ids": sorted(set(ids)), "delay": delay_s},
     )
 
 

@@ -56,12 +56,11 @@ class Threads:
         """Messages that this process may hold unclaimed: its free threads, and what 50 ms of measured work use up."""
         if self._draining():
             return 0
-        # What was set aside does not stand in the way of critical ones.
-        return max(0, self.count - self.busy) + int(self.claims_per_s() * _AHEAD_S) + len(self._aside)
+        return max(0, self.count - self.busy) + int(self.claims_per_s() * _AHEAD_S) + self._set_aside()
 
     def reserved(self) -> int:
-        """Of those, how many only critical jobs may have."""
-        return max(0, self.count // 4 - (self.busy - self._busy_regular))
+        """Of those, how many only critical jobs may have: what was set aside stands in the way of others, not of them."""
+        return max(0, self.count // 4 - (self.busy - self._busy_regular)) + self._set_aside()
 
     def room(self) -> Room:
         """What may be picked for this process's threads now: as many as are free, and of no type that has its limit."""
@@ -150,6 +149,9 @@ class Threads:
             messages = [message for message in self._aside if not message.given_back]
             self._aside.clear()
         return messages
+
+    def _set_aside(self) -> int:
+        return sum(not message.given_back for message in list(self._aside))
 
     def _regular_room(self) -> bool:
         return self._busy_regular < regular(self.count)
