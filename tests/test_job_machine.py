@@ -513,7 +513,7 @@ def _verdict(worker: UUID, key: tuple[UUID, int], outcome: Outcome) -> Verdict:
 # ---- the walk, and the faults that it has to find ----
 
 WALK = settings(
-    max_examples=120,
+    max_examples=90,
     stateful_step_count=50,
     deadline=None,
     database=None,

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -88,10 +88,17 @@ class Storm:
 
     def submit(self, count: int) -> None:
         """Each has a color of its own, so that a picture says whose it is; each fourth has two outputs."""
-        for n in range(count):
+        for n in range(len(self.colors), len(self.colors) + count):
             color = (n * 7919 + 1) % 0xFFFFFF
             new = NewJob("comfy_render", {"graph": graph(color, outputs=1 + (n % 4 == 3))}, max_attempts=50)
             self.colors[self.system.submit(1, new).job.id] = color
+
+    def keep_busy(self, count: int, seconds: float) -> None:
+        """So many, spread over the time."""
+        end = time.monotonic() + seconds
+        for left in range(count, 0, -1):
+            self.submit(1)
+            self.over.wait(self.random.uniform(0, 2) * max(0.0, end - time.monotonic()) / left)
 
     def cancel_some(self) -> None:
         """One in thirty, at any moment of its life."""
@@ -153,15 +160,22 @@ def storm(system: System, environment: dict[str, str], folder: Path, seed: int) 
                 thread.join()
 
 
-def ride_out(made: Storm, environment: dict[str, str], conn: psycopg.Connection, logs: Path, *, within_s: float) -> int:
-    """Kill the worker again and again until a tenth is left, then let the rest come to its end; returns the kills."""
+def ride_out(
+    made: Storm,
+    environment: dict[str, str],
+    conn: psycopg.Connection,
+    logs: Path,
+    *,
+    lasts: Callable[[], bool],
+    until_the_kill: Callable[[], object],
+    within_s: float,
+) -> int:
+    """Kill the worker again and again while the storm lasts, then let the rest come to its end; returns the kills."""
     end = time.monotonic() + within_s
     kills = 0
-    while open_jobs(conn) > len(made.colors) / 10:
-        done = max(0, open_jobs(conn) - made.random.randint(5, 20))
-        with worker(environment, logs / f"worker-{kills}.log"):
-            eventually(lambda done=done: open_jobs(conn) <= done, within_s=end - time.monotonic())
-            time.sleep(made.random.uniform(0, 0.5))  # the block's end kills -9
+    while lasts():
+        with worker(environment, logs / f"worker-{kills}.log"):  # the block's end kills -9
+            until_the_kill()
         kills += 1
     for comfy in made.servers:
         comfy.heal()
@@ -209,15 +223,28 @@ def assert_no_needless_run(runs: list[tuple[Comfy, Run]]) -> None:
         assert run.ended != "success" or restarted or SPOILS & set(run.struck), ("it was there", run, after)
 
 
-@pytest.mark.timeout(400)
-def test_a_short_storm(environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_storm_of_five_minutes(
+    environment: dict[str, str], system: System, conn: psycopg.Connection, tmp_path: Path
+) -> None:
     with storm(system, environment, tmp_path, seed=random.randrange(10**6)) as made:
-        made.submit(45)
-        kills = ride_out(made, environment, conn, tmp_path, within_s=240)
+        coming = threading.Thread(target=made.keep_busy, args=(100, 280.0))
+        coming.start()
+        end = time.monotonic() + 300
+        kills = ride_out(
+            made,
+            environment,
+            conn,
+            tmp_path,
+            lasts=lambda: time.monotonic() < end,
+            until_the_kill=lambda: time.sleep(made.random.uniform(10, 30)),
+            within_s=420,
+        )
+        coming.join()
         states = judge(made, conn)
 
-    assert kills >= 2
-    assert states["succeeded"] >= 30
+    assert kills >= 8
+    assert states.total() == 100 and states["succeeded"] >= 75
 
 
 @pytest.mark.long
@@ -229,7 +256,21 @@ def test_a_storm_over_a_thousand_renders(
         for comfy in made.servers:
             comfy.fault("stuck", chance=0.002)
         made.submit(1000)
-        kills = ride_out(made, environment, conn, tmp_path, within_s=3000)
+
+        def some_more_are_done() -> None:
+            done = max(0, open_jobs(conn) - made.random.randint(5, 20))
+            eventually(lambda: open_jobs(conn) <= done, within_s=3000)
+            time.sleep(made.random.uniform(0, 0.5))
+
+        kills = ride_out(
+            made,
+            environment,
+            conn,
+            tmp_path,
+            lasts=lambda: open_jobs(conn) > len(made.colors) / 10,
+            until_the_kill=some_more_are_done,
+            within_s=3000,
+        )
         states = judge(made, conn)
 
     assert kills >= 20
