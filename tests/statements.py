@@ -65,7 +65,7 @@ SYSTEM_WIDE: Final[Mapping[str, str]] = {
     "with old as materialized (select organization_id, key from agentflow.model_answers": "retention of models' answers",
     "select agentflow.charge_": "what was done, for whose turn it is: by organization inside",
     "from agentflow.poll_": "polling without a broker: the relay and the claim in one, for all",
-    "with locked as materialized (select id from agentflow.jobs where id = any (%s)": "a ring that is taken back, by ids",
+    "with locked as materialized (select id from agentflow.jobs where id = any (": "a ring that is taken back, by ids",
     "with picked as materialized (select id from agentflow.jobs where state = 'queued' and sent_at": "a broker was emptied",
     "with recursive organizations as (": "retention of jobs, by organization inside",
     "with old as materialized (select organization_id, key from agentflow.idempotency_keys": "retention of idempotency keys",
