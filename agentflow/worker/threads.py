@@ -17,8 +17,9 @@ from agentflow.worker.chores import NO_ROOM, Room
 
 #: What will be begun within so long waits here for its thread; given back it would be away for a second.
 _ASIDE_S: Final = 0.25
-#: So much more than the free threads take is fetched from the broker.
-_AHEAD_S: Final = 0.05
+#: So much more than the free threads take is held here: twice a window, or what the relay picks for this process would go by the
+#: broker, with what is on its way to a thread and not yet claimed.
+_AHEAD_S: Final = 0.2
 
 
 def regular(threads: int) -> int:
@@ -53,7 +54,8 @@ class Threads:
     # ---- how much ----
 
     def allowance(self) -> int:
-        """Messages that this process may hold unclaimed: its free threads, and what 50 ms of measured work use up."""
+        """Messages that this process may hold unclaimed: its free threads, and what 200 ms of measured work use
+        up."""
         if self._draining():
             return 0
         return max(0, self.count - self.busy) + int(self.claims_per_s() * _AHEAD_S) + self._set_aside()
