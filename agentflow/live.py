@@ -28,6 +28,8 @@ _ROW_POLL_S: Final = 0.5
 _BLOCK_S: Final = 1.0
 #: After a failure the rows alone are asked for so long: each try may cost seconds of somebody's wait.
 _PAUSE_S: Final = 5.0
+#: Between two looks at a row that has not ended though its result is there.
+_SPIN_S: Final = 0.002
 
 
 #: A job's id and the fence of one claim of it.
@@ -92,21 +94,26 @@ class Live:
         end = time.monotonic() + timeout_s
         current: Job | None = job
         while current is not None and not current.terminal and (left := end - time.monotonic()) > 0:
-            self._wait_some(job, left)
+            heard = self._wait_some(job, left)
             current = reread()
+            if heard and current is not None and not current.terminal:
+                time.sleep(
+                    _SPIN_S
+                )  # a result of an earlier life of the same id, or the row of a replica that is behind
         return current
 
-    def _wait_some(self, job: Job, left_s: float) -> None:
-        """Until the result is there, at most a second: the row is looked at in between, in case Redis lost it."""
+    def _wait_some(self, job: Job, left_s: float) -> bool:
+        """Until the result is there, at most a second: the row is looked at in between, in case Redis lost it. Returns whether it
+        is."""
         if time.monotonic() < self._waiting_again_at:
             time.sleep(min(_ROW_POLL_S, left_s))
-            return
+            return False
         key = self._results.build_message_key(self._message(job.id, job.queue, job.type))
         try:
-            if self._waiting.brpoplpush(key, key, timeout=min(left_s, _BLOCK_S)) is not None:
-                time.sleep(0.002)  # of an earlier life of the same id, or ahead of a replica: do not spin
+            return self._waiting.brpoplpush(key, key, timeout=min(left_s, _BLOCK_S)) is not None
         except redis.RedisError:
             self._waiting_again_at = time.monotonic() + _PAUSE_S
+            return False
 
     def _message(self, job_id: UUID, queue: str, type_: str) -> Message[Any]:
         return message_for(Ring(job_id, queue, type_), self._prefix)
@@ -130,8 +137,9 @@ class Rows(Live):
     def write_finished(self, finished: Sequence[Finished]) -> None:
         """The rows have it."""
 
-    def _wait_some(self, job: Job, left_s: float) -> None:
+    def _wait_some(self, job: Job, left_s: float) -> bool:
         time.sleep(min(_ROW_POLL_S, left_s))
+        return False
 
 
 class JobFailed(Exception):

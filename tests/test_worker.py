@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -17,7 +19,7 @@ from dramatiq.results import ResultFailure
 from dramatiq.results.backends import RedisBackend
 from standardwebhooks.webhooks import Webhook
 
-from agentflow import signing
+from agentflow import live, signing
 from agentflow.broker import DeliveredMessage, message_for
 from agentflow.jobs import batches, records, rules
 from agentflow.jobs.intake import NewJob
@@ -78,6 +80,22 @@ def test_waiting_for_the_end_returns_the_ended_job(system: System, running_worke
     done = system.wait_finished(job, 20)
 
     assert done is not None and done.state == "succeeded"
+
+
+@pytest.mark.parametrize("behind", [0, 3])
+def test_a_result_is_heard_of_at_once_and_a_row_that_is_behind_is_not_asked_for_in_a_spin(
+    system: System, monkeypatch: pytest.MonkeyPatch, behind: int
+) -> None:
+    job = submit(system, "ping")
+    system.live.write_finished([live.Finished(job.id, job.queue, job.type, "succeeded", "{}", None)])
+    rows = iter([job] * behind + [dataclasses.replace(job, state="succeeded")])
+    pauses = list[float]()
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append))
+
+    done = system.live.wait_finished(job, 20, lambda: next(rows))
+
+    assert done is not None and done.terminal
+    assert len(pauses) == behind
 
 
 def test_a_failing_attempt_is_tried_again_after_a_back_off(system: System, running_worker: Process) -> None:
