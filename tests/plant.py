@@ -149,6 +149,10 @@ def _warm_up(plant: Plant) -> None:
             assert member.get("/metrics").status_code == 200
         with ThreadPoolExecutor(48) as crowd:  # web makes its threads when it needs them
             assert set(crowd.map(lambda _: plant.web.get("/health/ready", 60).status_code, range(96))) == {200}
+            # As many wait as may: which of the scenarios' calls meet each other is chance.
+            assert 200 in set(
+                crowd.map(lambda _: watch.get(watch.late_gate, wait=1).status_code, range(2 * WEB_THREADS))
+            )
         watch.open_gates()
         watch.assert_all_ended_once()
 

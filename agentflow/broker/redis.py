@@ -363,7 +363,9 @@ class BellConsumer(Bringing):
         return None
 
     def close(self) -> None:
-        self._put_back(list(self.held.values()))
+        with self._lock:
+            held = list(self.held.values())
+        self._put_back(held)
 
     def _fetch(self) -> None:
         for lane, critical in self.lanes.items():

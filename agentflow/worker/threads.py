@@ -17,8 +17,8 @@ from agentflow.worker.chores import NO_ROOM, Room
 
 #: What will be begun within so long waits here for its thread; given back it would be away for a second.
 _ASIDE_S: Final = 0.25
-#: So much more than the free threads take is held here: twice a window, or what the relay picks for this process would go by the
-#: broker, with what is on its way to a thread and not yet claimed.
+#: Threads that take more than one job in so long have the next ones here: twice a window, or what the relay picks for this
+#: process would go by the broker, with what is on its way to a thread and not yet claimed.
 _AHEAD_S: Final = 0.2
 
 
@@ -54,11 +54,12 @@ class Threads:
     # ---- how much ----
 
     def allowance(self) -> int:
-        """Messages that this process may hold unclaimed: its free threads, and what 200 ms of measured work use
-        up."""
+        """Messages that this process may hold unclaimed: its free threads, and what 200 ms of measured work use up beyond one
+        for each thread; of long jobs others may have the next ones."""
         if self._draining():
             return 0
-        return max(0, self.count - self.busy) + int(self.claims_per_s() * _AHEAD_S) + self._set_aside()
+        ahead = max(0, int(self.claims_per_s() * _AHEAD_S) - self.count)
+        return max(0, self.count - self.busy) + ahead + self._set_aside()
 
     def reserved(self) -> int:
         """Of those, how many only critical jobs may have: what was set aside stands in the way of others, not of them."""
