@@ -285,6 +285,8 @@ def test_an_outage_of_everything_is_a_handful_of_lines(
     with worker(quick, tmp_path / "worker.log") as process:
         jobs = [near.submit(1, NewJob("ping", {})).job for _ in range(5)]
         eventually(lambda: done(database_url, jobs))
+        for kind in KINDS:  # results go to Redis after the jobs have ended
+            eventually(lambda kind=kind: len(lines_of(process, f"{kind} connection ready")) == 1)
         before = len(process.text().splitlines())
         for middleman in servers.middlemen.values():
             middleman.refuse()
