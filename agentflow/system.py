@@ -18,9 +18,8 @@ from uuid import UUID
 import redis
 from dramatiq.middleware import Middleware
 
-from agentflow import embedded, log, metrics, schema
+from agentflow import embedded, log, metrics, redis_client, schema
 from agentflow.broker import BellBroker, Doorbell, PollingBroker, RabbitBroker
-from agentflow.broker import redis as redis_broker
 from agentflow.calls import Calls
 from agentflow.comfyui.clients import Clients
 from agentflow.connections import Connections
@@ -195,7 +194,7 @@ class System:
 
     @cached_property
     def redis_presence(self) -> Presence:
-        return redis_broker.presence_of(
+        return redis_client.presence_of(
             self.redis_url,
             self.settings.trust,
             on_change=metrics.redis_connected,
@@ -205,7 +204,7 @@ class System:
     def redis_client(
         self, answer_timeout_s: float = 10.0, connect_timeout_s: float | None = None, purpose: str = ""
     ) -> redis.Redis:
-        return redis_broker.connect(
+        return redis_client.connect(
             self.redis_url,
             connect_timeout_s=connect_timeout_s or self.settings.redis_connect_timeout,
             client_name=f"{self.application_name} {purpose}".strip(),

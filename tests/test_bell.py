@@ -81,6 +81,19 @@ def test_critical_messages_come_first_and_never_more_than_there_is_room_for(
     assert next(consumer) is None and len(consumer.held) == 6
 
 
+def test_who_found_no_room_is_told_when_there_is_some(broker: BellBroker, consumer: BellConsumer) -> None:
+    broker.ring(rings(REGULAR + 1))
+    first, *_ = brought(consumer, REGULAR)
+    assert next(consumer) is None and broker.saturated
+    consumer.bell.clear()  # the ring itself is heard of by now
+    first.acknowledge()
+
+    broker.nudge()
+
+    assert consumer.bell.is_set() and not broker.saturated
+    assert next(consumer) is not None
+
+
 def test_what_dramatiq_is_done_with_is_held_until_somebody_answers_for_it(
     broker: BellBroker, consumer: BellConsumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
+from uuid import uuid4
 
 import psycopg
 import pytest
 
+from agentflow.broker import DeliveredMessage, message_for
 from agentflow.database import BoundedConnection
 from agentflow.jobs import dispatch
 from agentflow.jobs.model import Ring
@@ -15,6 +17,7 @@ from agentflow.system import System
 from agentflow.worker import chores, threads
 from agentflow.worker.chores import Relay
 from agentflow.worker.threads import Threads
+from tests.test_worker import Nobody
 
 QUEUES = ("one", "two", "three")
 
@@ -116,7 +119,7 @@ def test_the_measured_rate_of_claims_follows_a_rise_at_once_and_a_fall_slowly(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(threads, "time", SimpleNamespace(monotonic=lambda: now))
-    measuring = Threads(4, system.settings, ready=lambda: True, draining=lambda: False)
+    measuring = Threads(system.settings, 4, ready=lambda: True, draining=lambda: False)
 
     def quarter_of_a_second(claims: int) -> float:
         nonlocal now
@@ -131,3 +134,30 @@ def test_the_measured_rate_of_claims_follows_a_rise_at_once_and_a_fall_slowly(
     fallen = [quarter_of_a_second(0) for _ in range(8)]
     assert fallen[0] == pytest.approx(600)
     assert fallen == sorted(fallen, reverse=True) and 0 < fallen[-1] < 100
+
+
+def a_message(priority: int) -> DeliveredMessage:
+    return DeliveredMessage(message_for(Ring(uuid4(), "default", "ping", priority), "test"), Nobody())
+
+
+def test_next_jobs_are_held_where_threads_take_many_and_those_set_aside_are_in_nobodys_way_but_of_their_class(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring = Threads(system.settings, 4, ready=lambda: True, draining=lambda: False)
+    monkeypatch.setattr(measuring, "claims_per_s", lambda: measuring._rate)
+
+    def regular_and_critical() -> tuple[int, int]:
+        return measuring.allowance() - measuring.reserved(), measuring.allowance()
+
+    assert regular_and_critical() == (3, 4)
+    measuring._rate = 20.0  # one in 200 ms for each thread: long jobs, of which others may have the next
+    assert regular_and_critical() == (3, 4)
+    measuring._rate = 400.0
+    assert regular_and_critical() == (79, 80)
+
+    assert all(measuring.enter(a_message(1)) for _ in range(3))
+    aside = a_message(1)
+    assert measuring.set_aside(aside)
+    assert regular_and_critical() == (76, 78)  # it is held itself: one of the 78
+    aside.given_back = True
+    assert regular_and_critical() == (76, 77)

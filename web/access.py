@@ -17,8 +17,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage, RedisStorage
 from limits.strategies import FixedWindowRateLimiter
 
-from agentflow import log, metrics, organizations
-from agentflow.broker import redis as redis_broker
+from agentflow import log, metrics, organizations, redis_client
 from agentflow.organizations import DEFAULT_ORGANIZATION, SCOPES, Presented
 from agentflow.system import System
 from web.address import Proxies
@@ -168,7 +167,7 @@ class Failures:
     @cached_property
     def _shared(self) -> FixedWindowRateLimiter:
         # Quick to give up: whoever guesses must not hold a thread while Redis is away.
-        client = redis_broker.connect(
+        client = redis_client.connect(
             self._system.redis_url,
             connect_timeout_s=1.0,
             client_name=self._system.application_name,

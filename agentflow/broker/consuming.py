@@ -18,7 +18,8 @@ from pika.exceptions import ChannelClosedByBroker
 
 from agentflow import log, metrics
 from agentflow.broker.amqp import Link
-from agentflow.broker.message import Bringing, DeliveredMessage, message_for, read_message
+from agentflow.broker.doorbell import DoorbellConsumer
+from agentflow.broker.message import DeliveredMessage, message_for, read_message
 from agentflow.jobs.model import Ring
 from agentflow.presence import Presence
 
@@ -78,23 +79,19 @@ class Lane:
         self.crowded_since: float | None = None
 
 
-class RabbitConsumer(Bringing):
+class RabbitConsumer(DoorbellConsumer):
     """Hands over what there is room for, critical messages first. What finds no room is passed on to other workers; what no
     thread has claimed within a second is given back.
 
     A lane is read as many messages at a time as there is room, so that a worker does not sit on others' work.
     """
 
-    UNCLAIMED_S: Final = 1.0
+    broker: RabbitBroker
 
     def __init__(self, broker: RabbitBroker, queue_name: str, prefetch: int) -> None:
-        self.broker = broker
-        self.queue_name = queue_name
+        super().__init__(broker, queue_name, threading.Event())
         self.prefetch = prefetch
         self.lanes = [Lane(broker.lane_name(queue_name, critical), critical) for critical in (True, False)]
-        self.bell = threading.Event()
-        self.held: dict[int, RabbitMessage] = {}  # handed over, neither acknowledged nor passed on; by id()
-        self._lock = threading.Lock()
 
     def __next__(self) -> RabbitMessage | None:
         self.bell.clear()  # before the look: a message that comes during it is not overlooked
@@ -102,11 +99,8 @@ class RabbitConsumer(Bringing):
         crowded = False
         for lane in self.lanes:
             while (message := self._next_of(lane)) is not None:
-                if self.broker.known(message.actor_name):
+                if self._is_known(message):
                     return message
-                # A worker of an older version, in the middle of a deploy: another one may know the type.
-                message.given_back = True
-                self.broker.give_back([message], 30.0)
             crowded = crowded or bool(lane.waiting)
         self.bell.wait(_CROWDED_POLL_S if crowded else self.UNCLAIMED_S / 4 if self.held else _IDLE_POLL_S)
         return None
@@ -126,9 +120,8 @@ class RabbitConsumer(Bringing):
         return True
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
-        """At shutdown: the messages that no thread took."""
         messages = list(messages)
-        self.broker.give_back_own(messages)
+        super().requeue(messages)
         for message in messages:
             if isinstance(message, RabbitMessage) and self._let_go(message):
                 self.broker.consuming.settle(message, requeue=True)
@@ -185,10 +178,7 @@ class RabbitConsumer(Bringing):
     # ---- in Dramatiq's consumer thread ----
 
     def _next_of(self, lane: Lane) -> RabbitMessage | None:
-        room = self.broker.room(lane.critical)
-        if room <= 0:
-            self.broker.saturated = True  # from here on whoever makes room rings; look again, for one who was quicker
-            room = self.broker.room(lane.critical)
+        room = self.broker.room_or_nudge(lane.critical)
         if room <= 0:
             if not lane.waiting:
                 lane.crowded_since = None
@@ -225,23 +215,6 @@ class RabbitConsumer(Bringing):
             message.given_back = True
             self.held[id(message)] = message
             self.broker.give_back([message], 0.0)
-
-    def _give_back_unclaimed(self) -> None:
-        too_old = time.monotonic() - self.UNCLAIMED_S
-        late = [m for m in list(self.held.values()) if m.delivered_at < too_old and not m.given_back]
-        for message in late:
-            message.given_back = True
-        if late:
-            self.broker.give_back(late, 1.0)
-
-    def _let_go(self, message: RabbitMessage) -> bool:
-        """Whether it was ours to answer for until now."""
-        with self._lock:
-            if message.acknowledged:
-                return False
-            message.acknowledged = True
-        self.held.pop(id(message), None)
-        return True
 
 
 class ConsumingLink(Link):
@@ -288,7 +261,7 @@ class ConsumingLink(Link):
     def lost(self, why: str) -> None:
         self._channel = None
         self._forget_answers()
-        for consumer in self._broker._consumers:
+        for consumer in self._broker.consumers:
             consumer.forget()
 
     def _look_for(self, name: str, channel: Any) -> None:
@@ -321,7 +294,7 @@ class ConsumingLink(Link):
 
     def _is_set_up(self, channel: Any, _frame: Any) -> None:
         self._channel = channel
-        for consumer in self._broker._consumers:
+        for consumer in self._broker.consumers:
             for lane in consumer.lanes:
                 self._read(lane)
         self.is_ready()
@@ -338,7 +311,7 @@ class ConsumingLink(Link):
             channel.basic_cancel(lane.consumer_tag, callback=lambda _frame: None)
             lane.consumer_tag = None
         if lane.prefetch:
-            consumer = next(c for c in self._broker._consumers if lane in c.lanes)
+            consumer = next(c for c in self._broker.consumers if lane in c.lanes)
             channel.basic_qos(prefetch_count=lane.prefetch)
             lane.consumer_tag = channel.basic_consume(lane.name, partial(consumer.deliver, lane))
 

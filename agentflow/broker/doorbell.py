@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
-from dramatiq.broker import Broker
+from dramatiq.broker import Broker, Consumer, MessageProxy
 
 from agentflow.broker.message import DeliveredMessage, queue_name
 from agentflow.jobs.model import QUEUES, Ring
+
+_UNKNOWN_TYPE_S: Final = 30.0
 
 
 class BrokerAway(ConnectionError):
@@ -30,6 +34,8 @@ class Doorbell(Broker):
     def __init__(self, *, prefix: str, **others: Any) -> None:
         super().__init__(**others)
         self.prefix = prefix
+        self.saturated = False
+        self.consumers: list[Any] = []  # DoorbellConsumers, of the kind that the broker makes
         self.allowance: Callable[[], int] = lambda: 1
         self.reserved: Callable[[], int] = lambda: 0
         self.known: Callable[[str], bool] = lambda _: True
@@ -77,18 +83,28 @@ class Doorbell(Broker):
         """False while the broker is known to bring nothing: this worker looks for due jobs itself."""
         return True
 
+    def add_consumer(self, consumer: DoorbellConsumer) -> None:
+        """It consumes from now on, instead of the one that did of its queue."""
+        self.consumers = [c for c in self.consumers if c.queue_name != consumer.queue_name] + [consumer]
+
     def room(self, critical: bool) -> int:
         """How many more messages may be handed to Dramatiq's threads now."""
-        free = self.allowance() - self.held()
+        free = self.allowance() - sum(len(consumer.held) for consumer in self.consumers)
         return free if critical else free - self.reserved()
 
-    def held(self) -> int:
-        """Messages that were handed over, and not acknowledged yet."""
-        raise NotImplementedError
+    def room_or_nudge(self, critical: bool) -> int:
+        """As `room`; who finds none is nudged when there may be some."""
+        if (room := self.room(critical)) > 0:
+            return room
+        self.saturated = True
+        return self.room(critical)  # again, for one who made some before that was known
 
     def nudge(self) -> None:
         """Room was made: consumers that held back look again."""
-        raise NotImplementedError
+        if self.saturated:
+            self.saturated = False
+            for consumer in self.consumers:
+                consumer.bell.set()
 
     def give_back_own(self, messages: Iterable[Any]) -> None:
         """Of these, what no broker has and no thread took: other workers may find it at once."""
@@ -101,3 +117,53 @@ class Doorbell(Broker):
     def check(self, timeout_s: float) -> None:
         """One round trip. Raises an error of the client or an OSError."""
         raise NotImplementedError
+
+
+class DoorbellConsumer(Consumer):
+    """Of one queue. Each message that it hands over is held until somebody has said what became of it, and given back when that
+    takes more than a second."""
+
+    UNCLAIMED_S: Final = 1.0
+
+    def __init__(self, broker: Doorbell, queue_name: str, bell: threading.Event) -> None:
+        self.broker = broker
+        self.queue_name = queue_name
+        self.bell = bell
+        self.held: dict[int, Any] = {}  # DeliveredMessages, by id()
+        self._lock = threading.Lock()
+
+    def ack(self, message: MessageProxy) -> None:
+        """Dramatiq's word that a thread has returned, also from a message that it set aside, or could not claim: it says nothing
+        here. What counts is `DeliveredMessage.acknowledge`. Nothing is dead-lettered in the broker: the row says what became of
+        the job."""
+
+    nack = ack
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        """At shutdown: the messages that no thread took."""
+        self.broker.give_back_own(messages)
+
+    def _is_known(self, message: DeliveredMessage) -> bool:
+        """Whether its type is. If not, another worker may know it: this one is of an older version, in the middle of a deploy."""
+        if self.broker.known(message.actor_name):
+            return True
+        message.given_back = True
+        self.broker.give_back([message], _UNKNOWN_TYPE_S)
+        return False
+
+    def _give_back_unclaimed(self) -> None:
+        too_old = time.monotonic() - self.UNCLAIMED_S
+        late = [m for m in list(self.held.values()) if m.delivered_at < too_old and not m.given_back]
+        for message in late:
+            message.given_back = True
+        if late:
+            self.broker.give_back(late, 1.0)
+
+    def _let_go(self, message: DeliveredMessage) -> bool:
+        """Whether it was ours to answer for until now."""
+        with self._lock:
+            if message.acknowledged:
+                return False
+            message.acknowledged = True
+        self.held.pop(id(message), None)
+        return True

@@ -6,7 +6,7 @@ import time
 from typing import Any, ClassVar, Protocol
 
 import dramatiq
-from dramatiq.broker import Consumer, MessageProxy
+from dramatiq.broker import MessageProxy
 from dramatiq.errors import DecodeError
 
 from agentflow.jobs.model import Ring
@@ -55,7 +55,7 @@ class Origin(Protocol):
 
 class DeliveredMessage(MessageProxy):
     """A message with the consumer that delivered it. It is acknowledged once, as soon as the claim's answer is known, by
-    the worker's thread, and not when Dramatiq's thread is done with it (`Bringing`).
+    the worker's thread, and not when Dramatiq's thread is done with it (`DoorbellConsumer`).
 
     One that is not `at_broker` is known to this process alone: what it does not claim, it has to give back.
     """
@@ -85,17 +85,6 @@ class PolledMessage(DeliveredMessage):
 
     def __init__(self, ring: Ring, prefix: str) -> None:
         super().__init__(message_for(ring, prefix), _Nobody())
-
-
-class Bringing(Consumer):
-    """Dramatiq acknowledges a message when its thread has returned: that it was set aside until there is room, or that its claim
-    failed, is the same to it. Here a message is held until somebody has said what became of it."""
-
-    def ack(self, message: MessageProxy) -> None:
-        """What counts is `DeliveredMessage.acknowledge`. Nothing is dead-lettered in the broker: the row says what became of the
-        job."""
-
-    nack = ack
 
 
 class _Nobody:

@@ -7,15 +7,14 @@ on Dramatiq's queue of work, as it is where a broker is away.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
-from dramatiq.broker import Consumer, MessageProxy
+from dramatiq.broker import Consumer
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware
 
-from agentflow.broker.doorbell import BrokerAway, Doorbell
-from agentflow.broker.message import Bringing
+from agentflow.broker.doorbell import BrokerAway, Doorbell, DoorbellConsumer
 from agentflow.jobs.model import Ring
 
 _IDLE_S: Final = 1.0
@@ -55,28 +54,20 @@ class PollingBroker(Doorbell):
     def tell_cancel(self) -> None:
         self.on_cancel()  # a worker in this process; the others' heartbeats come often in this tier
 
-    def nudge(self) -> None:
-        """Nobody holds back."""
-
     def check(self, timeout_s: float) -> None:
         """There is nothing to be asked."""
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
-        return _Silence(self)
+        return _Silence(self, queue_name, threading.Event())
 
     def close(self) -> None:
         self.stopped.set()
 
 
-class _Silence(Bringing):
+class _Silence(DoorbellConsumer):
     """Brings nothing."""
 
-    def __init__(self, broker: PollingBroker) -> None:
-        self._broker = broker
+    broker: PollingBroker
 
     def __next__(self) -> None:
-        self._broker.stopped.wait(_IDLE_S)
-
-    def requeue(self, messages: Iterable[MessageProxy]) -> None:
-        """At shutdown: jobs that were found and that no thread took."""
-        self._broker.give_back_own(messages)
+        self.broker.stopped.wait(_IDLE_S)

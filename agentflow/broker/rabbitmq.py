@@ -42,11 +42,10 @@ class RabbitBroker(Doorbell):
         super().__init__(prefix=prefix, middleware=middleware)
         self.queues: set[str] = set()
         self.quorum = quorum
-        self.saturated = False
         self.control = f"{prefix}.control"
         self._parameters = parameters_of(url, client_name, trust)
         self.presence = presence_of(self._parameters)
-        self._consumers: list[RabbitConsumer] = []
+        self.consumers: list[RabbitConsumer] = []
         self._stopped = False
         self.publishing = PublishingLink(
             self._parameters,
@@ -153,7 +152,7 @@ class RabbitBroker(Doorbell):
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> RabbitConsumer:
         consumer = RabbitConsumer(self, queue_name, prefetch)
-        self._consumers = [c for c in self._consumers if c.queue_name != queue_name] + [consumer]
+        self.add_consumer(consumer)
         self.publishing.start()
         self.consuming.start()
         return consumer
@@ -161,29 +160,20 @@ class RabbitBroker(Doorbell):
     def room(self, critical: bool) -> int:
         return 0 if self._stopped else super().room(critical)
 
-    def held(self) -> int:
-        return sum(len(consumer.held) for consumer in self._consumers)
-
     def take(self, rings: Sequence[Ring]) -> list[Ring]:
         """A round trip by the broker would bring it here, or somewhere else, which has the rest: it costs more than the claim."""
         if not self.can_hear():
             return list(rings)
-        consumers = {consumer.queue_name: consumer for consumer in self._consumers}
+        consumers = {consumer.queue_name: consumer for consumer in self.consumers}
         return [
             ring
             for ring in rings
             if (consumer := consumers.get(queue_name(self.prefix, ring.queue))) is None or not consumer.take(ring)
         ]
 
-    def nudge(self) -> None:
-        if self.saturated:
-            self.saturated = False
-            for consumer in self._consumers:
-                consumer.bell.set()
-
     def stop_consuming(self) -> None:
         self._stopped = True
-        for consumer in self._consumers:
+        for consumer in self.consumers:
             consumer.stop()
 
     def close(self) -> None:

@@ -128,8 +128,7 @@ class Threads:
         if isinstance(message, PolledMessage):
             return False
         with self._lock:
-            while self._aside and self._aside[0].given_back:
-                self._aside.popleft()
+            self._forget_given_back()
             most = max(self.count // 4, int(self._rate * _ASIDE_S))
             if self._draining() or self._regular_room() or len(self._aside) >= most:
                 return False
@@ -154,7 +153,13 @@ class Threads:
         return messages
 
     def _set_aside(self) -> int:
-        return sum(not message.given_back for message in list(self._aside))
+        with self._lock:
+            self._forget_given_back()
+            return len(self._aside)
+
+    def _forget_given_back(self) -> None:
+        while self._aside and self._aside[0].given_back:  # the first to wait are the first to be given back
+            self._aside.popleft()
 
     def _regular_room(self) -> bool:
         return self._busy_regular < regular(self.count)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import redis
 
-from agentflow.broker import redis as redis_broker
+from agentflow import redis_client
 from agentflow.cli.checkup import network
 from agentflow.cli.checkup.report import Remark, Wrong
 from agentflow.cli.errors import one_line
@@ -24,7 +24,7 @@ def server(system: System) -> str | Remark:
         network.reach(parts.hostname or "localhost", parts.port or 6379, variable)
     began = time.monotonic()
     trust = system.settings.trust
-    client = redis_broker.connect(
+    client = redis_client.connect(
         url,
         connect_timeout_s=network.CONNECT_S,
         answer_timeout_s=network.CONNECT_S,
@@ -42,7 +42,7 @@ def server(system: System) -> str | Remark:
     name = "Valkey" if "valkey_version" in info else "Redis"
     found = f"{name} {info.get('valkey_version') or info.get('redis_version', '?')}, answers in {connected_ms:.0f} ms"
     if parts.scheme == "rediss":
-        found += f", TLS {redis_broker.presence_of(url, trust).where['tls']}"
+        found += f", TLS {redis_client.presence_of(url, trust).where['tls']}"
     policy = info.get("maxmemory_policy", "noeviction")
     if info.get("maxmemory") and policy != "noeviction":
         return Remark(f"{found}, throws keys away when it is full ({policy})", "set its policy to noeviction")
