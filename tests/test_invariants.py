@@ -877,7 +877,7 @@ def test_a_worker_counts_its_lease_from_before_the_claim_was_sent(
     holder, held = connect(), []
     job = submit(conn)
     take = Claimer(database, uuid4(), LEASE_S, held.append)
-    take._requests.put(claimer._Request(job.id))
+    take.ask(job.id)
 
     with database.connect() as mine:
         with row_locked(holder, job):

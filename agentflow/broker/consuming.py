@@ -100,6 +100,7 @@ class RabbitConsumer(DoorbellConsumer):
         for lane in self.lanes:
             while (message := self._next_of(lane)) is not None:
                 if self._is_known(message):
+                    self.broker.on_handing_over(message)
                     return message
             crowded = crowded or bool(lane.waiting)
         self.bell.wait(_CROWDED_POLL_S if crowded else self.UNCLAIMED_S / 4 if self.held else _IDLE_POLL_S)
@@ -172,7 +173,7 @@ class RabbitConsumer(DoorbellConsumer):
                         lane.waiting.append(message)
             lane.consumer_tag = None
         for key, held in list(self.held.items()):
-            if held.at_broker:
+            if held.at_broker and not held.claimed:
                 self.held.pop(key, None)
 
     # ---- in Dramatiq's consumer thread ----

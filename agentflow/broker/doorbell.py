@@ -23,8 +23,9 @@ class Doorbell(Broker):
     """A Dramatiq broker that carries rings.
 
     A worker's runtime sets the callables. `allowance()` is how many messages may be held unclaimed now, of which `reserved()`
-    are for critical jobs only; `known(name)` whether a job type is known here; `give_back(messages, delay_s)` takes those that
-    nobody here can claim. `on_connected(fingerprint)` and `on_emptied()` may ask the database; the others return at once.
+    are for critical jobs only; `known(name)` whether a job type is known here; `on_handing_over(message)` hears of each on its
+    way to the threads; `give_back(messages, delay_s)` takes those that nobody here can claim. `on_connected(fingerprint)` and
+    `on_emptied()` may ask the database; the others return at once.
     """
 
     connected = False
@@ -39,6 +40,7 @@ class Doorbell(Broker):
         self.allowance: Callable[[], int] = lambda: 1
         self.reserved: Callable[[], int] = lambda: 0
         self.known: Callable[[str], bool] = lambda _: True
+        self.on_handing_over: Callable[[DeliveredMessage], None] = lambda _message: None
         self.give_back: Callable[[Sequence[DeliveredMessage], float], None] = lambda _messages, _delay_s: None
         self.on_cancel: Callable[[], None] = lambda: None
         self.on_connected: Callable[[str], None] = lambda _fingerprint: None

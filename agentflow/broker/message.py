@@ -68,6 +68,7 @@ class DeliveredMessage(MessageProxy):
         self.acknowledged = False
         self.delivered_at = time.monotonic()
         self.given_back = False
+        self.claimed = False  # or asked for: a message that comes for its job again finds nothing
 
     def acknowledge(self) -> None:
         if not self.acknowledged:

@@ -227,6 +227,7 @@ class BellConsumer(DoorbellConsumer):
             self._fetch()
         while self._fetched:
             if self._is_known(message := self._fetched.popleft()):
+                self.broker.on_handing_over(message)
                 return message
         self.bell.wait(self.UNCLAIMED_S / 4 if self.held else self.broker.idle_poll_s)
         return None

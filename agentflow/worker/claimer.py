@@ -15,14 +15,18 @@ from agentflow.worker.loops import Loop
 from agentflow.worker.running import Running
 
 
-class _Request:
-    """`answer` is called once. The lock is an event that costs a tenth of threading's: one for each job."""
+class Claim:
+    """`answer` is called once. The lock is an event that costs a tenth of threading's: one for each job.
 
-    __slots__ = ("_unanswered", "job_id", "running")
+    Whoever has no use for it any more sets `unwanted`, and then looks whether `running` is there already.
+    """
+
+    __slots__ = ("_unanswered", "job_id", "running", "unwanted")
 
     def __init__(self, job_id: UUID) -> None:
         self.job_id = job_id
         self.running: Running | None = None
+        self.unwanted: Callable[[Running], None] | None = None
         self._unanswered = threading.Lock()
         self._unanswered.acquire()
 
@@ -38,15 +42,15 @@ class ClaimAbandoned(Exception):
 
 
 class Claimer(Loop):
-    """`claim` blocks the calling thread until the answer is known, however long the database is away."""
+    """`claim` and `answer_to` block the calling thread until the answer is known, however long the database is away."""
 
     def __init__(self, database: Database, worker: UUID, lease_s: float, hold: Callable[[Running], None]) -> None:
         super().__init__("claimer", database)
         self._worker = worker
         self._lease_s = lease_s
         self._hold = hold
-        self._requests: Inbox[_Request] = Inbox()  # no lingering: threads wait for the answer
-        self._batch: list[_Request] = []
+        self._requests: Inbox[Claim] = Inbox()  # no lingering: threads wait for the answer
+        self._batch: list[Claim] = []
         self._unsure = False
 
     def claim(self, job_id: UUID) -> Running | None:
@@ -54,8 +58,16 @@ class Claimer(Loop):
 
         With a concurrency key it may be another job than was asked for: the head of the line.
         """
-        request = _Request(job_id)
+        return self.answer_to(self.ask(job_id))
+
+    def ask(self, job_id: UUID) -> Claim:
+        """Have it claimed with what others ask for meanwhile."""
+        request = Claim(job_id)
         self._requests.put(request)
+        return request
+
+    def answer_to(self, request: Claim) -> Running | None:
+        """Wait for what `claim` returns. Raises ClaimAbandoned."""
         while not request.wait(1.0):
             if not self._thread.is_alive():
                 raise ClaimAbandoned
@@ -123,9 +135,11 @@ class Claimer(Loop):
                 request.answer()
             self._batch = []
 
-    def _deliver(self, request: _Request, job: Job, started: float) -> None:
+    def _deliver(self, request: Claim, job: Job, started: float) -> None:
         repeatable = not registry.known(job.type) or registry.get(job.type).repeatable
         request.running = Running(job, started + self._lease_s, repeatable=repeatable)
         self._hold(request.running)  # before its thread knows: the next heartbeat names it
         self._batch.remove(request)
         request.answer()
+        if request.unwanted is not None:
+            request.unwanted(request.running)

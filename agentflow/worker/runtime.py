@@ -21,6 +21,7 @@ from agentflow.live import Finished
 from agentflow.system import System
 from agentflow.worker import performing, reporting
 from agentflow.worker.admission import Admission
+from agentflow.worker.ahead import Ahead
 from agentflow.worker.chores import Relay, Rescue
 from agentflow.worker.claimer import ClaimAbandoned, Claimer
 from agentflow.worker.heart import Heart
@@ -85,6 +86,7 @@ class Runtime:
         lease_s, crashes = settings.job_lease, settings.job_max_crashes
         self.admission = Admission(system.database, system.rules, system.calls, threads)
         self.claimer = Claimer(system.database, self.id, lease_s, self._hold)
+        self.ahead = Ahead(self.claimer, self.threads, self._give_up)
         self.settler = Settler(system.database, self.id, lease_s, crashes, self._settled, self._after_settle)
         self.heart = Heart(
             system.database,
@@ -147,6 +149,7 @@ class Runtime:
         broker.allowance = self.threads.allowance
         broker.reserved = self.threads.reserved
         broker.known = registry.known
+        broker.on_handing_over = self.ahead.expect
         broker.give_back = self.give_back
         self.system.publisher.take_back_later = self.relay.owe
         broker.on_cancel = self.heart.wake
@@ -247,7 +250,7 @@ class Runtime:
             if self.threads.set_aside(message):
                 return
             message.given_back = True
-            if not message.pass_on():
+            if self.ahead.has(message) or not message.pass_on():
                 # What was picked here is not picked again while its type has no room.
                 self.give_back([message], 0.0 if self.draining or isinstance(message, PolledMessage) else 1.0)
             return
@@ -264,8 +267,12 @@ class Runtime:
             metrics.message_dropped("malformed")
             logger.warning("a message without a job's id was dropped")
             return
+        claim = self.ahead.take(message)
+        if claim is None and message.given_back:  # just now
+            metrics.message_dropped("given_back")
+            return
         try:
-            running = self.claimer.claim(job_id)
+            running = self.claimer.answer_to(claim or self.claimer.ask(job_id))
         except ClaimAbandoned:
             message.given_back = True
             self.give_back([message], 0.0)
@@ -281,6 +288,7 @@ class Runtime:
     def run(self, running: Running) -> None:
         """Perform a claimed job and hand over its verdict."""
         job = running.job
+        running.began = time.monotonic()
         if not registry.known(job.type):  # the head of a line, of a type that only newer workers know
             verdict = Verdict(*running.key, "handback", delay_s=_UNKNOWN_TYPE_S, reason="unknown_type")
             self.settler.put(Ended(verdict, running))
@@ -315,7 +323,7 @@ class Runtime:
             self._empty.notify_all()
         if running is None:
             return
-        seconds = time.monotonic() - running.started
+        seconds = running.seconds
         metrics.job_ended(running.job.type, running.job.queue, state, seconds)
         self.admission.done(running.job, seconds)
         if state == "succeeded":
@@ -385,13 +393,18 @@ class Runtime:
         """Put jobs that were picked for this process before its threads."""
         self.threads.expect(rings)
         for ring in rings:
-            self._enqueue(PolledMessage(ring, self.system.settings.job_queue_name))
+            message = PolledMessage(ring, self.system.settings.job_queue_name)
+            self.ahead.expect(message)
+            self._enqueue(message)
 
     def give_back(self, messages: Sequence[DeliveredMessage], delay_s: float) -> None:
-        """Acknowledge messages that nobody here can claim; the relay rings another for each after `delay_s`."""
+        """Acknowledge messages that nobody here can claim; the relay rings another for each after `delay_s`. What was claimed
+        for them is handed back."""
         ids = []
         for message in messages:
             message.acknowledge()
+            if self.ahead.hand_back(message, delay_s):
+                continue
             try:
                 ids.append(UUID(message.args[0]))
             except (ValueError, IndexError, TypeError, AttributeError):

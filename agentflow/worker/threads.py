@@ -20,6 +20,8 @@ _ASIDE_S: Final = 0.25
 #: Threads that take more than one job in so long have the next ones here: twice a window, or what the relay picks for this
 #: process would go by the broker, with what is on its way to a thread and not yet claimed.
 _AHEAD_S: Final = 0.2
+#: What will be begun within so long is claimed already: so much too early do its row and its lease say that it runs.
+_SOON_S: Final = 0.025
 
 
 def regular(threads: int) -> int:
@@ -60,6 +62,12 @@ class Threads:
             return 0
         ahead = max(0, int(self.claims_per_s() * _AHEAD_S) - self.count)
         return max(0, self.count - self.busy) + ahead + self._set_aside()
+
+    def soon(self) -> tuple[int, int]:
+        """How many jobs that are no critical ones threads take up at once, and how many more within 25 ms."""
+        if self._draining():
+            return 0, 0
+        return max(0, regular(self.count) - self._busy_regular), int(self.claims_per_s() * _SOON_S)
 
     def reserved(self) -> int:
         """Of those, how many only critical jobs may have: what was set aside stands in the way of others, not of them."""
