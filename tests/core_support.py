@@ -117,7 +117,6 @@ def prepared(
         time_limit_s=60.0,
         concurrency=(key, slots) if key else None,
         then_jobs=json.dumps(list(then)) if then else None,
-        request_hash=payload.encode(),
     )
 
 

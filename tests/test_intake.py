@@ -52,6 +52,50 @@ def jobs(conn: Connection) -> int:
     return int(value(conn, "select count(*) from agentflow.jobs"))
 
 
+# ---- what is answered ----
+
+
+@pytest.mark.parametrize("ring", [True, False])
+@pytest.mark.parametrize(
+    "new",
+    [
+        ping(),
+        ping(payload={"sleep_ms": 20, "result_bytes": 7}, correlation_id="mine", priority="critical"),
+        ping(run_at=datetime(2100, 1, 1, 12, 30, 1, 5, UTC), max_attempts=9, time_limit_s=1 / 3),
+        ping(run_at=datetime(2001, 1, 1, tzinfo=UTC), head_start_s=30, priority="low"),
+        ping(concurrency_key="file", concurrency_limit=3, callback_url="https://example.com/a?b=c"),
+        ping(idempotency_key="once", unique=Unique("one"), then=(ping(then=(ping(),)),)),
+    ],
+)
+def test_the_job_that_is_answered_is_the_row_as_it_stands(conn: Connection, new: NewJob, ring: bool) -> None:
+    submitted = submit(conn, new, ring=ring)
+
+    assert submitted.job == read(conn, submitted.job)
+    is_due = new.run_at is None or new.run_at < datetime.now(UTC)
+    assert [r.job_id for r in submitted.rings] == ([submitted.job.id] if ring and is_due else [])
+    assert column(conn, submitted.job, "sends") == len(submitted.rings)
+
+
+def test_one_job_and_many_become_the_same_rows(conn: Connection) -> None:
+    """Two statements write them."""
+    requests = [
+        ping(correlation_id="x", then=(ping(),)),
+        ping(concurrency_key="k", max_attempts=2, callback_url="https://example.com/"),
+        ping(head_start_s=5, priority="low", time_limit_s=7.5),
+    ]
+    alone = [submit(conn, new).job for new in requests]
+    together_, _ = intake.submit_many(conn, ORGANIZATION, [prepare(new) for new in requests])
+
+    columns = "to_jsonb(j) - array['id', 'run_at', 'wake_at', 'sent_at', 'created_at', 'then_jobs']"
+    for one, other in zip(alone, together_, strict=True):
+        assert value(conn, f"select {columns} from agentflow.jobs j where id = %s", one.id) == value(  # noqa: S608
+            conn,
+            f"select {columns} from agentflow.jobs j where id = %s",
+            other.id,  # noqa: S608
+        )
+        assert (column(conn, one, "then_jobs") is None) == (column(conn, other, "then_jobs") is None)
+
+
 # ---- what is refused ----
 
 
@@ -434,13 +478,13 @@ def test_a_key_too_long_for_an_index_is_refused_by_name(field: str) -> None:
 def test_of_what_takes_several_statements_nothing_is_left_when_the_last_fails(
     system: System, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
 ) -> None:
-    insert = intake._insert
+    insert = intake._insert_one
 
     def and_fail(*args: Any) -> Any:
         insert(*args)
         raise psycopg.OperationalError("the server went away")
 
-    monkeypatch.setattr(intake, "_insert", and_fail)
+    monkeypatch.setattr(intake, "_insert_one", and_fail)
     request = ping(**keys)
 
     with pytest.raises(psycopg.OperationalError):
@@ -450,5 +494,5 @@ def test_of_what_takes_several_statements_nothing_is_left_when_the_last_fails(
         assert jobs(conn) == 0
         for beside in ("idempotency_keys", "unique_keys"):
             assert value(conn, f"select count(*) from agentflow.{beside}") == 0  # noqa: S608 - constants
-    monkeypatch.setattr(intake, "_insert", insert)
+    monkeypatch.setattr(intake, "_insert_one", insert)
     assert system.submit(ORGANIZATION, request).created

@@ -1123,23 +1123,34 @@ def test_a_flood_is_rung_as_far_as_the_window_reaches(conn: Connection) -> None:
     assert _outstanding(conn) == WINDOW
 
 
-def test_submitters_at_once_exceed_the_window_by_no_more_than_themselves(conn: Connection, connect: Connect) -> None:
+def hand_in(conn: Connection, alone: bool, **request: Any) -> Job:
+    """One job, by the statement for one or by that for many."""
+    if alone:
+        return submit(conn, **request)
+    return intake.submit_many(conn, ORGANIZATION, [prepared(**request)])[0][0]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_submitters_at_once_exceed_the_window_by_no_more_than_themselves(
+    conn: Connection, connect: Connect, alone: bool
+) -> None:
     others = [connect() for _ in range(6)]
 
     def flood(c: Connection) -> None:
         for _ in range(10):
-            submit(c)
+            hand_in(c, alone)
 
     together(*(lambda c=c: flood(c) for c in others))
 
     assert WINDOW <= _outstanding(conn) <= WINDOW + len(others)
 
 
-def test_nobody_is_rung_before_an_older_job_of_its_class(conn: Connection) -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_nobody_is_rung_before_an_older_job_of_its_class(conn: Connection, alone: bool) -> None:
     parked = submit(conn, run_at=datetime.now(UTC) + timedelta(seconds=1))
     pass_time(conn, 2)  # it is due, and the relay has not come by yet
 
-    young, critical = submit(conn), submit(conn, priority=0)
+    young, critical = hand_in(conn, alone), hand_in(conn, alone, priority=0)
 
     assert [column(conn, job, "sends") for job in (parked, young, critical)] == [0, 0, 1]
 
@@ -1726,13 +1737,23 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     ),
     "16 submitters see each other's": (
         test_submitters_at_once_exceed_the_window_by_no_more_than_themselves,
-        {},
+        {"alone": False},
         function("submit_1", ("and s.sent_at is not null limit w.size", "and false limit w.size")),
+    ),
+    "16 submitters of single jobs see each other's": (
+        test_submitters_at_once_exceed_the_window_by_no_more_than_themselves,
+        {"alone": True},
+        function("submit_one_1", ("and s.sent_at is not null limit p_window", "and false limit p_window")),
     ),
     "16 a submitter looks for older jobs": (
         test_nobody_is_rung_before_an_older_job_of_its_class,
-        {},
+        {"alone": False},
         function("submit_1", ("and not r.older", "")),
+    ),
+    "16 a submitter of a single job looks for older ones": (
+        test_nobody_is_rung_before_an_older_job_of_its_class,
+        {"alone": True},
+        function("submit_one_1", ("and o.wake_at <= clock_timestamp()", "and false")),
     ),
     "16 rings grow rarer": (
         test_an_unheard_job_is_rung_ever_more_seldom_and_at_least_every_five_minutes,

@@ -171,7 +171,7 @@ def _submit(call: Call, asked: _Asked, key: str | None) -> tuple[Answer, bool]:
     prepared = dataclasses.replace(
         system.prepare(organization_id, dataclasses.replace(new, payload=_payload(system, wanted))),
         id=asked.id,
-        request_hash=sent.request_hash,
+        known_by=sent.request_hash,
     )
     with system.transaction() as transaction:
         submitted = transaction.submit_prepared(organization_id, prepared)

@@ -81,9 +81,17 @@ class Prepared:
     time_limit_s: float
     concurrency: tuple[str, int | None] | None
     then_jobs: str | None
-    request_hash: bytes
     unique: Unique | None = None
     head_start_s: HeadStart = 0
+    known_by: bytes | None = None
+
+    @property
+    def request_hash(self) -> bytes:
+        """`known_by`; else of the request as checked, so that leaving a default out and naming it are the same one."""
+        if self.known_by is not None:
+            return self.known_by
+        request = json.dumps({**dataclasses.asdict(self.new), "payload": self.payload}, sort_keys=True, default=str)
+        return hashlib.sha256(request.encode()).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +129,6 @@ def prepare(
     if wanted is not None:
         _check_unique(wanted, new)
     children = _children(new, organization_id, max_payload_bytes, public_only, depth)
-    # As checked, so that leaving a default out and naming it are the same request.
-    request = json.dumps({**dataclasses.asdict(new), "payload": payload}, sort_keys=True, default=str)
     return Prepared(
         id=uuid7(),
         new=new,
@@ -133,7 +139,6 @@ def prepare(
         time_limit_s=min(new.time_limit_s or job_type.time_limit_s, job_type.time_limit_s),
         concurrency=concurrency,
         then_jobs=json.dumps(children) if children else None,
-        request_hash=hashlib.sha256(request.encode()).digest(),
         unique=wanted,
         head_start_s=head_start_s,
     )
@@ -250,8 +255,7 @@ def submit(
             return Submitted(known, created=False)
     placed = _place(conn, organization_id, [prepared])
     if placed.new:
-        jobs, rings = _insert(conn, organization_id, placed.new, None, ring)
-        return Submitted(jobs[0], created=True, rings=tuple(rings))
+        return _insert_one(conn, organization_id, placed.new[0], ring)
     job = placed.known[prepared.id]
     if prepared.new.idempotency_key is not None:
         conn.execute(
@@ -410,6 +414,72 @@ select {JOB_COLUMNS}, j.sent_at is not null from agentflow.submit_1(
     p_head_starts => %(head_starts)s::smallint[]
 ) j
 """  # noqa: S608 - only constants are put in
+
+
+_INSERT_ONE: Final = """
+select is_sent, due_at, looked_at, made_at, limit_s from agentflow.submit_one_1(
+    p_organization => %s, p_trace => %s, p_ring => %s, p_id => %s, p_type => %s, p_queue => %s, p_priority => %s::smallint,
+    p_payload => %s::jsonb, p_max_attempts => %s::smallint, p_time_limit => %s::real, p_run_at => %s::timestamptz, p_key => %s,
+    p_then => %s::jsonb, p_callback => %s, p_correlation => %s, p_idempotency_key => %s, p_retry => %s,
+    p_head_start => %s::smallint
+)
+"""
+
+
+def _insert_one(conn: Connection, organization_id: int, p: Prepared, ring: bool) -> Submitted:
+    """As `_insert`, at half its cost."""
+    key, slots = p.concurrency or (None, None)
+    if key is not None:
+        _name_slots(conn, {key: slots})
+    trace, new = traces.carried(), p.new
+    row = conn.execute(
+        _INSERT_ONE,
+        (
+            *(organization_id, trace, ring, p.id, new.type, p.queue, p.priority, p.payload, p.max_attempts),
+            *(p.time_limit_s, new.run_at, key, p.then_jobs, new.callback_url, new.correlation_id),
+            *(new.idempotency_key, new.retry_of, p.head_start_s),
+        ),
+    ).fetchone()
+    assert row is not None  # noqa: S101 - a function with OUT parameters
+    is_sent, run_at, wake_at, created_at, time_limit_s = row
+    job = Job(
+        id=p.id,
+        organization_id=organization_id,
+        type=new.type,
+        queue=p.queue,
+        priority=PRIORITIES[p.priority],
+        head_start_s=p.head_start_s,
+        state="queued",
+        payload=json.loads(p.payload),
+        attempt=0,
+        max_attempts=p.max_attempts,
+        crashes=0,
+        fence=0,
+        time_limit_s=time_limit_s,
+        run_at=run_at,
+        wake_at=wake_at,
+        wait_reason=None,
+        cancel_requested=False,
+        progress=None,
+        stage=None,
+        result=None,
+        error=None,
+        concurrency_key=key,
+        slot=None,
+        worker=None,
+        callback_url=new.callback_url,
+        correlation_id=new.correlation_id,
+        idempotency_key=new.idempotency_key,
+        parent_id=None,
+        retry_of=new.retry_of,
+        batch_id=None,
+        trace=trace,
+        created_at=created_at,
+        started_at=None,
+        finished_at=None,
+    )
+    rings = (Ring(p.id, p.queue, new.type, p.priority),) if is_sent else ()
+    return Submitted(job, created=True, rings=rings)
 
 
 def _insert(
