@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from agentflow.worker.threads import regular
 from ops.bench import generate, scale
 from ops.bench.comparison import intake, report
 from ops.bench.comparison.crew import TrialFailed
+from ops.bench.comparison.distance import Distance, name_of
 from ops.bench.comparison.figures import ratios, shown
 from ops.bench.peers import catalogue, producer
 from ops.bench.peers.marks import Marks
@@ -77,12 +79,14 @@ def test_a_producer_hands_in_every_number_once(monkeypatch: pytest.MonkeyPatch, 
         submit=submit, submit_many=lambda numbers, ms: batches.append(list(numbers)), result=lambda handle: None
     )
     many = producer.submit_many(system, 100, 2_500, 0)
+    by_callers = producer.submit_by_callers(system, 3, 17, 0, callers=4)
     single = producer.one_at_a_time(system, 0, 3)
 
     assert [len(batch) for batch in batches] == [1000, 1000, 500]
     assert [number for batch in batches for number in batch] == list(range(100, 2_600))
-    assert many["seconds"] > 0
-    assert marks.done() == 3 and all(len(values) == 3 for values in single.values())
+    assert many["seconds"] > 0 and by_callers["seconds"] > 0
+    assert [runs for _, _, runs in marks.every()] == [1] * 20
+    assert all(len(values) == 3 for values in single.values())
 
 
 # ---- the systems ----
@@ -154,6 +158,40 @@ def test_a_load_counts_answers_and_fails_with_what_was_refused() -> None:
     }
     assert len(server.requests) == 22 and server.connections == 3
     assert told["per_s"] > 0 and 0 < told["p50_ms"] <= told["p99_ms"]
+
+
+# ---- distance ----
+
+
+def test_a_relay_delays_both_ways_keeps_the_order_and_counts_the_trips(stack: embedded.Embedded) -> None:
+    distance = Distance(stack.database_url, 10.0)
+    try:
+        with psycopg.connect(distance.url, autocommit=True, prepare_threshold=None) as conn:
+            distance.trips()
+            began = time.monotonic()
+            assert conn.execute("select string_agg(n::text, ' ') from generate_series(1, 200000) n").fetchone() == (
+                " ".join(map(str, range(1, 200_001))),
+            )
+            assert time.monotonic() - began >= 0.02
+            with conn.transaction():
+                conn.execute("select %s", ("x" * 1_000_000,))
+            with conn.pipeline():  # all that is under way goes together
+                began = time.monotonic()
+                answers = [conn.execute("select %s::int", (n,)) for n in range(100)]
+                assert [answer.fetchone() for answer in answers] == [(n,) for n in range(100)]
+                assert time.monotonic() - began >= 0.02
+            counted = distance.trips()
+    finally:
+        distance.close()
+
+    assert (counted["begin"], counted["commit"]) == (1, 1)
+    assert counted["select"] >= 3
+
+
+def test_trips_are_named_by_the_function_or_by_verb_and_table() -> None:
+    assert name_of("select * from agentflow.claim_1(%s, %s) j") == "claim_1"
+    assert name_of("update agentflow.jobs set x = 1") == "update jobs"
+    assert name_of("COMMIT") == "commit"
 
 
 # ---- size ----

@@ -143,7 +143,8 @@ def a_message(priority: int) -> DeliveredMessage:
 def test_next_jobs_are_held_where_threads_take_many_and_those_set_aside_are_in_nobodys_way_but_of_their_class(
     system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measuring = Threads(system.settings, 4, ready=lambda: True, draining=lambda: False)
+    trip_s = 0.0
+    measuring = Threads(system.settings, 4, ready=lambda: True, draining=lambda: False, trip_s=lambda: trip_s)
     monkeypatch.setattr(measuring, "claims_per_s", lambda: measuring._rate)
 
     def regular_and_critical() -> tuple[int, int]:
@@ -154,6 +155,11 @@ def test_next_jobs_are_held_where_threads_take_many_and_those_set_aside_are_in_n
     assert regular_and_critical() == (3, 4)
     measuring._rate = 400.0
     assert regular_and_critical() == (79, 80)
+    trip_s = 0.08
+    assert measuring.on_the_way() == 64 and regular_and_critical() == (143, 144)
+    measuring._rate = 4.0  # of long jobs none is needed sooner than a look for it brings it
+    assert measuring.on_the_way() == 0 and regular_and_critical() == (3, 4)
+    measuring._rate, trip_s = 400.0, 0.0
 
     assert all(measuring.enter(a_message(1)) for _ in range(3))
     aside = a_message(1)

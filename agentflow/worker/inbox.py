@@ -16,11 +16,11 @@ _LOOK_S: Final = 0.0005
 
 
 class Inbox(Generic[T]):
-    """Under load it waits up to `linger_s` for twice as many as the last time: a statement for eight costs little more than one
-    for two."""
+    """Under load it waits up to `linger_s`, which may be changed, for twice as many as the last time: a statement for eight costs
+    little more than one for two."""
 
     def __init__(self, linger_s: float = 0.0) -> None:
-        self._linger_s = linger_s
+        self.linger_s = linger_s
         self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
         self._last = 0
 
@@ -49,6 +49,6 @@ class Inbox(Generic[T]):
         return batch
 
     def _linger(self) -> None:
-        end = monotonic() + self._linger_s
+        end = monotonic() + self.linger_s
         while self._last >= _LOADED and self._queue.qsize() < 2 * self._last and monotonic() < end:
             sleep(_LOOK_S)

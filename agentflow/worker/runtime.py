@@ -44,6 +44,8 @@ _REPLACED_AT_MOST_EVERY_S: Final = 60.0
 _UNKNOWN_TYPE_S: Final = 30.0
 _ALONE_RENEW_S: Final = 2.0
 _REPORT_S: Final = 2.0
+#: So much more work than was told of last is told of at once.
+_GROWN: Final = 4 / 3
 #: Rounds of a loop in a row, before health says so.
 _FAILING: Final = 3
 
@@ -74,7 +76,13 @@ class Runtime:
         self.hurried = False
         self._replace = replace
         self._enqueue = enqueue
-        self.threads = Threads(settings, threads, ready=threads_ready, draining=lambda: self.draining)
+        self.threads = Threads(
+            settings,
+            threads,
+            ready=threads_ready,
+            draining=lambda: self.draining,
+            trip_s=lambda: self.claimer.trip_s,
+        )
         self._started = time.monotonic()
         self._held: dict[tuple[UUID, int], Running] = {}
         self._lock = threading.Lock()
@@ -342,7 +350,7 @@ class Runtime:
         self._room_by_ends(ended)
         if any(0 < e.verdict.delay_s < self.system.settings.worker_polling_interval for e in ended):
             self.relay.wake()  # or it looks when the next one is due, which may be sooner than it knew
-        if self._demand() > 2 * self._told_demand:
+        if self._demand() > _GROWN * self._told_demand:
             self.heart.wake()  # which tells it: the window is to grow with the work, not some seconds later
         verdicts = {e.verdict.job_id: e.verdict for e in ended}
         publisher.finished(
@@ -431,8 +439,9 @@ class Runtime:
         self.relay.room_made()
 
     def _demand(self) -> int:
-        """Messages that this process uses up in 100 ms, as measured: its part of each queue's window."""
-        return min(1000, max(self.threads.count, int(self.threads.claims_per_s() * 0.1)))
+        """Messages that this process uses up in 100 ms, as measured, and until the next ones come: its part of a window."""
+        in_100_ms = int(self.threads.claims_per_s() * 0.1)
+        return min(1000, max(self.threads.count, in_100_ms) + self.threads.on_the_way())
 
     def _facts(self) -> dict[str, Any]:
         self._told_demand = self._demand()

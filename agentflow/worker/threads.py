@@ -30,15 +30,22 @@ def regular(threads: int) -> int:
 
 
 class Threads:
-    """Safe in threads. `ready`: they have started; `draining`: nothing is taken any more."""
+    """Safe in threads. `ready`: they have started; `draining`: nothing is taken any more; `trip_s`: to Postgres and back."""
 
     def __init__(
-        self, settings: Settings, count: int, *, ready: Callable[[], bool], draining: Callable[[], bool]
+        self,
+        settings: Settings,
+        count: int,
+        *,
+        ready: Callable[[], bool],
+        draining: Callable[[], bool],
+        trip_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.count: Final = count
         self._settings = settings
         self._ready = ready
         self._draining = draining
+        self._trip_s = trip_s
         self._lock = threading.Lock()
         self._busy: Counter[str] = Counter()
         self._busy_regular = 0
@@ -56,18 +63,23 @@ class Threads:
     # ---- how much ----
 
     def allowance(self) -> int:
-        """Messages that this process may hold unclaimed: its free threads, and what 200 ms of measured work use up beyond one
-        for each thread; of long jobs others may have the next ones."""
+        """Messages that this process may hold unclaimed: its free threads, what 200 ms of measured work use up beyond one for
+        each thread, and what is on the way; of long jobs others may have the next ones."""
         if self._draining():
             return 0
         ahead = max(0, int(self.claims_per_s() * _AHEAD_S) - self.count)
-        return max(0, self.count - self.busy) + ahead + self._set_aside()
+        return max(0, self.count - self.busy) + ahead + self.on_the_way() + self._set_aside()
+
+    def on_the_way(self) -> int:
+        """Jobs that the threads take until the next ones come: a look for them is a trip to Postgres, and may begin one late."""
+        return int(self.claims_per_s() * 2 * self._trip_s())
 
     def soon(self) -> tuple[int, int]:
-        """How many jobs that are no critical ones threads take up at once, and how many more within 25 ms."""
+        """How many jobs that are no critical ones threads take up at once, and how many more until 25 ms after their claim."""
         if self._draining():
             return 0, 0
-        return max(0, regular(self.count) - self._busy_regular), int(self.claims_per_s() * _SOON_S)
+        more = int(self.claims_per_s() * (self._trip_s() + _SOON_S))
+        return max(0, regular(self.count) - self._busy_regular), more
 
     def reserved(self) -> int:
         """Of those, how many only critical jobs may have: what was set aside stands in the way of others, not of them."""

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from agentflow.worker.threads import regular  # noqa: E402
 from ops.bench.comparison import intake, report, servers, trials  # noqa: E402
 from ops.bench.comparison.crew import TrialFailed  # noqa: E402
+from ops.bench.comparison.machine import keep, machine  # noqa: E402
 from ops.bench.comparison.servers import Servers  # noqa: E402
 from ops.bench.comparison.trials import Size  # noqa: E402
 from ops.bench.peers import catalogue, installing  # noqa: E402
@@ -115,16 +114,6 @@ def available(peers: list[Peer]) -> list[Peer]:
     return peers
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "load_at_start": round(os.getloadavg()[0], 1),
-        "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }
-
-
 def measure(started: Servers, peers: list[Peer], options: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Each round begins with another system, so that none always runs after the same one."""
     cells: dict[str, dict[str, list[dict[str, Any]]]] = figures.setdefault("cells", {})
@@ -197,14 +186,6 @@ def tried(what: str, measuring: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     said = {name: round(value, 2) if isinstance(value, float) else value for name, value in found.items()}
     print(f"[{time.monotonic() - began:5.1f} s] {what}: {said}", flush=True)
     return found
-
-
-def keep(figures: dict[str, Any], out: Path) -> None:
-    """Whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_suffix(".new")
-    new.write_text(json.dumps(figures, indent=1) + "\n")
-    new.replace(out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ def submit(module: Any, first: int, count: int, ms: int) -> dict[str, float]:
     for number in range(first, first + count):
         module.submit(number, ms)
     return {"seconds": time.monotonic() - began, "cpu_s": time.process_time() - cpu}
+
+
+def submit_by_callers(module: Any, first: int, count: int, ms: int, callers: int) -> dict[str, float]:
+    """One by one, by so many threads at a time."""
+    with ThreadPoolExecutor(callers) as pool:
+        began, cpu = time.monotonic(), time.process_time()
+        for _ in pool.map(lambda number: module.submit(number, ms), range(first, first + count)):
+            pass
+        return {"seconds": time.monotonic() - began, "cpu_s": time.process_time() - cpu}
 
 
 def submit_many(module: Any, first: int, count: int, ms: int) -> dict[str, float]:
@@ -76,7 +86,12 @@ def _wait_ended(marks: Marks, number: int) -> None:
         time.sleep(_LOOK_S)
 
 
-DO = {"submit": submit, "submit_many": submit_many, "one_at_a_time": one_at_a_time}
+DO = {
+    "submit": submit,
+    "submit_by_callers": submit_by_callers,
+    "submit_many": submit_many,
+    "one_at_a_time": one_at_a_time,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,35 @@
+"""What was measured on, and keeping what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "load_at_start": round(os.getloadavg()[0], 1),
+        "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def said_of(figures: dict[str, Any]) -> str:
+    """The line below a report's title."""
+    where, versions = figures["machine"], figures["versions"]
+    said = ", ".join([f"Python {where['python']}", *(f"{name} {version}" for name, version in versions.items())])
+    return f"{where['processor']}, {said}; {where['at']}. Medians; in brackets least, most and how many rounds."
+
+
+def keep(figures: dict[str, Any], out: Path) -> None:
+    """Whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_suffix(".new")
+    new.write_text(json.dumps(figures, indent=1) + "\n")
+    new.replace(out)
