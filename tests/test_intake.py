@@ -86,13 +86,12 @@ def test_one_job_and_many_become_the_same_rows(conn: Connection) -> None:
     alone = [submit(conn, new).job for new in requests]
     together_, _ = intake.submit_many(conn, ORGANIZATION, [prepare(new) for new in requests])
 
-    columns = "to_jsonb(j) - array['id', 'run_at', 'wake_at', 'sent_at', 'created_at', 'then_jobs']"
+    row = (
+        "select to_jsonb(j) - array['id', 'run_at', 'wake_at', 'sent_at', 'created_at', 'then_jobs'] from agentflow.jobs j"
+        " where id = %s"
+    )
     for one, other in zip(alone, together_, strict=True):
-        assert value(conn, f"select {columns} from agentflow.jobs j where id = %s", one.id) == value(  # noqa: S608
-            conn,
-            f"select {columns} from agentflow.jobs j where id = %s",
-            other.id,  # noqa: S608
-        )
+        assert value(conn, row, one.id) == value(conn, row, other.id)
         assert (column(conn, one, "then_jobs") is None) == (column(conn, other, "then_jobs") is None)
 
 
