@@ -22,6 +22,7 @@ import dataclasses
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "mix.json")
     parser.add_argument("--chart", action="store_true", help="judge and draw --out anew, and nothing else")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends with it
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.alone:
         print_costs(alone(options))
@@ -90,7 +92,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         watch, starts = Watch(made, began), made.starts()
         for minute in range(options.minutes):
             time.sleep(max(0.0, began + 60 * (minute + 1) - time.time()))
-            figures["samples"].append(watch.sample(minute))
+            figures["samples"].append(looked(watch, minute))
             figures["load"] = told(plan)
             figures["processes started anew"] = {n: s - starts[n] for n, s in made.starts().items() if s > starts[n]}
             options.out.write_text(json.dumps(figures) + "\n")
@@ -99,12 +101,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             load.popen.wait(120)
         figures["load"] = told(plan)
         types = [type_ for kind in letters.KINDS for type_ in kind.makes]
-        figures["seconds until all had ended"] = round(time.time() - began - 60 * options.minutes, 1)
         figures["all ended"] = system.wait_quiet(made.servers, types, time.time(), QUIET_S)
+        figures["seconds until all had ended"] = round(time.time() - began - 60 * options.minutes, 1)
         again(watch, made, figures)
         with made.servers.connect() as conn:
             figures["audit"] = judging.audit(conn, Path(plan.journal), made.vendors.ask())
     return figures
+
+
+def looked(watch: Watch, minute: int) -> dict[str, Any]:
+    try:
+        return watch.sample(minute)
+    except Exception as error:  # whatever it is, the hour goes on, and a minute's figures are missing
+        return {"minute": minute, "cpu": {}, "trouble": [f"{type(error).__name__}: {error}"]}
 
 
 def described(options: argparse.Namespace) -> dict[str, Any]:
@@ -116,6 +125,7 @@ def described(options: argparse.Namespace) -> dict[str, Any]:
         "surge": options.surge,
         "minutes": options.minutes,
         "surge_minutes": options.surge_minutes,
+        "planned": round(60 * options.rate * (options.minutes + (options.surge - 1) * options.surge_minutes)),
         "system": {
             "workers": system.WORKERS,
             "threads": system.THREADS,

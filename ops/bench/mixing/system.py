@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +124,7 @@ def setting(logs: Path | None = None) -> Iterator[Setting]:
         stack.callback(crew.close)
         start(crew, environment(servers, folder, places), logs)
         made = Setting(folder, servers, crew, vendors, places, [], {"outside services": vendors})
+        stack.callback(lambda: [child.close() for child in made.children.values()])
         made.customers = customers(made.port, places)
         until(lambda: connected(servers), within_s=60, every_s=0.5)
         crew.watch()
@@ -168,7 +169,7 @@ def start(crew: Crew, environment: dict[str, str], logs: Path) -> None:
 
 
 def customers(port: int, places: dict[str, Any]) -> list[Customer]:
-    """Organizations with a key, endpoints for webhooks and an account at Kommo, made by the API."""
+    """Made by the API. Raises SystemExit."""
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as http:
 
@@ -179,10 +180,14 @@ def customers(port: int, places: dict[str, Any]) -> list[Customer]:
             said: dict[str, Any] = answer.json()
             return said
 
-        return [_customer(f"customer-{n}", crm, places["receiver"], post) for n, crm in enumerate(places["kommo"], 1)]
+        return [customer(f"customer-{n}", crm, places["receiver"], post) for n, crm in enumerate(places["kommo"], 1)]
 
 
-def _customer(slug: str, crm: dict[str, Any], receiver: str, post: Any) -> Customer:
+def customer(
+    slug: str, crm: dict[str, Any], receiver: str, post: Callable[[str, str, dict[str, Any]], dict[str, Any]]
+) -> Customer:
+    """An organization with a key, endpoints for webhooks and an account at Kommo. `post` takes a path, whose it is (empty:
+    nobody's) and a body."""
     post("/api/organizations", "", {"slug": slug})
     key = post("/api/keys", slug, {"name": "app", "scopes": ["submit", "read"]})["key"]
     account = post("/api/crm/accounts", slug, {"host": crm["host"], "token": crm["token"]})["id"]
