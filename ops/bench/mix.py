@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def looked(watch: Watch, minute: int) -> dict[str, Any]:
     try:
         return watch.sample(minute)
-    except Exception as error:  # whatever it is, the hour goes on, and a minute's figures are missing
+    except Exception as error:  # noqa: BLE001 - the hour goes on, and a minute of it is missing
         return {"minute": minute, "cpu": {}, "trouble": [f"{type(error).__name__}: {error}"]}
 
 

@@ -104,6 +104,10 @@ class Setting:
         busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
         return {**ours, "machine": busy}
 
+    def close(self) -> None:
+        for child in self.children.values():
+            child.close()
+
     def starts(self) -> dict[str, int]:
         return {name: member.starts for name, member in self.crew.members.items()}
 
@@ -124,7 +128,7 @@ def setting(logs: Path | None = None) -> Iterator[Setting]:
         stack.callback(crew.close)
         start(crew, environment(servers, folder, places), logs)
         made = Setting(folder, servers, crew, vendors, places, [], {"outside services": vendors})
-        stack.callback(lambda: [child.close() for child in made.children.values()])
+        stack.callback(made.close)
         made.customers = customers(made.port, places)
         until(lambda: connected(servers), within_s=60, every_s=0.5)
         crew.watch()
