@@ -3,7 +3,7 @@
     python -m ops.bench.mixing.load PLAN.json
 
 The plan is a `Plan`. What was accepted is written to `journal` (kind, job or event, id; a line each), and once a minute what
-that was like to `figures`, a line of JSON. A letter's time counts from the moment at which it was due.
+that was like to `figures`, a line of JSON. A letter's time counts from the moment at which it was due. It says so when it is done.
 """
 
 from __future__ import annotations
@@ -251,3 +251,5 @@ def _quantiles(seconds: list[float]) -> dict[str, float] | None:
 
 if __name__ == "__main__":
     Load(Plan.read(Path(sys.argv[1]))).run()
+    print(json.dumps({"done": True}), flush=True)
+    sys.stdin.read()  # what it has used can be asked until its input ends
