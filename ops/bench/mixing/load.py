@@ -3,7 +3,7 @@
     python -m ops.bench.mixing.load PLAN.json
 
 The plan is a `Plan`. What was accepted is written to `journal` (kind, job or event, id; a line each), and once a minute what
-that was like to `figures`, a line of JSON. A letter's time counts from the moment at which it was due. It says so when it is done.
+that was like to `figures`, a line of JSON. A letter's time counts from the moment at which it was due. Its end is told by a line.
 """
 
 from __future__ import annotations
