@@ -32,7 +32,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from tests.fleet import Fleet, fleet  # noqa: E402 - found by the path above
+from ops.bench.comparison.charts import lines  # noqa: E402 - found by the path above
+from tests.fleet import Fleet, fleet  # noqa: E402
 from tests.servers import Servers, production  # noqa: E402
 
 RESULTS = ROOT / "ops/bench/results"
@@ -235,11 +236,8 @@ def table(figures: dict[str, Any]) -> list[str]:
     return [name for name, each in figures["verdict"].items() if each["grown"]]
 
 
-_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
-
-
 def chart(figures: dict[str, Any]) -> str:
-    """Four small charts below each other, each from zero: connections, descriptors, threads, memory."""
+    """Four small charts below each other: connections, descriptors, threads, memory."""
     samples = figures["samples"]
     found = series(samples)
     roles_ = [role for role in samples[-1]["processes"] if "parent" not in role]
@@ -250,28 +248,12 @@ def chart(figures: dict[str, Any]) -> str:
     charts = [("connections at the server", totals)]
     for measure, title in (("descriptors", "descriptors"), ("threads", "threads"), ("pss_mb", "memory, PSS in MB")):
         charts.append((title, {role: found[f"{role} {measure}"] for role in roles_}))
-    width, height, left, last = 760, 150, 60, max(1, samples[-1]["minute"])
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + left + 180}" height="{(height + 50) * len(charts)}"'
-        ' font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+    minutes = [float(one["minute"]) for one in samples]
+    drawn = [
+        (title, {name: list(zip(minutes, values, strict=False)) for name, values in named.items()})
+        for title, named in charts
     ]
-    for number, (title, lines) in enumerate(charts):
-        top = number * (height + 50) + 30
-        most = max(max(values) for values in lines.values()) * 1.1 or 1.0
-        parts.append(f'<text x="{left}" y="{top - 8}" font-weight="bold">{title}</text>')
-        parts.append(f'<path d="M{left} {top}V{top + height}H{left + width}" fill="none" stroke="#888"/>')
-        parts.append(f'<text x="{left - 6}" y="{top + 10}" text-anchor="end">{most:.0f}</text>')
-        parts.append(f'<text x="{left - 6}" y="{top + height}" text-anchor="end">0</text>')
-        parts.append(f'<text x="{left + width}" y="{top + height + 15}" text-anchor="end">{last} min</text>')
-        for index, (name, values) in enumerate(lines.items()):
-            points = " ".join(
-                f"{left + width * one['minute'] / last:.1f},{top + height * (1 - value / most):.1f}"
-                for one, value in zip(samples, values, strict=False)
-            )
-            colour = _COLOURS[index % len(_COLOURS)]
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-            parts.append(f'<text x="{left + width + 8}" y="{top + 14 + 16 * index}" fill="{colour}">{name}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return lines(drawn, samples[-1]["minute"])
 
 
 if __name__ == "__main__":
