@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import psycopg
 import pytest
@@ -370,3 +371,59 @@ def hint(system: System, account_id: object, *leads: int) -> None:
     """As the handler of webhooks does it."""
     with system.database.connection() as conn:
         touched.note(conn, ORGANIZATION, account_id, [("leads", lead) for lead in leads])  # type: ignore[arg-type]
+
+
+def test_texts_are_kept_as_they_are_but_for_what_postgres_cannot_store() -> None:
+    kept = 'счёт "№ 7" \\ {a,b} \U0001f600'
+    document = {"id": 7, "name": kept, "a\x00": ["\x00", "\ud83d", None, 1.5, True], "_links": {"self": "?page=1"}}
+
+    found = thing(document)
+
+    assert found.data == {"id": 7, "name": kept, "a\ufffd": ["\ufffd", "?", None, 1.5, True]}
+    assert found.text == f'{{"a\ufffd":["\ufffd","?",null,1.5,true],"id":7,"name":"{escaped(kept)}"}}'
+    assert thing({**document, "_links": {"self": "?page=2"}}).hash == found.hash
+
+
+def escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def test_texts_come_back_from_the_mirror(linked: System, server: Server, conn: Connection) -> None:
+    texts = ['"', "\\", "{}", "{a,NULL}", "", "NULL", "счёт", "\U0001f600", "a\nb"]
+    for text in texts:
+        server.add("leads", at=LONG_AGO, name=text, custom_fields_values=[{"values": [{"value": text}]}])
+        server.note_event(text, "lead", 7)
+    account = connect(linked, server)
+
+    sync(linked, conn, account)
+    sync(linked, conn, account, mode="backfill")
+
+    assert differences(conn, account.id, server) == []
+    assert value(conn, "select count(*) from agentflow.crm_events") == len(texts)
+
+
+def test_a_page_reads_only_its_own_rows_while_the_planner_knows_nothing_of_the_account(
+    linked: System, server: Server, conn: Connection
+) -> None:
+    account = connect(linked, server)
+    conn.execute("alter table agentflow.crm_entities set (autovacuum_enabled = false)")
+    things = [thing({"id": n, "updated_at": 5}) for n in range(2000)]
+    given: dict[str, Any] = {"read_at": mirror.clock(conn), "version": 1}
+    for first in range(0, 2000, 100):
+        mirror.write(conn, ORGANIZATION, account.id, "leads", things[first : first + 100], **given)
+    met = mirror._given(ORGANIZATION, account.id, "leads", things[:50], mirror.clock(conn))
+
+    (explained,) = conn.execute(
+        ("explain (analyze, format json) " + mirror._WRITE).encode(), {**met, "version": 2, "sweeping": True}
+    ).fetchall()
+
+    looks = [node for node in nodes(explained[0][0]["Plan"]) if node.get("Relation Name") == "crm_entities"]
+    reads = [node for node in looks if "Scan" in node["Node Type"]]
+    assert [round(node["Actual Rows"] * node["Actual Loops"]) for node in reads] == [50, 50]
+    assert {node.get("Index Name") for node in reads} == {"crm_entities_pkey", None}
+    assert all(not node.get("Rows Removed by Filter") for node in reads)
+    assert value(conn, "select count(*) from agentflow.crm_entities where seen_at = %s", met["read_at"]) == 50
+
+
+def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    return [plan, *(each for below in plan.get("Plans", []) for each in nodes(below))]

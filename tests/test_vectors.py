@@ -448,3 +448,8 @@ def test_without_pgvector_documents_say_what_to_install_and_then_go_on(
 
     conn.execute("drop event trigger refuse")
     assert embed(Context(remote), document)["vectors"] == 1
+
+
+def test_a_vector_is_written_number_for_number_with_five_digits() -> None:
+    assert encoder.as_text([0.123456789, -0.0, 1.0, 6e-6, -2e-7]) == "[0.12346,-0.00000,1.00000,0.00001,-0.00000]"
+    assert encoder.as_text([0.5]) == "[0.50000]"

@@ -287,7 +287,8 @@ class _Silences:
             self._close(self._to_s)
         threshold = 10 ** (SILENCE_DB / 20)
         step = max(1, rate // (10 * _SUBBLOCKS))
-        peaks = np.maximum.reduceat(np.abs(samples).max(axis=1), np.arange(0, len(samples), step))
+        # Of all channels in one run through memory: the highest of each sample first takes up to thirty times as long.
+        peaks = np.maximum.reduceat(np.abs(samples).ravel(), np.arange(0, len(samples), step) * samples.shape[1])
         for number, peak in enumerate(peaks.tolist()):
             at_s = start_s + number * step / rate
             if peak > threshold:

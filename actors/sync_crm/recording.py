@@ -95,6 +95,8 @@ class Recording(ABC):
 
     def _gone(self, stream: Stream, ids: Sequence[int], read_at: datetime) -> list[int]:
         """Which of these are to be deleted: those that live, while they are not too many."""
+        if not ids:
+            return []
         with self.system.database.connection() as conn:
             if self._living is None:
                 self._living = mirror.count_living(conn, *self._ids)

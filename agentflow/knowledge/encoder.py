@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Final
 
 from agentflow.errors import Transient
@@ -160,7 +161,13 @@ def _load() -> Callable[[list[str]], list[str]]:
 
 def as_text(vector: Sequence[float]) -> str:
     """As pgvector reads it. Numbers of 16 bits have three digits; two more are for small ones."""
-    return "[" + ",".join([f"{number:.5f}" for number in vector]) + "]"
+    return _format(len(vector)) % tuple(vector)
+
+
+@lru_cache(maxsize=8)
+def _format(dimensions: int) -> str:
+    """For all numbers at once: half the time of one after the other."""
+    return "[" + ",".join(["%.5f"] * dimensions) + "]"
 
 
 def _lines() -> Any:

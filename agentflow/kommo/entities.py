@@ -98,6 +98,10 @@ TOUCHABLE: Final[Mapping[str, str]] = {
 }
 
 
+#: Of the same data always the same text, whose hash tells what has changed.
+_AS_TEXT: Final = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
 @dataclass(frozen=True, slots=True)
 class Thing:
     """One thing as it goes into the mirror. `updated_at` in Unix seconds, 0 where the CRM names none; `gone`: in its trash."""
@@ -126,7 +130,7 @@ def thing(document: Any) -> Thing:
     if not isinstance(data, dict) or not _is_number(data.get("id")):
         raise Transient("Kommo sent a thing without a number", code="crm_bad_answer")
     updated_at: Any = data.get("updated_at")
-    text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = _AS_TEXT.encode(data)
     return Thing(
         id=data["id"],
         updated_at=updated_at if _is_number(updated_at) else 0,
@@ -159,13 +163,20 @@ def drift(stream: Stream, things: Iterable[Thing]) -> set[tuple[str, str]]:
 
 def _plain(value: Any) -> Any:
     """Without links, whose addresses name the page they were read from; and with texts that Postgres stores."""
+    if isinstance(value, str):
+        return _stored(value)
     if isinstance(value, dict):
-        return {_plain(name): _plain(each) for name, each in value.items() if name != "_links"}
+        return {_stored(name): _plain(each) for name, each in value.items() if name != "_links"}
     if isinstance(value, list):
         return [_plain(each) for each in value]
-    if isinstance(value, str):
-        return value.replace("\x00", "\ufffd").encode(errors="replace").decode()
     return value
+
+
+def _stored(text: str) -> str:
+    """Without NUL, and with a question mark for each half of a surrogate pair."""
+    if "\x00" in text:
+        text = text.replace("\x00", "\ufffd")
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _is_number(value: Any) -> bool:
