@@ -31,7 +31,6 @@ from psycopg import sql
 
 from agentflow import schema
 from agentflow.embedded import binaries
-from agentflow.prove.servers import family
 from tests import rabbitmq
 from tests.folders import server_folder
 from tests.processes import eventually, free_port
@@ -143,8 +142,9 @@ class Server(ABC):
 class Postgres(Server):
     """Debian's Postgres 15, one cluster, with a database that has the schema."""
 
-    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1", **settings: str) -> None:
         super().__init__(folder, address)
+        self._settings = {**_POSTGRES_SETTINGS, **settings}
         assert (POSTGRES / "postgres").exists(), "the tests need Postgres 15: apt-get install postgresql-15"
         self._account = pwd.getpwnam("postgres") if os.geteuid() == 0 else None  # it refuses to run as root
         self.data = folder / "data"
@@ -159,7 +159,7 @@ class Postgres(Server):
         return f"postgresql://agentflow@{self.address}:{self.port}/agentflow"
 
     def start(self) -> None:
-        settings = {**_POSTGRES_SETTINGS, "listen_addresses": self.address, "port": str(self.port)}
+        settings = {**self._settings, "listen_addresses": self.address, "port": str(self.port)}
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         self._spawn(POSTGRES / "postgres", "-D", self.data, *options, account=self._account)
         eventually(self.answers, within_s=60, every_s=0.1)
@@ -267,7 +267,7 @@ class RabbitMQ(rabbitmq.Node):
         return self.alive()
 
     def family(self) -> list[psutil.Process]:
-        return family(self._popen.pid) if self._popen is not None else []
+        return self.processes()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import pytest
 from agentflow import embedded
 from agentflow.jobs import dispatch, leases
 from agentflow.worker.threads import regular
-from ops.bench import generate, scale
+from ops.bench import far, generate, grow, scale
 from ops.bench.comparison import intake, report
 from ops.bench.comparison.crew import TrialFailed
 from ops.bench.comparison.distance import Distance, name_of
@@ -193,6 +193,54 @@ def test_trips_are_named_by_the_function_or_by_verb_and_table() -> None:
     assert name_of("select * from agentflow.claim_1(%s, %s) j") == "claim_1"
     assert name_of("update agentflow.jobs set x = 1") == "update jobs"
     assert name_of("COMMIT") == "commit"
+
+
+# ---- growth ----
+
+
+@pytest.mark.parametrize(
+    ("workers", "share", "said"),
+    [
+        (1.4, 0.5, "the machine's 2 cores"),
+        (0.3, 0.95, "slots"),
+        (0.95, 0.5, "one core for each process"),
+        (0.3, 0.5, "nothing: 40% of the cores, 50% of the slots"),
+    ],
+)
+def test_a_limit_is_what_is_used_up(monkeypatch: pytest.MonkeyPatch, workers: float, share: float, said: str) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+    assert grow.limit({"workers": workers, "postgres": 0.4, "foreign": 0.1}, share, processes=1).startswith(said)
+
+
+def test_reports_of_distance_and_growth_have_a_line_for_each_trial() -> None:
+    about = {
+        "machine": {"processor": "p", "python": "3", "at": "today"},
+        "versions": {"postgres": "18", "rabbitmq": "3"},
+    }
+    line = {"select_1_p50_ms": 20.0}
+    submits = {
+        "submit_per_s": 40.0, "submit_per_s_by_16_threads": 200.0, "submit_many_per_s": 5000.0,
+        "trips_per_submit": 1.0, "trips_per_submit_many": 3.0,
+    }  # fmt: skip
+    drained = {
+        "jobs_per_s": 195.0, "claims_per_s": 225.0, "jobs_per_claim": 6.0, "jobs_per_end": 6.0, "claim_trips_per_s": 37.5,
+        "worker_cores": 0.2,
+    }  # fmt: skip
+    one_at_a_time = {"pick_up_p50_ms": 47.0, "round_trip_p50_ms": 94.0}
+    rows = {"line": [line], "submits": [submits], "one at a time": [one_at_a_time], "8 threads": [drained, drained]}
+    grown = {
+        "jobs_per_s": 300.0, "share_of_slots": 0.75, "workers_cores": 0.4, "postgres_cores": 0.3, "rabbitmq_cores": 0.0,
+        "redis_cores": 0.0, "foreign_cores": 0.1, "limit": "slots",
+    }  # fmt: skip
+
+    of_distance = far.page({**about, "slots": {"8": 6}, "cells": {"20 ms": rows}})
+    of_growth = grow.page({**about, "slots": 8, "cells": {"one, 20 ms": {"1 on 1": [grown]}}})
+
+    assert "| 20 ms | 20.0 | 40.0 | 200 | 5,000 | 1.00, 3.00 | 47.0 | 94.0 |" in of_distance
+    assert "| 20 ms | 8 (6) | 225 (225–225, 2) | 195 (195–195, 2) | 0.75 | 6.00, 6.00 | 37.5 | 0.20 |" in of_distance
+    assert "## RabbitMQ: one node(s); jobs of 20 ms" in of_growth
+    assert "| 1 on 1 | 300 | 75% | 0.40 | 0.30 | 0.00 | 0.00 | 0.10 | slots |" in of_growth
 
 
 # ---- size ----

@@ -891,19 +891,21 @@ def test_a_worker_counts_its_lease_from_before_the_claim_was_sent(
     assert running.lease_ends <= answered + LEASE_S - 0.6
 
 
-def test_only_far_from_postgres_a_claim_waits_for_those_that_come_just_after_it(database: Database) -> None:
+@pytest.mark.parametrize(("trips_s", "linger_s"), [((0.003, 30.0, 0.004), 0.0), ((0.091, 0.085, 0.3), 0.02)])
+def test_only_far_from_postgres_a_claim_waits_for_those_that_come_just_after_it(
+    database: Database, monkeypatch: pytest.MonkeyPatch, trips_s: tuple[float, ...], linger_s: float
+) -> None:
     take = Claimer(database, uuid4(), LEASE_S, lambda _running: None)
+    left = list(trips_s)
+    monkeypatch.setattr(claimer, "_seconds", lambda _conn: left.pop())
+    take.wake()
 
-    for _ in range(100):
-        take._took(0.003)
-    assert take.trip_s == 0.003 and take._requests.linger_s == 0
-    take._took(30.0)  # one that waited for a lock is no distance
-    assert take.trip_s < 0.005 and take._requests.linger_s == 0
-    for _ in range(100):
-        take._took(0.085)
-    assert take.trip_s == 0.085 and take._requests.linger_s == pytest.approx(0.02)
-    take._took(0.003)
-    assert take.trip_s == 0.003 and take._requests.linger_s == 0
+    with database.connect() as mine:
+        take.step(mine)
+        take.wake()
+        take.step(mine)  # is not measured again
+
+    assert take.trip_s == min(trips_s) and take._requests.linger_s == pytest.approx(linger_s)
 
 
 def test_a_worker_counts_its_lease_from_before_the_heartbeat_was_sent(

@@ -122,6 +122,9 @@ class Node:
     def alive(self) -> bool:
         return self._popen is not None and self._popen.poll() is None
 
+    def processes(self) -> list[psutil.Process]:
+        return family(self._popen.pid) if self._popen is not None else []
+
     def answers(self) -> bool:
         parameters = pika.URLParameters(self.url)
         parameters.socket_timeout = parameters.stack_timeout = 2
@@ -194,13 +197,16 @@ def end_epmd(port: int) -> None:
 
 
 class Rabbit:
-    """One node, or a cluster, behind one address; its epmd ends with it."""
+    """One node, or a cluster, behind one address; its epmd ends with it. The nodes themselves are at `address`."""
 
-    def __init__(self, folder: Path, *, nodes: int = 1) -> None:
+    def __init__(self, folder: Path, *, nodes: int = 1, address: str = "127.0.0.1", conf: str = _CONF) -> None:
         self.folder = folder
         self._epmd_port = free_port()
         cookie = secrets.token_hex(16).upper()
-        self.nodes = [Node(folder / f"n{n}", f"af{os.getpid()}n{n}", self._epmd_port, cookie) for n in range(nodes)]
+        self.nodes = [
+            Node(folder / f"n{n}", f"af{os.getpid()}n{n}", self._epmd_port, cookie, address=address, conf=conf)
+            for n in range(nodes)
+        ]
         self._entrance = Entrance([node.port for node in self.nodes])
 
     @property

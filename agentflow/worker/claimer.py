@@ -15,9 +15,9 @@ from agentflow.worker.inbox import Inbox
 from agentflow.worker.loops import Loop
 from agentflow.worker.running import Running
 
-#: A claim at a Postgres nearby. What takes longer is on its way, and worth waiting a fourth of that for who comes just after it.
+#: Where a trip to Postgres and back takes longer, who comes just after a claim is waited for: a fourth of what is beyond that.
 _NEAR_S: Final = 0.005
-_TRIP_MOST_S: Final = 0.5
+_TRIES: Final = 3
 
 
 class Claim:
@@ -55,8 +55,9 @@ class Claimer(Loop):
         self._lease_s = lease_s
         self._hold = hold
         self._requests: Inbox[Claim] = Inbox()  # near Postgres no lingering: threads wait for the answer
-        #: What the fastest of the last claims took.
+        #: To Postgres and back, as it was when the connection was made.
         self.trip_s = 0.0
+        self._measured: BoundedConnection | None = None
         self._batch: list[Claim] = []
         self._unsure = False
 
@@ -95,6 +96,8 @@ class Claimer(Loop):
         return any(request.job_id == job_id for request in self._batch) or self._unsure
 
     def step(self, conn: BoundedConnection) -> float:
+        if conn is not self._measured:
+            self._measure(conn)
         if not self._batch:
             self._batch = self._requests.take(self.waiting)
         if self._batch:
@@ -107,10 +110,8 @@ class Claimer(Loop):
                 wanted = [request.job_id for request in self._batch]
             if wanted:
                 self._unsure = True
-                sent = time.monotonic()
                 found, keyed = claims.claim(conn, wanted, self._worker, self._lease_s)
                 self._unsure = False
-                self._took(time.monotonic() - sent)
                 if keyed:
                     self._answer(found, started, rest=False)
                     # In a transaction of their own, so that a hot key does not stall the others.
@@ -119,9 +120,10 @@ class Claimer(Loop):
                     self._answer(found, started, rest=True)
         return 0.0
 
-    def _took(self, seconds: float) -> None:
-        self.trip_s = min(seconds, 1.1 * self.trip_s + 0.001, _TRIP_MOST_S)
+    def _measure(self, conn: BoundedConnection) -> None:
+        self.trip_s = min(_seconds(conn) for _ in range(_TRIES))
         self._requests.linger_s = max(0.0, self.trip_s - _NEAR_S) / 4
+        self._measured = conn
 
     def _claim_keyed(self, conn: BoundedConnection, keyed: Sequence[UUID], started: float) -> None:
         for request in [r for r in self._batch if r.job_id not in set(keyed)]:
@@ -156,3 +158,9 @@ class Claimer(Loop):
         request.answer()
         if request.unwanted is not None:
             request.unwanted(request.running)
+
+
+def _seconds(conn: BoundedConnection) -> float:
+    began = time.monotonic()
+    conn.execute("select 1")
+    return time.monotonic() - began

@@ -24,7 +24,7 @@ from agentflow.prove.servers import family, until
 from ops.bench.peers.catalogue import Durability
 
 _START_S: Final = 60.0
-_OURS: Final = "agentflow.jobs, agentflow.workers, agentflow.lanes, agentflow.batches"
+OURS_TABLES: Final = "agentflow.jobs, agentflow.workers, agentflow.lanes, agentflow.batches"
 _CONF: Final = """\
 log.console = false
 log.file.level = warning
@@ -61,7 +61,7 @@ class Servers:
     def clean(self) -> None:
         """As if nothing had run before."""
         with self.connect() as conn:
-            conn.execute(f"truncate {_OURS} cascade")
+            conn.execute(f"truncate {OURS_TABLES} cascade")
             conn.execute("drop database if exists procrastinate with (force)")
             conn.execute("create database procrastinate")
             conn.execute("checkpoint")
@@ -74,7 +74,7 @@ class Servers:
         found = {
             "postgres": cpu_s(family(self._embedded("postgres"))),
             "redis": cpu_s(family(self._embedded("valkey"))),
-            "rabbitmq": cpu_s(family(self.rabbitmq._popen.pid)) if self.rabbitmq._popen else 0.0,
+            "rabbitmq": cpu_s(self.rabbitmq.processes()),
         }
         found["redis"] += sum(cpu_s(family(valkey.popen.pid)) for valkey in self._valkeys.values())
         return found
