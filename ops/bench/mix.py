@@ -48,6 +48,7 @@ BEGIN_IN_S = 5.0
 LAST_WORD_S = 120.0
 #: How long the last jobs are waited for.
 QUIET_S = 300.0
+AUDIT_TRIES, AUDIT_AGAIN_S = 3, 10.0
 #: Rates of the kinds by themselves: enough to be seen beside what is idle.
 ALONE_PER_S = {
     "bot message": 40.0, "CRM event": 40.0, "payment event": 40.0, "forwarded event": 20.0, "short job": 40.0, "batch": 3.0,
@@ -106,8 +107,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         figures["all ended"] = system.wait_quiet(made.servers, types, time.time(), QUIET_S)
         figures["seconds until all had ended"] = round(time.time() - began - 60 * options.minutes, 1)
         again(watch, made, figures)
-        with made.servers.connect() as conn:
-            figures["audit"] = judging.audit(conn, Path(plan.journal), made.vendors.ask())
+        figures["audit"] = audited(made, plan)
     return figures
 
 
@@ -116,6 +116,23 @@ def looked(watch: Watch, minute: int) -> dict[str, Any]:
         return watch.sample(minute)
     except Exception as error:  # noqa: BLE001 - the hour goes on, and a minute of it is missing
         return {"minute": minute, "cpu": {}, "trouble": [f"{type(error).__name__}: {error}"]}
+
+
+def audited(made: Setting, plan: Plan) -> dict[str, Any] | None:
+    """None where the database does not answer any more; that is said, and nothing is held for kept."""
+    try:
+        done = made.vendors.ask()
+    except OSError as error:
+        print(f"the outside services do not say what was done: {error}")
+        done = {}
+    for _ in range(AUDIT_TRIES):
+        try:
+            with made.servers.connect() as conn:
+                return judging.audit(conn, Path(plan.journal), done)
+        except psycopg.Error as error:
+            print(f"the audit failed: {error}")
+            time.sleep(AUDIT_AGAIN_S)
+    return None
 
 
 def described(options: argparse.Namespace) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _effects(accepted: Mapping[str, int], ended: Mapping[str, Mapping[str, int]]
     faults += [
         f"{what.partition('_')[0]}: {done[what]} were done twice"
         for what in ("notes_twice", "renders_twice")
-        if done[what]
+        if done.get(what)
     ]
     return faults
 
