@@ -91,7 +91,8 @@ class Trial:
             if row is not None and row[0]:
                 return
             if time.monotonic() > ends:
-                raise SystemExit(f"not within {WITHIN_S:g} s: {query}")
+                left = self.conn.execute("select type, state, wait_reason, error from agentflow.jobs").fetchall()
+                raise SystemExit(f"not within {WITHIN_S:g} s: {query}: {left}")
             time.sleep(0.05)
 
     def wait_for_job(self, job_id: UUID) -> None:

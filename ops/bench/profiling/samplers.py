@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 
 from ops.bench.profiling.usage import Meter
@@ -31,15 +32,18 @@ _RATE_HZ = 200
 _PERF_HZ = 499
 #: What a child of the worker runs first, by PYTHONPATH: it waits until it is watched.
 _ATTACHING = """
-import ctypes, os, subprocess
+import ctypes, os, subprocess, time
 if "AGENTFLOW_CHILD" in os.environ:
     ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1 & (1 << 64) - 1), 0, 0, 0)  # PR_SET_PTRACER_ANY
-    watching = subprocess.Popen(
-        [{py_spy!r}, "record", "--pid", str(os.getpid()), "--format", "raw", "--function", "--rate", "{rate}",
-         "--output", {folder!r} + f"/child-{{os.getpid()}}.raw"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    while (line := watching.stderr.readline()) and b"Sampling" not in line:
-        pass
+    out = {folder!r} + f"/child-{{os.getpid()}}"
+    # Its messages go to a file: it outlives us, and a pipe that nobody reads ends it before it has written what it saw.
+    with open(out + ".log", "wb") as log:
+        watching = subprocess.Popen(
+            [{py_spy!r}, "record", "--pid", str(os.getpid()), "--format", "raw", "--function", "--rate", "{rate}",
+             "--output", out + ".raw"],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    while watching.poll() is None and b"Sampling" not in open(out + ".log", "rb").read():
+        time.sleep(0.005)
 """
 
 
@@ -74,7 +78,7 @@ class Samplers:
     def watching(self, meter: Meter, conn: psycopg.Connection) -> Iterator[None]:
         """Fills `samples` at its end."""
         roles = meter.pids()
-        spies = [self._spy(pid) for pid, role in roles.items() if role in ("worker", "encoder")]
+        spies = [self._spy(pid, role) for pid, role in roles.items() if role in ("worker", "encoder")]
         perf = self._perf(roles)
         for line in (
             "alter system set log_min_duration_statement = 0",
@@ -93,23 +97,18 @@ class Samplers:
                 process.send_signal(signal.SIGINT)
             for process in (*spies, *([perf] if perf else [])):
                 process.wait(60)
+            self._wait_for_children()
             self._read(roles, at)
+            for old in self._folder.glob("*-*.raw"):
+                old.unlink()
+                old.with_suffix(".log").unlink(missing_ok=True)
 
-    def _spy(self, pid: int) -> subprocess.Popen[bytes]:
-        out = self._folder / f"worker-{pid}.raw"
-        command = [
-            self._py_spy,
-            "record",
-            "--pid",
-            str(pid),
-            "--format",
-            "raw",
-            "--function",
-            "--rate",
-            str(_RATE_HZ),
-            "--gil",
-        ]
-        return subprocess.Popen([*command, "--output", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def _spy(self, pid: int, role: str) -> subprocess.Popen[bytes]:
+        command = [self._py_spy, "record", "--pid", str(pid), "--format", "raw", "--function", "--rate", str(_RATE_HZ)]
+        # A worker has many threads that wait, which are told from busy ones by who holds the lock of the interpreter.
+        command += ["--gil"] if role == "worker" else []
+        command += ["--output", str(self._folder / f"{role}-{pid}.raw")]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def _perf(self, roles: Mapping[int, str]) -> subprocess.Popen[bytes] | None:
         perf = shutil.which("perf")
@@ -119,6 +118,16 @@ class Samplers:
         return subprocess.Popen(
             [*command, ",".join(map(str, roles))], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+
+    def _wait_for_children(self) -> None:
+        """What watches a child writes what it saw once the child has ended; an encoder goes on, and is left by it."""
+        for log in self._folder.glob("child-*.log"):
+            ends = time.monotonic() + 10
+            while not log.with_suffix(".raw").exists() and time.monotonic() < ends:
+                for process in psutil.process_iter(["cmdline"]):
+                    if str(log.with_suffix(".raw")) in (process.info["cmdline"] or ()) and time.monotonic() > ends - 8:
+                        process.send_signal(signal.SIGINT)
+                time.sleep(0.1)
 
     def _read(self, roles: Mapping[int, str], log_from: int) -> None:
         self._read_stacks()
@@ -131,7 +140,9 @@ class Samplers:
     def _read_stacks(self) -> None:
         for path in self._folder.glob("*.raw"):
             text = path.read_text(errors="replace")
-            role = "worker" if path.stem.startswith("worker") else "encoder" if "encoder.py" in text else "child"
+            role = path.stem.partition("-")[0]
+            if role == "child" and "encoder.py" in text:
+                role = "encoder"
             functions = self.samples.functions.setdefault(role, Counter())
             lines = self.samples.lines.setdefault(role, Counter())
             for line in text.splitlines():
