@@ -45,7 +45,7 @@ RESULTS = ROOT / "ops/bench/results"
 #: So that processes are there and connected when the first letter is due.
 BEGIN_IN_S = 5.0
 #: How long who hands in may try again what was not accepted, and some more.
-LAST_WORD_S = 120.0
+LAST_WORD_S = 150.0
 #: How long the last jobs are waited for.
 QUIET_S = 300.0
 AUDIT_TRIES, AUDIT_AGAIN_S = 3, 10.0
