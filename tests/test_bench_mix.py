@@ -258,7 +258,10 @@ def figures(minutes: int, *, growth: float = 0.0, pickup_ms: float = 20.0) -> di
         }
 
     accept = {"p50": 5.0, "p95": 8.0, "p99": 30.0}
-    load = [{"minute": m, "jobs": 7000, "accept_ms": accept, "behind_ms": {"p99": 1.0}} for m in range(minutes)]
+    load = [
+        {"minute": m, "jobs": 7000, "accept_ms": accept, "behind_ms": {"p99": 1.0}, "unsent": 0, "given_up": {}}
+        for m in range(minutes)
+    ]
     audit = {"lost": [], "rows": {"ping": {"succeeded": 9}}, "accepted": {"batch": {"accepted": 9, "succeeded": 9}}}
     return {
         "samples": [sample(m) for m in range(minutes)],

@@ -44,8 +44,10 @@ from ops.bench.mixing.watching import Watch  # noqa: E402
 RESULTS = ROOT / "ops/bench/results"
 #: So that processes are there and connected when the first letter is due.
 BEGIN_IN_S = 5.0
+#: After a full minute: by then who hands in has said what it was like.
+LOOK_AFTER_S = 2.0
 #: How long who hands in may try again what was not accepted, and some more.
-LAST_WORD_S = 120.0
+LAST_WORD_S = 150.0
 #: How long the last jobs are waited for.
 QUIET_S = 300.0
 AUDIT_TRIES, AUDIT_AGAIN_S = 3, 10.0
@@ -94,7 +96,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         time.sleep(max(0.0, began - time.time()))
         watch, starts = Watch(made, began), made.starts()
         for minute in range(options.minutes):
-            time.sleep(max(0.0, began + 60 * (minute + 1) - time.time()))
+            time.sleep(max(0.0, began + 60 * (minute + 1) + LOOK_AFTER_S - time.time()))
             figures["samples"].append(looked(watch, minute))
             figures["load"] = told(plan)
             figures["processes started anew"] = {n: s - starts[n] for n, s in made.starts().items() if s > starts[n]}

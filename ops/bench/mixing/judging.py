@@ -150,6 +150,7 @@ def verdict(figures: Mapping[str, Any]) -> dict[str, Any]:
     audit_ = figures.get("audit") or {}
     pickups = {each["minute"]: each["jobs"]["short_pickup_ms"] for each in samples if "jobs" in each}
     accepts = {each["minute"]: each["accept_ms"] for each in load}
+    unsent = sum(each["unsent"] + sum(each["given_up"].values()) for each in load)
     behind = [each["minute"] for each in load if each["behind_ms"] and each["behind_ms"]["p99"] > BEHIND_P99_MS]
     grown = memory(samples)
     failed = {type_: states["failed"] for type_, states in audit_.get("rows", {}).items() if states.get("failed")}
@@ -166,6 +167,7 @@ def verdict(figures: Mapping[str, Any]) -> dict[str, Any]:
                 accepts, ACCEPT_P99_MS
             ),
             "who hands in was on time": not behind,
+            "every letter was taken in": not unsent,
         },
         "worst": {"pick-up": _worst(pickups), "answer": _worst(accepts)},
         "minutes in which the load was late by itself": behind,

@@ -1,7 +1,8 @@
 """What comes in, by kind and share, and how each is handed in by the public ways.
 
-The shares are those of a CRM with bots: nine jobs in ten are events of others and short work of the team's own. Rates count
-jobs, and a letter may lead to several.
+The shares are those of a CRM with bots: events of others are nearly a third of the jobs, two thirds are short work of the team's
+own, of which most comes in mailings, and one job in thirty is something longer. Rates count jobs, and a letter may lead to
+several.
 """
 
 from __future__ import annotations
@@ -57,17 +58,17 @@ class Kind:
 
 
 KINDS: Final = (
-    Kind("bot message", 15.0, {"handle_webhook": 1, "ping": 1}, f"a signed webhook that makes a job of {SHORT_MS} ms", True),
-    Kind("CRM event", 20.0, {"handle_webhook": 1}, "a webhook of Kommo's: what it names is read again by a sync", True),
-    Kind("payment event", 12.0, {"handle_webhook": 1}, "a signed webhook of Stripe's, kept", True),
-    Kind("forwarded event", 3.0, {"handle_webhook": 1, "forward_webhook": 1}, "a signed webhook that goes on elsewhere", True),
-    Kind("short job", 8.0, {"ping": 1}, f"POST /api/jobs, {SHORT_MS} ms"),
-    Kind("batch", 0.4, {"ping": BATCH}, f"POST /api/jobs/batch, {BATCH} jobs of {SHORT_MS} ms: a mailing"),
-    Kind("note", 3.0, {"write_crm": 1}, "a note is written to a lead at Kommo"),
-    Kind("document", 0.2, {"generate_embeddings": 1}, "a text of 250 words, vectors by the local model"),
-    Kind("document with graph", 0.1, {"generate_embeddings": 1, "extract_graph": 1}, "and what it speaks of, by a model"),
-    Kind("render", 0.12, {"comfy_render": 1}, "a small graph of ComfyUI's"),
-    Kind("video", 0.03, {"analyze_video": 1}, "an upload of 3 s, 320 x 180, with captions, summary and tags by a model"),
+    Kind("bot message", 10.0, {"handle_webhook": 1, "ping": 1}, f"a signed webhook that makes a job of {SHORT_MS} ms", True),
+    Kind("CRM event", 10.0, {"handle_webhook": 1}, "a webhook of Kommo's: what it names is read again by a sync", True),
+    Kind("payment event", 8.0, {"handle_webhook": 1}, "a signed webhook of Stripe's, kept", True),
+    Kind("forwarded event", 1.5, {"handle_webhook": 1, "forward_webhook": 1}, "a signed webhook that goes on elsewhere", True),
+    Kind("short job", 6.0, {"ping": 1}, f"POST /api/jobs, {SHORT_MS} ms"),
+    Kind("batch", 1.0, {"ping": BATCH}, f"POST /api/jobs/batch, {BATCH} jobs of {SHORT_MS} ms: a mailing"),
+    Kind("note", 1.5, {"write_crm": 1}, "a note is written to a lead at Kommo"),
+    Kind("document", 0.08, {"generate_embeddings": 1}, "a text of 250 words, vectors by the local model"),
+    Kind("document with graph", 0.04, {"generate_embeddings": 1, "extract_graph": 1}, "and what it speaks of, by a model"),
+    Kind("render", 0.05, {"comfy_render": 1}, "a small graph of ComfyUI's"),
+    Kind("video", 0.01, {"analyze_video": 1}, "an upload of 3 s, 320 x 180, with captions, summary and tags by a model"),
 )  # fmt: skip
 BY_NAME: Final = {kind.name: kind for kind in KINDS}
 

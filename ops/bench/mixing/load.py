@@ -30,8 +30,10 @@ SENDERS: Final = 64
 #: So long a letter is tried again that was not accepted, as senders of webhooks do for longer still.
 _PATIENCE_S: Final = 60.0
 _AGAIN_S: Final = 0.5
-#: After the last letter: until all are accepted or given up.
-_LAST_WORD_S: Final = 90.0
+#: After the last letter so long may be sent what has waited for a connection.
+_LAST_WORD_S: Final = 60.0
+#: And for the answers that are on their way then.
+_ANSWER_S: Final = 65.0
 
 
 class Span(NamedTuple):
@@ -82,13 +84,15 @@ class GivenUp(Exception):
 
 @dataclass
 class Minute:
-    """`late`: how long after a letter was due somebody began to send it; `behind` is the part that is this program's fault."""
+    """`late`: how long after a letter was due somebody began to send it; `behind` is the part that is this program's fault.
+    `unsent`: letters that still waited for a connection when the time was over."""
 
     letters: Counter[str] = field(default_factory=Counter)
     jobs: Counter[str] = field(default_factory=Counter)
     took: list[float] = field(default_factory=list)
     took_by_kind: dict[str, list[float]] = field(default_factory=dict)
     late: list[float] = field(default_factory=list)
+    unsent: int = 0
     behind: list[float] = field(default_factory=list)
     troubles: Counter[str] = field(default_factory=Counter)
     given_up: Counter[str] = field(default_factory=Counter)
@@ -107,6 +111,7 @@ class Minute:
             "troubles": dict(self.troubles),
             "given_up": dict(self.given_up),
             "refused": self.refused[:5],
+            "unsent": self.unsent,
         }
 
 
@@ -120,6 +125,7 @@ class Load:
         self._began = time.monotonic() + plan.begin_at - time.time()
         self._journal = Path(plan.journal).open("a", buffering=1)  # noqa: SIM115 - until the process ends
         self._figures = Path(plan.figures).open("a", buffering=1)  # noqa: SIM115
+        self._stop_at = self._began + plan.spans[-1].end_s + _LAST_WORD_S
         self._threads = [threading.Thread(target=self._send_all, daemon=True) for _ in range(SENDERS)]
 
     def run(self) -> None:
@@ -128,9 +134,8 @@ class Load:
         minute = self._produce()
         for _ in self._threads:
             self._waiting.put(None)
-        end = time.monotonic() + _LAST_WORD_S
         for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
+            thread.join(max(0.0, self._stop_at + _ANSWER_S - time.monotonic()))
         self._tell(minute)
 
     def _produce(self) -> int:
@@ -173,7 +178,11 @@ class Load:
         sender = Sender(self._plan.port, self._note_trouble)
         while (letter := self._waiting.get()) is not None:
             late = time.monotonic() - letter.due
-            sender.gives_up = letter.due + _PATIENCE_S
+            if time.monotonic() > self._stop_at:
+                with self._lock:
+                    self._minute.unsent += 1
+                continue
+            sender.gives_up = min(time.monotonic() + _PATIENCE_S, self._stop_at)
             try:
                 ids = letters.hand_in(letter.kind, letter.number, letter.customer, self._clip, sender.post)
             except GivenUp:

@@ -101,7 +101,13 @@ class Setting:
         ours |= self.servers.cpu_s()
         ours["bench"] = cpu_s([psutil.Process()])
         times = psutil.cpu_times()
-        busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+        idle = (
+            times.idle
+            + getattr(times, "iowait", 0.0)
+            + getattr(times, "guest", 0.0)
+            + getattr(times, "guest_nice", 0.0)
+        )
+        busy = sum(times) - idle  # with what the host took away: nobody here could have it
         return {**ours, "machine": busy}
 
     def close(self) -> None:
