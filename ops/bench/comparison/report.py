@@ -179,7 +179,8 @@ def _markdown(figures: dict[str, Any], cells: Cells) -> str:
     parts = [
         "# AgentFlow beside other job queues",
         f"{machine.get('processor')}; {machine.get('system')}; Python {machine.get('python')}; {machine.get('at')}; load at the"
-        f" start {machine.get('load_at_start')}. {', '.join(f'{name} {value}' for name, value in versions.items())}."
+        f" start {machine.get('load_at_start')}; a flush to disk takes {machine.get('flush_ms')} ms."
+        f" {', '.join(f'{name} {value}' for name, value in versions.items())}."
         " Medians; in brackets the least, the most and the rounds. Machines differ and drift: compare within a table, not with"
         " another day's. Made by `ops/bench/compare.py`.",
     ]
