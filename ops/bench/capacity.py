@@ -26,7 +26,6 @@ from ops.bench.sizing.installation import (  # noqa: E402
     RESULT_S,
     ROLES,
     SCHEDULER,
-    SPARE,
     WEB,
     WORKER,
     Bought,
@@ -190,10 +189,20 @@ def needs_table(figures: Figures) -> str:
     return table([*head, "Postgres, cores", "memory for indexes, GB", "disk, GB", "results in Redis, MB"], rows)
 
 
+def instances_table(figures: Figures) -> str:
+    rows = [
+        [f"{plan['platform']} {plan['plan']}", f"{plan['usd']:,}", f"{plan['mb']:,}", cores(plan), read_in(plan)]
+        for plan in figures.plans["instances"]
+    ]
+    rate = figures.plans["by use"]["Railway"]
+    rows.append(["Railway, by use", f"{rate['vcpu']} a vCPU, {rate['gb']} a GB", "–", "–", read_in(rate)])
+    return table(["plan", "USD a month", "MB", "vCPU", "read in"], rows)
+
+
 def postgres_table(figures: Figures) -> str:
     rows = []
     for plan in figures.plans["postgres"]:
-        workers = (plan["connections"] - WEB - SCHEDULER - SPARE) // WORKER
+        workers = (plan["connections"] - WEB - SCHEDULER) // WORKER
         row = [
             f"{plan['platform']} {plan['plan']}",
             f"{plan['usd']:,}",
@@ -351,7 +360,7 @@ def ends_table(figures: Figures) -> str:
     slots = [each.slots for each in one]
     heavy = [each.heavy_cores for each in one]
     small, large = 2 * regular(25), 2 * regular(figures.threads)
-    workers = (100 - WEB - SCHEDULER - SPARE) // WORKER
+    workers = (100 - WEB - SCHEDULER) // WORKER
     redis = figures.asked("rung by Redis", "commands to Redis")
     rabbitmq = figures.compared("drain", "rabbitmq_cpu_us") / 1e6
     same = [1.0] * len(mixes)
@@ -377,6 +386,10 @@ def ends_table(figures: Figures) -> str:
 def sources_table(figures: Figures) -> str:
     sources = figures.plans["sources"]
     return table(["named", "what", "read"], [[name, said["what"], said["read"]] for name, said in sources.items()])
+
+
+def missing_list(figures: Figures) -> str:
+    return "".join(f"- {each}\n" for each in figures.plans["not found"])
 
 
 def read_in(plan: Mapping[str, Any]) -> str:
@@ -405,6 +418,7 @@ TABLES = {
     "kinds": kinds_table,
     "slots": slots_table,
     "needs": needs_table,
+    "instances": instances_table,
     "postgres": postgres_table,
     "disk": disk_table,
     "redis": redis_table,
@@ -414,6 +428,7 @@ TABLES = {
     "sums": sums_table,
     "ends": ends_table,
     "sources": sources_table,
+    "missing": missing_list,
 }
 
 
