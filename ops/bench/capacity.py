@@ -122,8 +122,8 @@ def computes_table(figures: Figures) -> str:
 def short_table(figures: Figures) -> str:
     peak = figures.peak(max(figures.loads))
 
-    def row(what: str, rate: float, more: str) -> list[str]:
-        return [what, f"{amount(rate)}/s{more}", f"{amount(peak)}/s: {math.ceil(peak / rate)}"]
+    def row(what: str, rate: float, more: str, on: str = "") -> list[str]:
+        return [what, f"{amount(rate)}/s{more}", f"{amount(peak)}/s: {math.ceil(peak / rate)}{on}"]
 
     p99 = figures.compared("http", "p99_ms_at_16")
     hooks, beside = (figures.of("webhooks.json", name) for name in ("latency", "latency_beside_the_worker"))
@@ -153,6 +153,7 @@ def short_table(figures: Figures) -> str:
             hooks["per_s"],
             f" with p99 {hooks['p99_ms']:.0f} ms; {beside['p99_ms']:.0f} ms with a busy worker on the same cores"
             " (`webhooks.json`)",
+            ", on cores of its own",
         ),
     ]
     upload = figures.of("upload.json", "MB per second"), figures.of("upload.json", "growth MB")
