@@ -43,13 +43,17 @@ class Figures:
         """By its path of names, with slashes."""
         found = self._read.setdefault(file, json.loads((self._results / file).read_text()))
         for name in figure.split("/"):
+            if name not in found:
+                raise KeyError(f"{file} has no {figure}: {name} is missing")
             found = found[name]
         return found
 
     def compared(self, workload: str, name: str) -> float:
         """The median of AgentFlow's rounds in compare.json; those that failed have no figures."""
-        rounds = self.of("compare.json", f"cells/{workload}/agentflow")
-        return statistics.median(each[name] for each in rounds if name in each)
+        found = [each[name] for each in self.of("compare.json", f"cells/{workload}/agentflow") if name in each]
+        if not found:
+            raise KeyError(f"compare.json has no {name} of {workload}: each round failed")
+        return statistics.median(found)
 
     @cached_property
     def growth(self) -> float:
