@@ -1,0 +1,1 @@
+"""What ops/bench/capacity.py counts with: figures, and what a load needs and costs."""
