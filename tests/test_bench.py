@@ -324,11 +324,12 @@ POSTGRES_LOG = """2026-01-01 10:00:00 UTC [7] LOG:  duration: 0.100 ms  parse <u
 2026-01-01 10:00:01 UTC [8] LOG:  duration: 2.000 ms  statement: update t
 \tset a = 1
 2026-01-01 10:00:01 UTC [8] LOG:  duration: 2.500 ms  statement: update t set a = 1
+2026-01-01 10:00:01 UTC [9] LOG:  duration: 9.000 ms  statement: select own
 """
 
 
 def test_statements_are_counted_once_with_the_time_of_all_their_steps() -> None:
-    found = samplers.statements(POSTGRES_LOG)
+    found = samplers.statements(POSTGRES_LOG, own=9)
 
     assert found == {"select 1": (1, pytest.approx(1.3)), "update t set a = 1": (2, pytest.approx(4.5))}
 

@@ -268,9 +268,8 @@ def written(figures: dict[str, Any]) -> str:
     lines = ["# Profiles", "", "Written by `ops/bench/profiles.py`; shares are percent of the samples of that process."]
     for name, each in figures.get("profiles", {}).items():
         cpu = ", ".join(f"{role} {seconds:.2f}" for role, seconds in each["cpu_s"].items() if seconds)
-        statements = sum(of["count"] for of in each["statements"].values())
         lines += ["", f"## {name}", "", f"Wall {each['wall_s']:.2f} s; CPU seconds: {cpu}."]
-        lines += [f"{statements} statements (of the kinds below), {each['http_calls']} HTTP calls. {each['machine']}."]
+        lines += [f"{each['statements_run']} statements, {each['http_calls']} HTTP calls. {each['machine']}."]
         for title in ("functions", "modules"):
             for role, shares in each[title].items():
                 lines += ["", f"| {title[:-1]} ({role}) | % |", "|---|---:|"]

@@ -1,8 +1,9 @@
 """Where the time goes: Python functions by py-spy, modules of all threads by perf, statements by the log of Postgres.
 
 py-spy tells which of our functions a processor is busy for, native code that they call included, and sees only threads that
-run Python: a decoder's own threads are perf's to tell. With `--native` it would tell both, and make a decoding process
-three times as slow. Each child attaches a py-spy to itself before it imports anything.
+run Python: a decoder's own threads are perf's to tell. With `--native` it would tell both, and make a decoding process six
+times as slow; it stops nobody (`--nonblocking`), or the kernel's part would be that of stopping. Each child attaches a py-spy
+to itself before it imports anything.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ if "AGENTFLOW_CHILD" in os.environ:
     # Its messages go to a file: it outlives us, and a pipe that nobody reads ends it before it has written what it saw.
     with open(out + ".log", "wb") as log:
         watching = subprocess.Popen(
-            [{py_spy!r}, "record", "--pid", str(os.getpid()), "--format", "raw", "--function", "--rate", "{rate}",
-             "--output", out + ".raw"],
+            [{py_spy!r}, "record", "--pid", str(os.getpid()), "--format", "raw", "--function", "--nonblocking",
+             "--rate", "{rate}", "--output", out + ".raw"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     while watching.poll() is None and b"Sampling" not in open(out + ".log", "rb").read():
         time.sleep(0.005)
@@ -98,13 +99,14 @@ class Samplers:
             for process in (*spies, *([perf] if perf else [])):
                 process.wait(60)
             self._wait_for_children()
-            self._read(roles, at)
+            self._read(roles, at, conn.info.backend_pid)
             for old in self._folder.glob("*-*.raw"):
                 old.unlink()
                 old.with_suffix(".log").unlink(missing_ok=True)
 
     def _spy(self, pid: int, role: str) -> subprocess.Popen[bytes]:
-        command = [self._py_spy, "record", "--pid", str(pid), "--format", "raw", "--function", "--rate", str(_RATE_HZ)]
+        command = [self._py_spy, "record", "--pid", str(pid), "--format", "raw", "--function", "--nonblocking"]
+        command += ["--rate", str(_RATE_HZ)]
         # A worker has many threads that wait, which are told from busy ones by who holds the lock of the interpreter.
         command += ["--gil"] if role == "worker" else []
         command += ["--output", str(self._folder / f"{role}-{pid}.raw")]
@@ -129,19 +131,19 @@ class Samplers:
                         process.send_signal(signal.SIGINT)
                 time.sleep(0.1)
 
-    def _read(self, roles: Mapping[int, str], log_from: int) -> None:
+    def _read(self, roles: Mapping[int, str], log_from: int, own: int) -> None:
         self._read_stacks()
         if (self._folder / "perf.data").exists():
             self._read_perf(roles)
         with self._log.open("rb") as log:
             log.seek(log_from)
-            self.samples.statements = statements(log.read().decode(errors="replace"))
+            self.samples.statements = statements(log.read().decode(errors="replace"), own)
 
     def _read_stacks(self) -> None:
         for path in self._folder.glob("*.raw"):
             text = path.read_text(errors="replace")
             role = path.stem.partition("-")[0]
-            if role == "child" and "encoder.py" in text:
+            if role == "child" and "knowledge/encoder.py" in text:
                 role = "encoder"
             functions = self.samples.functions.setdefault(role, Counter())
             lines = self.samples.lines.setdefault(role, Counter())
@@ -184,13 +186,14 @@ def module_name(path: str, thread: str) -> str:
     return f"{name} ({thread.split(':')[1]} threads)" if thread.startswith("av:") else name
 
 
-def statements(log: str) -> dict[str, tuple[int, float]]:
-    """Of the log of Postgres at log_min_duration_statement = 0: how often each statement was run, and milliseconds in all."""
+def statements(log: str, own: int) -> dict[str, tuple[int, float]]:
+    """Of the log of Postgres at log_min_duration_statement = 0: how often each statement was run, and milliseconds in all;
+    without those of the server process `own`, which are ours."""
     found: dict[str, tuple[int, float]] = {}
     # An entry of several lines goes on with a tab; of the steps of the extended protocol only the last has run it.
     for entry in re.split(r"\n(?!\t)", log):
         taken = re.search(r"duration: ([\d.]+) ms  (parse|bind|execute|statement)[^:]*: (.*)", entry, re.DOTALL)
-        if taken is None:
+        if taken is None or f"[{own}]" in entry.partition(" LOG:")[0]:
             continue
         text = " ".join(taken[3].split())
         count, ms = found.get(text, (0, 0.0))
@@ -220,6 +223,7 @@ def as_json(samples: Samples, most: int = 14) -> dict[str, Any]:
         "functions": {role: shares(counts, most) for role, counts in samples.functions.items()},
         "innermost": {role: shares(counts, most) for role, counts in samples.lines.items()},
         "modules": {role: shares(counts, most) for role, counts in samples.modules.items()},
+        "statements_run": sum(count for count, _ in samples.statements.values()),
         "statements": {
             text[:160]: {"count": count, "ms": round(ms, 1)}
             for text, (count, ms) in sorted(samples.statements.items(), key=lambda item: -item[1][1])[:most]

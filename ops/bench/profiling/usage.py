@@ -27,14 +27,23 @@ class Meter:
 
     def pids(self) -> dict[int, str]:
         """What is there now, each with its name; children of jobs that come later are not in it."""
-        found = {process.pid: _role(process) for process in self._family()}
+        found = {}
+        for process in self._family():
+            with suppress(psutil.NoSuchProcess):
+                found[process.pid] = _role(process)
         return found | {process.pid: name for name in SERVERS for process in servers(self._home, name)}
 
     def workers(self) -> list[int]:
         return [pid for pid, role in self.pids().items() if role == "worker"]
 
     def _family(self) -> list[psutil.Process]:
-        return [self._first, *self._first.children(recursive=True)]
+        """Without what watches it."""
+        found = []
+        for process in [self._first, *self._first.children(recursive=True)]:
+            with suppress(psutil.Error):
+                if "py-spy" not in process.name():
+                    found.append(process)
+        return found
 
     def _used(self) -> Counter[str]:
         used: Counter[str] = Counter()
@@ -66,7 +75,10 @@ def servers(home: Path, name: str) -> list[psutil.Process]:
 
 
 def _role(process: psutil.Process) -> str:
-    words = process.cmdline()
+    try:
+        words = process.cmdline()
+    except psutil.ZombieProcess:
+        return "child"
     if any(word.endswith("knowledge.encoder") for word in words):
         return "encoder"
     return "child" if "agentflow.worker.child" in words else "worker"
