@@ -85,6 +85,7 @@ def test_one_job_and_many_become_the_same_rows(conn: Connection) -> None:
     ]
     alone = [submit(conn, new).job for new in requests]
     together_, _ = intake.submit_many(conn, ORGANIZATION, [prepare(new) for new in requests])
+    assert together_ == [read(conn, job) for job in together_]
 
     row = (
         "select to_jsonb(j) - array['id', 'run_at', 'wake_at', 'sent_at', 'created_at', 'then_jobs'] from agentflow.jobs j"

@@ -402,8 +402,8 @@ def _remember(conn: Connection, organization_id: int, prepared: Prepared, hours:
     raise IdempotencyConflict(str(key), prepared.id)
 
 
-_INSERT: Final = f"""
-select {JOB_COLUMNS}, j.sent_at is not null from agentflow.submit_1(
+_INSERT: Final = """
+select j.id, j.sent_at is not null, j.run_at, j.wake_at, j.created_at, j.time_limit_s from agentflow.submit_1(
     p_organization => %(organization)s, p_batch => %(batch)s, p_trace => %(trace)s, p_ring => %(ring)s,
     p_ids => %(ids)s::uuid[], p_types => %(types)s::text[], p_queues => %(queues)s::text[],
     p_priorities => %(priorities)s::smallint[], p_payloads => %(payloads)s::jsonb[],
@@ -413,7 +413,7 @@ select {JOB_COLUMNS}, j.sent_at is not null from agentflow.submit_1(
     p_idempotency_keys => %(idempotency_keys)s::text[], p_retries => %(retries)s::uuid[],
     p_head_starts => %(head_starts)s::smallint[]
 ) j
-"""  # noqa: S608 - only constants are put in
+"""
 
 
 _INSERT_ONE: Final = """
@@ -441,8 +441,25 @@ def _insert_one(conn: Connection, organization_id: int, p: Prepared, ring: bool)
         ),
     ).fetchone()
     assert row is not None  # noqa: S101 - a function with OUT parameters
-    is_sent, run_at, wake_at, created_at, time_limit_s = row
-    job = Job(
+    is_sent, *decided = row
+    job = _job(p, organization_id, None, trace, *decided)
+    rings = (Ring(p.id, p.queue, new.type, p.priority),) if is_sent else ()
+    return Submitted(job, created=True, rings=rings)
+
+
+def _job(
+    p: Prepared,
+    organization_id: int,
+    batch_id: UUID | None,
+    trace: str | None,
+    run_at: datetime,
+    wake_at: datetime,
+    created_at: datetime,
+    time_limit_s: float,
+) -> Job:
+    """The row that was made of it; the last four are the database's."""
+    new = p.new
+    return Job(
         id=p.id,
         organization_id=organization_id,
         type=new.type,
@@ -464,7 +481,7 @@ def _insert_one(conn: Connection, organization_id: int, p: Prepared, ring: bool)
         stage=None,
         result=None,
         error=None,
-        concurrency_key=key,
+        concurrency_key=p.concurrency[0] if p.concurrency else None,
         slot=None,
         worker=None,
         callback_url=new.callback_url,
@@ -472,14 +489,12 @@ def _insert_one(conn: Connection, organization_id: int, p: Prepared, ring: bool)
         idempotency_key=new.idempotency_key,
         parent_id=None,
         retry_of=new.retry_of,
-        batch_id=None,
+        batch_id=batch_id,
         trace=trace,
         created_at=created_at,
         started_at=None,
         finished_at=None,
     )
-    rings = (Ring(p.id, p.queue, new.type, p.priority),) if is_sent else ()
-    return Submitted(job, created=True, rings=rings)
 
 
 def _insert(
@@ -488,12 +503,13 @@ def _insert(
     slots = {p.concurrency[0]: p.concurrency[1] for p in prepared if p.concurrency}
     if slots:
         _name_slots(conn, slots)
+    trace = traces.carried()
     rows = conn.execute(
         _INSERT,
         {
             "organization": organization_id,
             "batch": batch_id,
-            "trace": traces.carried(),
+            "trace": trace,
             "ring": ring,
             "ids": [p.id for p in prepared],
             "types": [p.new.type for p in prepared],
@@ -512,10 +528,9 @@ def _insert(
             "head_starts": [p.head_start_s for p in prepared],
         },
     ).fetchall()
-    jobs = {row[0]: job_from_row(row[:-1]) for row in rows}
-    sent = {row[0] for row in rows if row[-1]}
-    rings = [Ring(p.id, p.queue, p.new.type, p.priority) for p in prepared if p.id in sent]
-    return [jobs[p.id] for p in prepared], rings
+    decided = {row[0]: row[1:] for row in rows}
+    rings = [Ring(p.id, p.queue, p.new.type, p.priority) for p in prepared if decided[p.id][0]]
+    return [_job(p, organization_id, batch_id, trace, *decided[p.id][1:]) for p in prepared], rings
 
 
 def _name_slots(conn: Connection, slots: dict[str, int | None]) -> None:
