@@ -204,13 +204,13 @@ def test_trips_are_named_by_the_function_or_by_verb_and_table() -> None:
         (1.4, 0.5, "the machine's 2 cores"),
         (0.3, 0.95, "slots"),
         (0.95, 0.5, "one core for each process"),
-        (0.3, 0.5, "nothing: 40% of the cores, 50% of the slots"),
+        (0.3, 0.5, "slots, each held for 40 ms by a job; 40% of the cores"),
     ],
 )
 def test_a_limit_is_what_is_used_up(monkeypatch: pytest.MonkeyPatch, workers: float, share: float, said: str) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
 
-    assert grow.limit({"workers": workers, "postgres": 0.4, "foreign": 0.1}, share, processes=1).startswith(said)
+    assert grow.limit({"workers": workers, "postgres": 0.4, "foreign": 0.1}, share, 1, per_s=200.0).startswith(said)
 
 
 def test_reports_of_distance_and_growth_have_a_line_for_each_trial() -> None:

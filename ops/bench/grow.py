@@ -6,7 +6,7 @@ Each host is a network namespace of its own, with one `dramatiq` of 1 to 8 proce
 Valkey and RabbitMQ, one node or a cluster of three with quorum queues, are on the machine that all hosts are connected to. The
 jobs, which do nothing or wait 20 ms, are handed in while the queue is paused; once every process is ready it is resumed.
 Jobs a second from the first beginning to the last end on record, and the cores that each kind of process uses meanwhile. The
-limit is the processors where nine tenths of them are used, else the slots where nine tenths of those are, else what it says.
+limit is the processors where nine tenths of them are used, else the slots, with the time that a job holds one.
 --add keeps the rounds that are in --out. Writes ops/bench/results/grow.json and grow.md.
 """
 
@@ -216,7 +216,7 @@ def measured(
         "jobs_per_s": round(per_s, 1),
         "share_of_slots": round(share, 3),
         **{f"{role}_cores": value for role, value in cores.items()},
-        "limit": limit(cores, share, processes),
+        "limit": limit(cores, share, processes, per_s),
     }
 
 
@@ -228,8 +228,9 @@ def usage(servers: Servers, crew: Crew) -> dict[str, float]:
     return {**ours, "foreign": busy - sum(ours.values())}
 
 
-def limit(cores: dict[str, float], share_of_slots: float, processes: int) -> str:
-    """What was used up; `cores` by role, whoever else was on the machine among them."""
+def limit(cores: dict[str, float], share_of_slots: float, processes: int, per_s: float) -> str:
+    """What was used up; `cores` by role, whoever else was on the machine among them. Where jobs always wait, slots are never
+    empty: what they do beside the jobs' own work is the way to a claim's answer."""
     there = os.cpu_count() or 1
     if sum(cores.values()) >= USED_UP * there:
         return f"the machine's {there} cores"
@@ -237,7 +238,8 @@ def limit(cores: dict[str, float], share_of_slots: float, processes: int) -> str
         return "slots"
     if cores["workers"] >= USED_UP * processes:
         return "one core for each process (Python's lock)"
-    return f"nothing: {sum(cores.values()) / there:.0%} of the cores, {share_of_slots:.0%} of the slots"
+    held_ms = 1000 * processes * SLOTS / per_s
+    return f"slots, each held for {held_ms:.0f} ms by a job; {sum(cores.values()) / there:.0%} of the cores are used"
 
 
 def wait(crew: Crew, check: Callable[[], bool], every_s: float = _LOOK_S) -> None:
