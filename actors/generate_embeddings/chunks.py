@@ -130,6 +130,9 @@ def _units(passage: Passage, size: int) -> Iterator[_Unit]:
 
 def _fitting(text: str, start: int, end: int, room: int) -> Iterator[tuple[tuple[int, int], bool]]:
     """A span, or pieces of it that fit, and whether the span ends there."""
+    if tokens.count(text[start:end]) <= room:  # as nearly all do: word by word, each were counted twice more
+        yield (start, len(text[:end].rstrip())), True
+        return
     at, used = start, 0
     for word_start, word_end in _words(text, start, end, room):
         cost = tokens.count(text[word_start:word_end])

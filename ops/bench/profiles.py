@@ -138,8 +138,9 @@ def trial(tree: Path, *, watched: bool, **more: str) -> Iterator[Trial]:
         home = Path(environment["AGENTFLOW_HOME"])
         samplers = Samplers(Path(name), home) if watched else None
         path = samplers.environment(tree) if samplers else {"PYTHONPATH": str(tree)}
+        path["PYTHONSAFEPATH"] = "1"  # or the folder that it is started in came first
         # Its child processes run the code that the worker was imported from.
-        command = [str(BIN / "python"), "-P", "-m", "agentflow.cli", "worker"]
+        command = [str(BIN / "python"), "-m", "agentflow.cli", "worker"]
         with (
             psycopg.connect(environment["DATABASE_URL"], autocommit=True) as conn,
             started(command, {**environment, **path}, home / "worker.log") as process,

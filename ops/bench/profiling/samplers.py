@@ -132,19 +132,22 @@ class Samplers:
                 time.sleep(0.1)
 
     def _read(self, roles: Mapping[int, str], log_from: int, own: int) -> None:
-        self._read_stacks()
+        roles = {**roles, **self._read_stacks()}
         if (self._folder / "perf.data").exists():
             self._read_perf(roles)
         with self._log.open("rb") as log:
             log.seek(log_from)
             self.samples.statements = statements(log.read().decode(errors="replace"), own)
 
-    def _read_stacks(self) -> None:
+    def _read_stacks(self) -> dict[int, str]:
+        """Whose stacks they are, by pid: what was a child when it began may be the encoder."""
+        seen = {}
         for path in self._folder.glob("*.raw"):
             text = path.read_text(errors="replace")
             role = path.stem.partition("-")[0]
             if role == "child" and "knowledge/encoder.py" in text:
                 role = "encoder"
+            seen[int(path.stem.rpartition("-")[2])] = role
             functions = self.samples.functions.setdefault(role, Counter())
             lines = self.samples.lines.setdefault(role, Counter())
             for line in text.splitlines():
@@ -155,6 +158,7 @@ class Samplers:
                     continue
                 functions[of_ours(frames)] += int(count)
                 lines[frames[-1]] += int(count)
+        return seen
 
     def _read_perf(self, roles: Mapping[int, str]) -> None:
         command = ["perf", "script", "-i", str(self._folder / "perf.data"), "-F", "pid,comm,ip,dso"]
