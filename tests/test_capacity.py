@@ -78,6 +78,19 @@ def test_a_measurement_of_its_own_changes_the_tables_that_count_with_it(bench: P
     }
 
 
+def test_a_measurement_that_failed_or_is_missing_is_named(bench: Path) -> None:
+    def failed(held: Any) -> None:
+        held["cells"]["drain"]["agentflow"] = [{"failed": "it has ended"}]
+        del held["cells"]["http"]
+
+    change(bench / "results/compare.json", failed)
+
+    with pytest.raises(KeyError, match=r"compare\.json has no workers_cpu_us of drain"):
+        _ = Figures(bench).worker_s
+    with pytest.raises(KeyError, match="http is missing"):
+        _ = Figures(bench).web_per_vcpu
+
+
 def test_a_price_changes_the_sums(bench: Path) -> None:
     def dearer(held: Any) -> None:
         for plan in held["instances"]:

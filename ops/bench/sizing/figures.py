@@ -41,15 +41,21 @@ class Figures:
 
     def of(self, file: str, figure: str) -> Any:
         """By its path of names, with slashes."""
-        found = self._read.setdefault(file, json.loads((self._results / file).read_text()))
+        if file not in self._read:
+            self._read[file] = json.loads((self._results / file).read_text())
+        found = self._read[file]
         for name in figure.split("/"):
+            if name not in found:
+                raise KeyError(f"{file} has no {figure}: {name} is missing")
             found = found[name]
         return found
 
     def compared(self, workload: str, name: str) -> float:
         """The median of AgentFlow's rounds in compare.json; those that failed have no figures."""
-        rounds = self.of("compare.json", f"cells/{workload}/agentflow")
-        return statistics.median(each[name] for each in rounds if name in each)
+        found = [each[name] for each in self.of("compare.json", f"cells/{workload}/agentflow") if name in each]
+        if not found:
+            raise KeyError(f"compare.json has no {name} of {workload}: each round failed")
+        return statistics.median(found)
 
     @cached_property
     def growth(self) -> float:
