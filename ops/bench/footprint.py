@@ -69,8 +69,8 @@ def main() -> int:
         figures["slots"] = {
             str(threads): waiting(started, peer, regular(threads), options.wait_s) for threads in THREADS
         }
-    print(json.dumps(figures["slots"], indent=1))
-    options.out.write_text(json.dumps(figures, indent=1) + "\n")
+        print(json.dumps(figures["slots"], indent=1), flush=True)
+        options.out.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 

@@ -41,7 +41,9 @@ class Figures:
 
     def of(self, file: str, figure: str) -> Any:
         """By its path of names, with slashes."""
-        found = self._read.setdefault(file, json.loads((self._results / file).read_text()))
+        if file not in self._read:
+            self._read[file] = json.loads((self._results / file).read_text())
+        found = self._read[file]
         for name in figure.split("/"):
             if name not in found:
                 raise KeyError(f"{file} has no {figure}: {name} is missing")
