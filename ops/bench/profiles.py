@@ -107,13 +107,15 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--against", type=Path, help="another checkout of AgentFlow, with the same schema")
+    parser.add_argument("--add", action="store_true", help="to the pairs that there are, instead of new ones")
     parser.add_argument("--out", type=Path, default=RESULTS / "profiles.json")
     options = parser.parse_args()
     figures = json.loads(options.out.read_text()) if options.out.exists() else {}
     for kind in options.kinds.split(","):
         run = KINDS[kind]
         if options.against:
-            figures.setdefault("pairs", {}).update(pairs(run, options.against.resolve(), options.rounds))
+            known = figures.setdefault("pairs", {})
+            pairs(run, options.against.resolve(), options.rounds, known if options.add else {}, known.update)
         else:
             rounds = [run(ROOT, watched=False).steps for _ in range(options.rounds)]
             seen = run(ROOT, watched=True)
@@ -244,25 +246,26 @@ def medians(steps: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def pairs(run: Callable[..., Trial], other: Path, rounds: int) -> dict[str, Any]:
+def pairs(
+    run: Callable[..., Trial], other: Path, rounds: int, known: dict[str, Any], keep: Callable[[Any], None]
+) -> None:
     """CPU seconds of each step with the other checkout and with this one, in turns; which is first changes."""
-    took: dict[str, list[tuple[float, float]]] = {}
     for number in range(rounds):
         trees = (other, ROOT) if number % 2 == 0 else (ROOT, other)
         steps = {tree: run(tree, watched=False).steps for tree in trees}
         for name in steps[ROOT]:
-            pair = tuple(round(sum(steps[tree][name]["cpu_s"].values()), 2) for tree in (other, ROOT))
-            took.setdefault(name, []).append((pair[0], pair[1]))
-            print(f"{name:30} {pair[0]:7.2f} s {pair[1]:7.2f} s", flush=True)
-    return {
-        name: {
-            "machine": machine(),
-            "cpu_s before": [a for a, _ in of],
-            "cpu_s after": [b for _, b in of],
-            "ratio (median)": round(statistics.median(b / a for a, b in of), 3),
-        }
-        for name, of in took.items()
-    }
+            before, after = (round(sum(steps[tree][name]["cpu_s"].values()), 2) for tree in (other, ROOT))
+            print(f"{name:30} {before:7.2f} s {after:7.2f} s", flush=True)
+            there = known.get(name, {"cpu_s before": [], "cpu_s after": []})
+            befores, afters = [*there["cpu_s before"], before], [*there["cpu_s after"], after]
+            ratios = [b / a for a, b in zip(befores, afters, strict=True)]
+            known[name] = {
+                "machine": machine(),
+                "cpu_s before": befores,
+                "cpu_s after": afters,
+                "ratio (median)": round(statistics.median(ratios), 3),
+            }
+    keep(known)
 
 
 def written(figures: dict[str, Any]) -> str:
