@@ -122,6 +122,14 @@ def test_what_a_consumer_held_is_others_when_it_closes(broker: BellBroker, consu
     assert {message.args[0] for message in again} == {str(ring.job_id) for ring in sent}
 
 
+def test_each_message_is_told_of_on_its_way_to_the_threads(broker: BellBroker, consumer: BellConsumer) -> None:
+    told = list[Any]()
+    broker.on_handing_over = told.append
+    broker.ring(rings(3))
+
+    assert brought(consumer, 3) == told
+
+
 @pytest.fixture
 def busy_worker(environment: dict[str, str], system: System, tmp_path: Any) -> Iterator[Process]:
     with worker(environment, tmp_path / "worker.log") as process:

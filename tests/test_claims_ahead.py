@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agentflow import metrics
 from agentflow.broker import DeliveredMessage, message_for
 from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Ring, Verdict
@@ -16,6 +17,7 @@ from agentflow.system import System
 from agentflow.worker.claimer import ClaimAbandoned
 from agentflow.worker.running import JobContext, Running
 from agentflow.worker.runtime import Runtime
+from agentflow.worker.watchdog import Watchdog
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.processes import eventually
 from tests.test_worker import Nobody, ended, outcomes, read, submit
@@ -26,7 +28,7 @@ ORGANIZATION = 1
 class Worker:
     """A runtime of eight threads, two of them kept for critical jobs; `performed` says what was run."""
 
-    def __init__(self, system: System) -> None:
+    def __init__(self, system: System, *, started: bool = True) -> None:
         self.system = system
         self.performed: list[Job] = []
         self.gate = threading.Event()
@@ -40,8 +42,9 @@ class Worker:
             threads_ready=lambda: True,
             enqueue=lambda _message: None,
         )
-        self.runtime.claimer.start()
-        self.runtime.settler.start()
+        if started:
+            self.runtime.claimer.start()
+            self.runtime.settler.start()
 
     def _perform(self, running: Running, context: JobContext) -> Verdict:
         context.check()
@@ -63,6 +66,23 @@ class Worker:
         self.runtime.settler.stop()
 
 
+class Elsewhere(Nobody):
+    """A consumer that hands messages on to others."""
+
+    def __init__(self, passed: list[Any]) -> None:
+        self.passed = passed
+
+    def pass_on(self, message: Any) -> bool:
+        self.passed.append(message)
+        return True
+
+
+def unasked(system: System) -> DeliveredMessage:
+    """Of a new job, straight to a thread."""
+    job = submit(system, "ping")
+    return DeliveredMessage(message_for(Ring(job.id, job.queue, job.type), system.settings.job_queue_name), Nobody())
+
+
 @pytest.fixture
 def worker(system: System) -> Iterator[Worker]:
     made = Worker(system)
@@ -80,6 +100,7 @@ def test_what_free_threads_will_take_is_claimed_before_they_ask_and_run_once(sys
 
     eventually(lambda: states(system, jobs)[:6] == ["running"] * 6)
     assert states(system, jobs)[6:] == ["queued", "queued"]  # for these there are only threads kept for critical jobs
+    assert [message.claimed for message in messages] == [True] * 6 + [False] * 2
     assert worker.performed == []
     for message in messages:
         worker.runtime.handle(message)
@@ -153,6 +174,37 @@ def test_what_is_given_back_while_its_claim_is_under_way_is_handed_back_when_it_
     assert ended(system, job).attempt == 1
 
 
+def test_what_no_thread_took_up_is_no_work_done(system: System, worker: Worker) -> None:
+    """Neither in the metrics of what runs, nor in what its organization is charged for."""
+    processing = metrics.jobs()["processing"]
+    job = submit(system, "ping")
+    message = worker.message(job)
+    eventually(lambda: read(system, job.id).state == "running")
+
+    worker.runtime.give_back([message], 0.0)
+    eventually(lambda: not worker.runtime.held())
+
+    assert metrics.jobs()["processing"] == processing
+    assert worker.runtime.admission._done == {}
+
+
+def test_a_claimed_job_whose_thread_is_long_in_coming_is_not_taken_for_a_stuck_one(
+    system: System, worker: Worker
+) -> None:
+    job = submit(system, "ping")
+    message = worker.message(job)
+    eventually(lambda: worker.runtime.held())
+    stuck = list[Running]()
+    watchdog = Watchdog(held=worker.runtime.held, publish=lambda _changed: None, stuck=stuck.append, grace_s=0.0)
+
+    worker.runtime.held()[0].stop("cancelled")
+    watchdog.step()
+
+    assert stuck == [] and not worker.runtime.held()[0].abandoned
+    worker.runtime.handle(message)
+    assert worker.performed == []
+
+
 def test_a_job_that_is_cancelled_between_its_claim_and_its_thread_is_not_begun(system: System, worker: Worker) -> None:
     job = submit(system, "ping")
     message = worker.message(job)
@@ -206,12 +258,8 @@ def test_a_message_that_is_passed_on_is_not_claimed_afterwards(system: System, w
     for job in aside:
         worker.runtime.handle(worker.message(job))
 
-    class Elsewhere(Nobody):
-        def pass_on(self, _message: Any) -> bool:
-            return True
-
     ring = Ring(passed.id, passed.queue, passed.type)
-    message = DeliveredMessage(message_for(ring, system.settings.job_queue_name), Elsewhere())
+    message = DeliveredMessage(message_for(ring, system.settings.job_queue_name), Elsewhere([]))
     worker.runtime.ahead.expect(message)
     worker.runtime.handle(message)
     worker.gate.set()
@@ -222,6 +270,66 @@ def test_a_message_that_is_passed_on_is_not_claimed_afterwards(system: System, w
 
     assert message.given_back and ended(system, one_more).state == "succeeded"
     assert read(system, passed.id).state == "queued"
+
+
+def test_a_message_whose_job_is_claimed_is_not_passed_on_but_handed_back(system: System, worker: Worker) -> None:
+    """Whoever got it would find a job that runs."""
+    job = submit(system, "ping")
+    message = worker.message(job)
+    eventually(lambda: read(system, job.id).state == "running")
+    passed = list[Any]()
+    message.origin = Elsewhere(passed)
+    worker.gate.clear()
+    threads = [threading.Thread(target=worker.runtime.handle, args=(unasked(system),)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(worker.performed) == 6)
+    for _ in range(2):  # as many as wait here for a thread
+        worker.runtime.handle(unasked(system))
+
+    worker.runtime.handle(message)
+
+    eventually(lambda: read(system, job.id).state == "queued")
+    assert passed == [] and outcomes(system, job) == ["handback"]
+    worker.gate.set()
+    for thread in threads:
+        thread.join(30)
+
+
+def test_a_worker_hears_of_what_its_consumers_hand_over(system: System) -> None:
+    worker = Worker(system, started=False)
+
+    worker.runtime.start()
+
+    assert system.broker.on_handing_over == worker.runtime.ahead.expect
+    assert worker.runtime.drain(5.0)
+
+
+def test_jobs_that_a_worker_found_itself_are_claimed_together(
+    system: System, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [submit(system, "ping") for _ in range(4)]
+    enqueued = list[DeliveredMessage]()
+    monkeypatch.setattr(worker.runtime, "_enqueue", enqueued.append)
+
+    worker.runtime._deliver([Ring(job.id, job.queue, job.type) for job in jobs])
+
+    eventually(lambda: states(system, jobs) == ["running"] * 4)
+    for message in enqueued:
+        worker.runtime.handle(message)
+    assert [ended(system, job).fence for job in jobs] == [1] * 4
+
+
+def test_far_from_postgres_the_trip_is_claimed_for_as_well(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = worker.runtime.threads
+    monkeypatch.setattr(threads, "claims_per_s", lambda: 100.0)
+    eventually(lambda: 0 < worker.runtime.claimer.trip_s < 0.5)
+
+    worker.runtime.claimer.trip_s = 0.0
+    near = threads.soon()
+    worker.runtime.claimer.trip_s = 0.08
+
+    assert (near, threads.soon()) == ((6, 2), (6, 10))
 
 
 def test_a_claim_that_the_claimer_does_not_get_to_leaves_the_job_queued(system: System, worker: Worker) -> None:

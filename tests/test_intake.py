@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 import actors  # noqa: F401 - declares the product's types
-from agentflow.jobs import batches, dispatch, intake, records
+from agentflow.jobs import batches, dispatch, inserting, intake, records
 from agentflow.jobs.intake import (
     MAX_THEN_DEPTH,
     MAX_THEN_JOBS,
@@ -478,13 +478,13 @@ def test_a_key_too_long_for_an_index_is_refused_by_name(field: str) -> None:
 def test_of_what_takes_several_statements_nothing_is_left_when_the_last_fails(
     system: System, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
 ) -> None:
-    insert = intake._insert_one
+    insert = inserting.one
 
     def and_fail(*args: Any) -> Any:
         insert(*args)
         raise psycopg.OperationalError("the server went away")
 
-    monkeypatch.setattr(intake, "_insert_one", and_fail)
+    monkeypatch.setattr(inserting, "one", and_fail)
     request = ping(**keys)
 
     with pytest.raises(psycopg.OperationalError):
@@ -494,5 +494,5 @@ def test_of_what_takes_several_statements_nothing_is_left_when_the_last_fails(
         assert jobs(conn) == 0
         for beside in ("idempotency_keys", "unique_keys"):
             assert value(conn, f"select count(*) from agentflow.{beside}") == 0  # noqa: S608 - constants
-    monkeypatch.setattr(intake, "_insert_one", insert)
+    monkeypatch.setattr(inserting, "one", insert)
     assert system.submit(ORGANIZATION, request).created

@@ -636,6 +636,22 @@ def test_what_was_taken_here_and_not_claimed_is_given_back_and_lost_with_no_chan
     eventually(lambda: next(consumer) is None and messages[3] in given_back)
 
 
+def test_what_was_claimed_is_held_past_a_lost_channel_and_the_rest_is_the_brokers_again(broker: RabbitBroker) -> None:
+    """Of a claimed job no other message is of use: it waits for its thread here, or is given back."""
+    told, given_back = list[Any](), list[Any]()
+    broker.on_handing_over, broker.give_back = told.append, lambda messages, _delay_s: given_back.extend(messages)
+    consumer = broker.consume(queue_name(broker.prefix, "default"), prefetch=10)
+    broker.ring(rings(2))
+    claimed, unclaimed = [eventually(lambda: next(consumer)) for _ in range(2)]
+    assert told == [claimed, unclaimed]
+    claimed.claimed = True
+
+    consumer.forget()
+
+    assert list(consumer.held.values()) == [claimed]
+    eventually(lambda: (next(consumer), claimed in given_back)[1])
+
+
 def test_a_busy_worker_gives_back_what_it_took_for_itself(broker: RabbitBroker) -> None:
     consumer = broker.consume(queue_name(broker.prefix, "default"), prefetch=10)
     assert broker.consuming.ready.wait(30)

@@ -20,7 +20,7 @@ from uuid6 import uuid7
 
 from agentflow import traces
 from agentflow.database import Connection
-from agentflow.jobs import registry, unique
+from agentflow.jobs import inserting, registry, unique
 from agentflow.jobs.model import HEAD_STARTS, JOB_COLUMNS, PRIORITIES, HeadStart, Job, Priority, Ring, job_from_row
 from agentflow.jobs.text import is_storable
 from agentflow.jobs.unique import Found, Holder, Unique
@@ -255,7 +255,8 @@ def submit(
             return Submitted(known, created=False)
     placed = _place(conn, organization_id, [prepared])
     if placed.new:
-        return _insert_one(conn, organization_id, placed.new[0], ring)
+        job, rings = inserting.one(conn, organization_id, placed.new[0], ring)
+        return Submitted(job, created=True, rings=tuple(rings))
     job = placed.known[prepared.id]
     if prepared.new.idempotency_key is not None:
         conn.execute(
@@ -286,7 +287,7 @@ def submit_many(
             " values (%(id)s, %(organization)s, %(total)s, %(url)s, case when %(total)s = 0 then clock_timestamp() end)",
             {"id": batch_id, "organization": organization_id, "total": len(placed.new), "url": callback_url},
         )
-    jobs, rings = _insert(conn, organization_id, placed.new, batch_id, ring) if placed.new else ([], [])
+    jobs, rings = inserting.many(conn, organization_id, placed.new, batch_id, ring) if placed.new else ([], [])
     made = {job.id: job for job in jobs}
     return [placed.known.get(p.id) or made[placed.same.get(p.id, p.id)] for p in prepared], rings
 
@@ -346,7 +347,7 @@ def _starting(p: Prepared, holder: Holder, *, first: bool) -> Prepared:
 def _replace(conn: Connection, organization_id: int, job_id: UUID, p: Prepared) -> Job | None:
     """Put the newest request in the place of one that waits. None: it was claimed or cancelled meanwhile."""
     if p.concurrency is not None:
-        _name_slots(conn, {p.concurrency[0]: p.concurrency[1]})
+        inserting.name_slots(conn, {p.concurrency[0]: p.concurrency[1]})
     row = conn.execute(
         "update agentflow.jobs j set payload = %(payload)s, priority = %(priority)s, head_start_s = %(head_start)s,"  # noqa: S608 - constants
         " max_attempts = %(max_attempts)s,"
@@ -400,153 +401,3 @@ def _remember(conn: Connection, organization_id: int, prepared: Prepared, hours:
             raise IdempotencyConflict(str(key), job_id)
         return job_from_row(tuple(columns))
     raise IdempotencyConflict(str(key), prepared.id)
-
-
-_INSERT: Final = """
-select j.id, j.sent_at is not null, j.run_at, j.wake_at, j.created_at, j.time_limit_s from agentflow.submit_1(
-    p_organization => %(organization)s, p_batch => %(batch)s, p_trace => %(trace)s, p_ring => %(ring)s,
-    p_ids => %(ids)s::uuid[], p_types => %(types)s::text[], p_queues => %(queues)s::text[],
-    p_priorities => %(priorities)s::smallint[], p_payloads => %(payloads)s::jsonb[],
-    p_max_attempts => %(max_attempts)s::smallint[], p_time_limits => %(time_limits)s::real[],
-    p_run_ats => %(run_ats)s::timestamptz[], p_keys => %(keys)s::text[], p_thens => %(thens)s::jsonb[],
-    p_callbacks => %(callbacks)s::text[], p_correlations => %(correlations)s::text[],
-    p_idempotency_keys => %(idempotency_keys)s::text[], p_retries => %(retries)s::uuid[],
-    p_head_starts => %(head_starts)s::smallint[]
-) j
-"""
-
-
-_INSERT_ONE: Final = """
-select is_sent, due_at, looked_at, made_at, limit_s from agentflow.submit_one_1(
-    p_organization => %s, p_trace => %s, p_ring => %s, p_id => %s, p_type => %s, p_queue => %s, p_priority => %s::smallint,
-    p_payload => %s::jsonb, p_max_attempts => %s::smallint, p_time_limit => %s::real, p_run_at => %s::timestamptz, p_key => %s,
-    p_then => %s::jsonb, p_callback => %s, p_correlation => %s, p_idempotency_key => %s, p_retry => %s,
-    p_head_start => %s::smallint
-)
-"""
-
-
-def _insert_one(conn: Connection, organization_id: int, p: Prepared, ring: bool) -> Submitted:
-    """As `_insert`, at half its cost."""
-    key, slots = p.concurrency or (None, None)
-    if key is not None:
-        _name_slots(conn, {key: slots})
-    trace, new = traces.carried(), p.new
-    row = conn.execute(
-        _INSERT_ONE,
-        (
-            *(organization_id, trace, ring, p.id, new.type, p.queue, p.priority, p.payload, p.max_attempts),
-            *(p.time_limit_s, new.run_at, key, p.then_jobs, new.callback_url, new.correlation_id),
-            *(new.idempotency_key, new.retry_of, p.head_start_s),
-        ),
-    ).fetchone()
-    assert row is not None  # noqa: S101 - a function with OUT parameters
-    is_sent, *decided = row
-    job = _job(p, organization_id, None, trace, *decided)
-    rings = (Ring(p.id, p.queue, new.type, p.priority),) if is_sent else ()
-    return Submitted(job, created=True, rings=rings)
-
-
-def _job(
-    p: Prepared,
-    organization_id: int,
-    batch_id: UUID | None,
-    trace: str | None,
-    run_at: datetime,
-    wake_at: datetime,
-    created_at: datetime,
-    time_limit_s: float,
-) -> Job:
-    """The row that was made of it; the last four are the database's."""
-    new = p.new
-    return Job(
-        id=p.id,
-        organization_id=organization_id,
-        type=new.type,
-        queue=p.queue,
-        priority=PRIORITIES[p.priority],
-        head_start_s=p.head_start_s,
-        state="queued",
-        payload=json.loads(p.payload),
-        attempt=0,
-        max_attempts=p.max_attempts,
-        crashes=0,
-        fence=0,
-        time_limit_s=time_limit_s,
-        run_at=run_at,
-        wake_at=wake_at,
-        wait_reason=None,
-        cancel_requested=False,
-        progress=None,
-        stage=None,
-        result=None,
-        error=None,
-        concurrency_key=p.concurrency[0] if p.concurrency else None,
-        slot=None,
-        worker=None,
-        callback_url=new.callback_url,
-        correlation_id=new.correlation_id,
-        idempotency_key=new.idempotency_key,
-        parent_id=None,
-        retry_of=new.retry_of,
-        batch_id=batch_id,
-        trace=trace,
-        created_at=created_at,
-        started_at=None,
-        finished_at=None,
-    )
-
-
-def _insert(
-    conn: Connection, organization_id: int, prepared: Sequence[Prepared], batch_id: UUID | None, ring: bool
-) -> tuple[list[Job], list[Ring]]:
-    slots = {p.concurrency[0]: p.concurrency[1] for p in prepared if p.concurrency}
-    if slots:
-        _name_slots(conn, slots)
-    trace = traces.carried()
-    rows = conn.execute(
-        _INSERT,
-        {
-            "organization": organization_id,
-            "batch": batch_id,
-            "trace": trace,
-            "ring": ring,
-            "ids": [p.id for p in prepared],
-            "types": [p.new.type for p in prepared],
-            "queues": [p.queue for p in prepared],
-            "priorities": [p.priority for p in prepared],
-            "payloads": [p.payload for p in prepared],
-            "max_attempts": [p.max_attempts for p in prepared],
-            "time_limits": [p.time_limit_s for p in prepared],
-            "run_ats": [p.new.run_at for p in prepared],
-            "keys": [p.concurrency[0] if p.concurrency else None for p in prepared],
-            "thens": [p.then_jobs for p in prepared],
-            "callbacks": [p.new.callback_url for p in prepared],
-            "correlations": [p.new.correlation_id for p in prepared],
-            "idempotency_keys": [p.new.idempotency_key for p in prepared],
-            "retries": [p.new.retry_of for p in prepared],
-            "head_starts": [p.head_start_s for p in prepared],
-        },
-    ).fetchall()
-    decided = {row[0]: row[1:] for row in rows}
-    rings = [Ring(p.id, p.queue, p.new.type, p.priority) for p in prepared if decided[p.id][0]]
-    return [_job(p, organization_id, batch_id, trace, *decided[p.id][1:]) for p in prepared], rings
-
-
-def _name_slots(conn: Connection, slots: dict[str, int | None]) -> None:
-    """Write a key's number of slots where it changed. Read first: ON CONFLICT DO UPDATE locks the row even when equal.
-
-    None: others count them; a key that nobody has counted yet has one.
-    """
-    known = dict(
-        conn.execute(
-            "select key, slots from agentflow.concurrency_keys where key = any (%s)", (list(slots),)
-        ).fetchall()
-    )
-    for key, number in sorted(slots.items()):
-        if key not in known or number not in (None, known[key]):
-            conn.execute(
-                "insert into agentflow.concurrency_keys as k (key, slots) values (%(key)s, coalesce(%(slots)s, 1))"
-                " on conflict (key) do update set slots = coalesce(%(slots)s, k.slots)",
-                {"key": key, "slots": number},
-            )

@@ -50,9 +50,9 @@ def begin(conn: Connection, organization_id: int, account_id: UUID) -> int | Non
 
 # Of two states of a live thing the one with the later change counts, and of the same second the one that was read later. A
 # tombstone has no time of change: whatever was read later is right.
-# Each thing is looked up by its own key, and met again by its place. Of an account that is just being filled in statistics
-# know nothing, and the planner would read all of it for each page: `limit` keeps it from joining, and the order, which only the
-# primary key has (of an equality there were none), from the other index.
+# Each thing is looked up by its own key, and met again by its place: since `begin` nobody else writes here. Of an account that is
+# just being filled in statistics know nothing, and the planner would read all of it for each page: `limit` keeps it from joining,
+# and the order, which only the primary key has (of an equality there were none), from the other index.
 # Texts go as they are (`%b`): in an array's text form each quotation mark of theirs is escaped, which took longer than all else.
 _JUDGED: Final = """
 with given as (

@@ -47,7 +47,7 @@ class ClaimAbandoned(Exception):
 
 
 class Claimer(Loop):
-    """`claim` and `answer_to` block the calling thread until the answer is known, however long the database is away."""
+    """`answer_to` blocks the calling thread until the answer is known, however long the database is away."""
 
     def __init__(self, database: Database, worker: UUID, lease_s: float, hold: Callable[[Running], None]) -> None:
         super().__init__("claimer", database)
@@ -61,13 +61,6 @@ class Claimer(Loop):
         self._batch: list[Claim] = []
         self._unsure = False
 
-    def claim(self, job_id: UUID) -> Running | None:
-        """The job, now running here and registered for heartbeats; None when it is not to be had. Raises ClaimAbandoned.
-
-        With a concurrency key it may be another job than was asked for: the head of the line.
-        """
-        return self.answer_to(self.ask(job_id))
-
     def ask(self, job_id: UUID) -> Claim:
         """Have it claimed with what others ask for meanwhile."""
         request = Claim(job_id)
@@ -75,7 +68,10 @@ class Claimer(Loop):
         return request
 
     def answer_to(self, request: Claim) -> Running | None:
-        """Wait for what `claim` returns. Raises ClaimAbandoned."""
+        """The job, now running here and registered for heartbeats; None when it is not to be had. Raises ClaimAbandoned.
+
+        With a concurrency key it may be another job than was asked for: the head of the line.
+        """
         while not request.wait(1.0):
             if not self._thread.is_alive():
                 raise ClaimAbandoned

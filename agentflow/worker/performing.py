@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -50,6 +51,7 @@ class Performing:
         )
         verdict: Verdict | None = None
         with bound, traces.following(trace):
+            running.began = time.monotonic()
             metrics.job_started(job.type, job.queue, pickup_s)
             try:
                 with (

@@ -50,7 +50,7 @@ class Running:
         self.job: Final = job
         self.repeatable: Final = repeatable
         self.lease_ends = lease_ends  # by time.monotonic(), counted from before the renewing statement was sent
-        self.began: float | None = None  # by its thread
+        self.began: float | None = None  # when a thread took it up, by time.monotonic()
         self._limit_s: float | None = None  # where it is shorter than its type's
         self.deadline: float | None = None
         self.stop_reason: StopReason | None = None
@@ -80,11 +80,6 @@ class Running:
     @property
     def key(self) -> Claim:
         return self.job.id, self.job.fence
-
-    @property
-    def seconds(self) -> float:
-        """Since its thread began with it."""
-        return 0.0 if self.began is None else time.monotonic() - self.began
 
     def shorten(self, limit_s: float) -> None:
         if self.deadline is not None and limit_s < self.limit_s:

@@ -296,7 +296,6 @@ class Runtime:
     def run(self, running: Running) -> None:
         """Perform a claimed job and hand over its verdict."""
         job = running.job
-        running.began = time.monotonic()
         if not registry.known(job.type):  # the head of a line, of a type that only newer workers know
             verdict = Verdict(*running.key, "handback", delay_s=_UNKNOWN_TYPE_S, reason="unknown_type")
             self.settler.put(Ended(verdict, running))
@@ -331,12 +330,13 @@ class Runtime:
             self._empty.notify_all()
         if running is None:
             return
-        seconds = running.seconds
-        metrics.job_ended(running.job.type, running.job.queue, state, seconds)
-        self.admission.done(running.job, seconds)
-        if state == "succeeded":
-            self.observer.ended(running.job.type, seconds)
-        elif state == "failed":
+        if running.began is not None:  # what no thread took up was no work
+            seconds = time.monotonic() - running.began
+            metrics.job_ended(running.job.type, running.job.queue, state, seconds)
+            self.admission.done(running.job, seconds)
+            if state == "succeeded":
+                self.observer.ended(running.job.type, seconds)
+        if state == "failed":
             reporting.failed(running, verdict)
         if state is None:
             metrics.lease_lost()

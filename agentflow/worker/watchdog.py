@@ -75,7 +75,9 @@ class Watchdog:
                     running.stop("time_limit")
                 elif now >= running.lease_ends - _LEASE_MARGIN_S / 2 and not running.repeatable:
                     running.stop("lost")
-            elif running.began and running.stop_reason in ("time_limit", "cancelled") and not running.abandoned:
+            elif running.began is None:
+                continue  # no thread is in it that could be stuck
+            elif running.stop_reason in ("time_limit", "cancelled") and not running.abandoned:
                 assert running.stopped_at is not None  # noqa: S101 - set together with the reason
                 if now - running.stopped_at >= self._grace_s:
                     running.abandoned = True
