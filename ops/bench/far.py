@@ -29,7 +29,7 @@ from agentflow.worker.threads import regular  # noqa: E402
 from ops.bench.comparison import servers, trials  # noqa: E402
 from ops.bench.comparison.distance import Distance  # noqa: E402
 from ops.bench.comparison.figures import Round, quantile, shown, values_of  # noqa: E402
-from ops.bench.comparison.machine import keep, machine, said_of  # noqa: E402
+from ops.bench.comparison.machine import end_when_told, keep, machine, said_of  # noqa: E402
 from ops.bench.comparison.servers import Servers  # noqa: E402
 from ops.bench.comparison.trials import Size, Trial, Usage  # noqa: E402
 from ops.bench.peers import catalogue  # noqa: E402
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="to the rounds that are in --out")
     parser.add_argument("--out", type=Path, default=ROOT / "ops/bench/results/far.json")
     options = parser.parse_args()
+    end_when_told()
     distances = [float(each) for each in options.trips.split(",")]
     threads = [int(each) for each in options.threads.split(",")]
     figures: dict[str, Any] = json.loads(options.out.read_text()) if options.add and options.out.exists() else {}

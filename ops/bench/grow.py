@@ -40,7 +40,7 @@ from agentflow.prove.rabbitmq import Rabbit  # noqa: E402
 from agentflow.prove.servers import family, until  # noqa: E402
 from ops.bench.comparison.crew import Crew, Producer, TrialFailed  # noqa: E402
 from ops.bench.comparison.figures import Round, shown, values_of  # noqa: E402
-from ops.bench.comparison.machine import keep, machine, said_of  # noqa: E402
+from ops.bench.comparison.machine import end_when_told, keep, machine, said_of  # noqa: E402
 from ops.bench.comparison.servers import OURS_TABLES, cpu_s  # noqa: E402
 from ops.bench.peers import catalogue  # noqa: E402
 from ops.bench.peers.catalogue import OURS, clean_environment  # noqa: E402
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="to the rounds that are in --out")
     parser.add_argument("--out", type=Path, default=ROOT / "ops/bench/results/grow.json")
     options = parser.parse_args()
+    end_when_told()
     shapes = [shape for shape in SHAPES if shape[0] <= options.most]
     figures: dict[str, Any] = json.loads(options.out.read_text()) if options.add and options.out.exists() else {}
     cells: dict[str, dict[str, list[Round]]] = figures.setdefault("cells", {})
