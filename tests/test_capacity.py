@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ops.bench import capacity, footprint
-from ops.bench.sizing import installation
+from ops.bench.sizing import installation, tables
 from ops.bench.sizing.figures import BENCH, Figures
 
 RUN = "run: .venv/bin/python ops/bench/capacity.py"
@@ -62,8 +62,8 @@ def test_the_tables_are_as_their_figures(figures: Figures) -> None:
 def test_every_marked_part_is_a_table_of_the_programs_and_written_anew_it_is_the_same(figures: Figures) -> None:
     text = capacity.DOCUMENT.read_text()
 
-    assert set(capacity.parts(text)) == set(capacity.TABLES)
-    assert text.count("<!-- end of ") == len(capacity.TABLES)
+    assert set(capacity.parts(text)) == set(tables.TABLES)
+    assert text.count("<!-- end of ") == len(tables.TABLES)
     assert capacity.rewritten(text, figures) == text, RUN
 
 
@@ -170,7 +170,7 @@ def test_a_film_uses_up_the_processor_and_does_not_fit_into_little_memory(figure
     assert installation.carries(figures, film, 25, mb=256) == (0.0, "memory")
 
 
-@pytest.mark.parametrize("platform", capacity.PLATFORMS)
+@pytest.mark.parametrize("platform", tables.PLATFORMS)
 def test_what_is_bought_is_large_enough_and_a_larger_load_is_never_cheaper(figures: Figures, platform: str) -> None:
     for mix in figures.assumed["mixes"].values():
         sums = []
@@ -198,8 +198,8 @@ def test_no_plan_is_invented_for_a_load_that_none_carries(figures: Figures) -> N
 
 
 def test_days_in_a_disk_end_where_flight_records_alone_fill_it(figures: Figures) -> None:
-    assert capacity.days(figures, 1, 1_000_000) == 0
-    assert capacity.days(figures, 1000, 135_000) > capacity.days(figures, 100, 135_000) > 0
+    assert tables.days(figures, 1, 1_000_000) == 0
+    assert tables.days(figures, 1000, 135_000) > tables.days(figures, 100, 135_000) > 0
 
 
 def test_messages_that_were_published_are_read_from_rabbitmqs_text() -> None:

@@ -42,8 +42,9 @@ from ops.bench.comparison.crew import Crew, Producer, TrialFailed  # noqa: E402
 from ops.bench.comparison.figures import Round, shown, values_of  # noqa: E402
 from ops.bench.comparison.machine import end_when_told, keep, machine, said_of  # noqa: E402
 from ops.bench.comparison.servers import OURS_TABLES, cpu_s  # noqa: E402
+from ops.bench.comparison.trials import quiet_settings  # noqa: E402
 from ops.bench.peers import catalogue  # noqa: E402
-from ops.bench.peers.catalogue import OURS, clean_environment  # noqa: E402
+from ops.bench.peers.catalogue import clean_environment  # noqa: E402
 from ops.bench.peers.marks import Marks  # noqa: E402
 from tests.hosts import Network, network  # noqa: E402
 from tests.servers import Postgres, Redis  # noqa: E402
@@ -97,19 +98,13 @@ class Servers:
         """Of AgentFlow's processes, whose RabbitMQ is that node."""
         return {
             **clean_environment(),
-            "PATH": f"{OURS}:{os.environ.get('PATH', '')}",
-            "AGENTFLOW_ENV": "test",
-            "AGENTFLOW_HOME": str(self.folder / "home"),
+            **quiet_settings(self.folder / "home", name),
             "DATABASE_URL": self.postgres.url,
             "REDIS_URL": self.redis.url,
             "RABBITMQ_URL": self.rabbit.nodes[node % len(self.rabbit.nodes)].url,
             "RABBITMQ_QUORUM": str(len(self.rabbit.nodes) > 1).lower(),
             "STORAGE_URL": (self.folder / "storage").as_uri(),
             "STORAGE_SHARED": "true",
-            "JOB_QUEUE_NAME": name,
-            "RETAIN_SUCCEEDED_COUNT": "1000000",
-            "WORKER_LOG_LEVEL": "WARNING",
-            "CANARY_INTERVAL": "0",
         }
 
     def versions(self) -> dict[str, str]:

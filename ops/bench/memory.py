@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import actors  # noqa: E402, F401 - found by the path above; makes the types known
 from agentflow import embedded, schema, settings, videos  # noqa: E402
 from agentflow.jobs.intake import NewJob  # noqa: E402
+from agentflow.jobs.model import Job  # noqa: E402
 from agentflow.knowledge import documents  # noqa: E402
 from agentflow.knowledge.documents import Source  # noqa: E402
 from agentflow.system import System  # noqa: E402
@@ -168,7 +169,7 @@ def rows(system: System, query: str) -> list[Any]:
         return conn.execute(query.encode()).fetchall()
 
 
-def hand_in_film(system: System, film: Path) -> None:
+def hand_in_film(system: System, film: Path) -> Job:
     video_id: UUID = videos.new_id()
     key = videos.upload_key(ORGANIZATION, video_id, film.name)
     system.storage.put_file(key, film)
@@ -182,7 +183,7 @@ def hand_in_film(system: System, film: Path) -> None:
             content_type="video/mp4",
             size_bytes=film.stat().st_size,
         )
-        transaction.submit(ORGANIZATION, NewJob("analyze_video", {"video_id": str(video_id)}))
+        return transaction.submit(ORGANIZATION, NewJob("analyze_video", {"video_id": str(video_id)})).job
 
 
 def hand_in_text(system: System, number: int) -> None:

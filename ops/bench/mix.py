@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         watch, starts = Watch(made, began), made.starts()
         for minute in range(options.minutes):
             time.sleep(max(0.0, began + 60 * (minute + 1) + LOOK_AFTER_S - time.time()))
-            figures["samples"].append(looked(watch, minute))
+            figures["samples"].append(watch.sample(minute))
             figures["load"] = told(plan)
             figures["processes started anew"] = {n: s - starts[n] for n, s in made.starts().items() if s > starts[n]}
             options.out.write_text(json.dumps(figures) + "\n")
@@ -111,13 +111,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         again(watch, made, figures)
         figures["audit"] = audited(made, plan)
     return figures
-
-
-def looked(watch: Watch, minute: int) -> dict[str, Any]:
-    try:
-        return watch.sample(minute)
-    except Exception as error:  # noqa: BLE001 - the hour goes on, and a minute of it is missing
-        return {"minute": minute, "cpu": {}, "trouble": [f"{type(error).__name__}: {error}"]}
 
 
 def audited(made: Setting, plan: Plan) -> dict[str, Any] | None:

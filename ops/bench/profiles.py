@@ -33,8 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import actors  # noqa: E402, F401 - registers the job types
-from agentflow import videos  # noqa: E402
-from agentflow.jobs.intake import NewJob  # noqa: E402
 from agentflow.knowledge import documents  # noqa: E402
 from agentflow.knowledge.documents import Source  # noqa: E402
 from agentflow.kommo import accounts  # noqa: E402
@@ -46,6 +44,7 @@ from tests.kommo_support import KEY, connect  # noqa: E402
 from tests.processes import BIN, free_port, started  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "ops/bench"))
+import memory  # noqa: E402
 import vectors  # noqa: E402
 import video_cost  # noqa: E402
 from idle import machine  # noqa: E402
@@ -155,21 +154,8 @@ def trial(tree: Path, *, watched: bool, **more: str) -> Iterator[Trial]:
 def video(tree: Path, *, watched: bool) -> Trial:
     film = _film()
     with trial(tree, watched=watched) as each:
-        video_id = videos.new_id()
-        key = videos.upload_key(ORGANIZATION, video_id, film.name)
-        each.system.storage.put_file(key, film)
         with each.step("video"):
-            with each.system.transaction() as transaction:
-                videos.create_upload(
-                    transaction.conn,
-                    ORGANIZATION,
-                    video_id,
-                    storage_key=key,
-                    filename=film.name,
-                    content_type="video/mp4",
-                    size_bytes=film.stat().st_size,
-                )
-                job = transaction.submit(ORGANIZATION, NewJob("analyze_video", {"video_id": str(video_id)})).job
+            job = memory.hand_in_film(each.system, film)
             each.wait_for_job(job.id)
     return each
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
@@ -130,17 +131,21 @@ def trial(servers: Servers, peer: Peer, size: Size, **more: str) -> Iterator[Tri
         made.close()
 
 
-def agentflow_settings(servers: Servers, name: str, *, embedded: bool) -> dict[str, str]:
+def quiet_settings(home: Path, name: str) -> dict[str, str]:
     """Of AgentFlow's processes: as shipped, but that ended jobs stay to be counted, and little is logged."""
-    environment = {
+    return {
         "PATH": f"{OURS}:{os.environ.get('PATH', '')}",
         "AGENTFLOW_ENV": "test",
-        "AGENTFLOW_HOME": str(servers.home),
+        "AGENTFLOW_HOME": str(home),
         "JOB_QUEUE_NAME": name,
         "RETAIN_SUCCEEDED_COUNT": "1000000",
         "WORKER_LOG_LEVEL": "WARNING",
         "CANARY_INTERVAL": "0",
     }
+
+
+def agentflow_settings(servers: Servers, name: str, *, embedded: bool) -> dict[str, str]:
+    environment = quiet_settings(servers.home, name)
     if not embedded:
         environment["DATABASE_URL"] = servers.joined.database_url
         environment["REDIS_URL"] = servers.joined.redis_url

@@ -51,8 +51,13 @@ class Watch:
 
     def sample(self, minute: int) -> dict[str, Any]:
         """After that minute. What cannot be asked is left out, and `trouble` says why: an hour must not end with that."""
-        found: dict[str, Any] = {"minute": minute, "cpu": self._cores(), "trouble": []}
-        parts = {"processes": self._processes, "servers": self._servers, "vendors": self._made.vendors.ask}
+        found: dict[str, Any] = {"minute": minute, "cpu": {}, "trouble": []}
+        parts = {
+            "cpu": self._cores,
+            "processes": self._processes,
+            "servers": self._servers,
+            "vendors": self._made.vendors.ask,
+        }
         for name, part in parts.items():
             try:
                 found[name] = part()
