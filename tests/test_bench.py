@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,14 +22,12 @@ import pytest
 from agentflow import embedded
 from agentflow.jobs import dispatch, leases
 from agentflow.worker.threads import regular
-from ops.bench import far, generate, grow, scale
+from ops.bench import generate, scale
 from ops.bench.comparison import intake, report
 from ops.bench.comparison.crew import TrialFailed
-from ops.bench.comparison.distance import Distance, name_of
 from ops.bench.comparison.figures import ratios, shown
 from ops.bench.peers import catalogue, producer
 from ops.bench.peers.marks import Marks
-from ops.bench.profiling import samplers
 from tests import core_support, http_server
 from tests.http_server import Reply
 from tests.processes import ROOT
@@ -161,88 +158,6 @@ def test_a_load_counts_answers_and_fails_with_what_was_refused() -> None:
     assert told["per_s"] > 0 and 0 < told["p50_ms"] <= told["p99_ms"]
 
 
-# ---- distance ----
-
-
-def test_a_relay_delays_both_ways_keeps_the_order_and_counts_the_trips(stack: embedded.Embedded) -> None:
-    distance = Distance(stack.database_url, 10.0)
-    try:
-        with psycopg.connect(distance.url, autocommit=True, prepare_threshold=None) as conn:
-            distance.trips()
-            began = time.monotonic()
-            assert conn.execute("select string_agg(n::text, ' ') from generate_series(1, 200000) n").fetchone() == (
-                " ".join(map(str, range(1, 200_001))),
-            )
-            assert time.monotonic() - began >= 0.02
-            with conn.transaction():
-                conn.execute("select %s", ("x" * 1_000_000,))
-            with conn.pipeline():  # all that is under way goes together
-                began = time.monotonic()
-                answers = [conn.execute("select %s::int", (n,)) for n in range(100)]
-                assert [answer.fetchone() for answer in answers] == [(n,) for n in range(100)]
-                assert time.monotonic() - began >= 0.02
-            counted = distance.trips()
-    finally:
-        distance.close()
-
-    assert (counted["begin"], counted["commit"]) == (1, 1)
-    assert counted["select"] >= 3
-
-
-def test_trips_are_named_by_the_function_or_by_verb_and_table() -> None:
-    assert name_of("select * from agentflow.claim_1(%s, %s) j") == "claim_1"
-    assert name_of("update agentflow.jobs set x = 1") == "update jobs"
-    assert name_of("COMMIT") == "commit"
-
-
-# ---- growth ----
-
-
-@pytest.mark.parametrize(
-    ("workers", "share", "said"),
-    [
-        (1.4, 0.5, "the machine's 2 cores"),
-        (0.3, 0.95, "slots"),
-        (0.95, 0.5, "one core for each process"),
-        (0.3, 0.5, "slots, each held for 40 ms by a job; 40% of the cores"),
-    ],
-)
-def test_a_limit_is_what_is_used_up(monkeypatch: pytest.MonkeyPatch, workers: float, share: float, said: str) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-
-    assert grow.limit({"workers": workers, "postgres": 0.4, "foreign": 0.1}, share, 1, per_s=200.0).startswith(said)
-
-
-def test_reports_of_distance_and_growth_have_a_line_for_each_trial() -> None:
-    about = {
-        "machine": {"processor": "p", "python": "3", "at": "today"},
-        "versions": {"postgres": "18", "rabbitmq": "3"},
-    }
-    line = {"select_1_p50_ms": 20.0}
-    submits = {
-        "submit_per_s": 40.0, "submit_per_s_by_16_threads": 200.0, "submit_many_per_s": 5000.0,
-        "trips_per_submit": 1.0, "trips_per_submit_many": 3.0,
-    }  # fmt: skip
-    drained = {
-        "jobs_per_s": 195.0, "claims_per_s": 225.0, "jobs_per_claim": 6.0, "jobs_per_end": 6.0, "claim_trips_per_s": 37.5,
-        "worker_cores": 0.2,
-    }  # fmt: skip
-    one_at_a_time = {"pick_up_p50_ms": 47.0, "round_trip_p50_ms": 94.0}
-    rows = {"line": [line], "submits": [submits], "one at a time": [one_at_a_time], "8 threads": [drained, drained]}
-    grown = {
-        "jobs_per_s": 300.0, "share_of_slots": 0.75, "workers_cores": 0.4, "postgres_cores": 0.3, "rabbitmq_cores": 0.0,
-        "redis_cores": 0.0, "foreign_cores": 0.1, "limit": "slots",
-    }  # fmt: skip
-
-    of_distance = far.page({**about, "slots": {"8": 6}, "cells": {"20 ms": rows}})
-    of_growth = grow.page({**about, "slots": 8, "cells": {"one, 20 ms": {"1 on 1": [grown]}}})
-
-    assert "| 20 ms | 20.0 | 40.0 | 200 | 5,000 | 1.00, 3.00 | 47.0 | 94.0 |" in of_distance
-    assert "| 20 ms | 8 (6) | 225 (225–225, 2) | 195 (195–195, 2) | 0.75 | 6.00, 6.00 | 37.5 | 0.20 |" in of_distance
-    assert "## RabbitMQ: one node(s); jobs of 20 ms" in of_growth
-    assert "| 1 on 1 | 300 | 75% | 0.40 | 0.30 | 0.00 | 0.00 | 0.10 | slots |" in of_growth
-
-
 # ---- size ----
 
 
@@ -313,50 +228,3 @@ def _worker() -> dict[str, Any]:
         "kind": "worker", "host": "h", "pid": 1, "version": "", "queues": ["default"], "threads": 25,
         "demand": {"default": 100}, "memory_bytes": None, "busy": 0,
     }  # fmt: skip
-
-
-# ---- profiles ----
-
-POSTGRES_LOG = """2026-01-01 10:00:00 UTC [7] LOG:  duration: 0.100 ms  parse <unnamed>: select 1
-2026-01-01 10:00:00 UTC [7] LOG:  duration: 0.200 ms  bind <unnamed>: select 1
-2026-01-01 10:00:00 UTC [7] LOG:  duration: 1.000 ms  execute <unnamed>: select 1
-2026-01-01 10:00:00 UTC [7] LOG:  checkpoint starting: time
-2026-01-01 10:00:01 UTC [8] LOG:  duration: 2.000 ms  statement: update t
-\tset a = 1
-2026-01-01 10:00:01 UTC [8] LOG:  duration: 2.500 ms  statement: update t set a = 1
-2026-01-01 10:00:01 UTC [9] LOG:  duration: 9.000 ms  statement: select own
-"""
-
-
-def test_statements_are_counted_once_with_the_time_of_all_their_steps() -> None:
-    found = samplers.statements(POSTGRES_LOG, own=9)
-
-    assert found == {"select 1": (1, pytest.approx(1.3)), "update t set a = 1": (2, pytest.approx(4.5))}
-
-
-@pytest.mark.parametrize(
-    ("stack", "function"),
-    [
-        (["main (a.py:1)", "read (actors/x.py:5)", "loads (json/__init__.py:9)"], "read (actors/x.py:5)"),
-        (["read (/srv/agentflow/x.py:5)", "f (numpy/x.py:1)"], "read (/srv/agentflow/x.py:5)"),
-        (["main (a.py:1)", "_load (<frozen importlib._bootstrap>:3)", "f (b.py:2)"], "(imports)"),
-        (["main (a.py:1)", "f (b.py:2)"], "f (b.py:2)"),
-    ],
-)
-def test_what_a_library_takes_is_charged_to_who_called_it(stack: list[str], function: str) -> None:
-    assert samplers.of_ours(stack) == function
-
-
-@pytest.mark.parametrize(
-    ("path", "thread", "name"),
-    [
-        ("/x/av.libs/libavcodec-d61378e8.so.63.1.102", "av:h264:df1", "libavcodec (h264 threads)"),
-        ("/x/libavcodec-d61378e8.so.63.1.102", "python", "libavcodec"),
-        ("/x/_multiarray_umath.cpython-313-x86_64-linux-gnu.so", "python", "_multiarray_umath"),
-        ("/x/cv2.abi3.so", "python", "cv2"),
-        ("/x/bin/postgres", "postgres", "postgres"),
-        ("[kernel.kallsyms]", "python", "kernel"),
-    ],
-)
-def test_a_module_is_named_without_its_version(path: str, thread: str, name: str) -> None:
-    assert samplers.module_name(path, thread) == name
