@@ -131,16 +131,21 @@ def _units(passage: Passage, size: int) -> Iterator[_Unit]:
 def _fitting(text: str, start: int, end: int, room: int) -> Iterator[tuple[tuple[int, int], bool]]:
     """A span, or pieces of it that fit, and whether the span ends there."""
     if tokens.count(text[start:end]) <= room:  # as nearly all do: word by word, each were counted twice more
-        yield (start, len(text[:end].rstrip())), True
+        yield (start, _trimmed(text, start, end)), True
         return
     at, used = start, 0
     for word_start, word_end in _words(text, start, end, room):
         cost = tokens.count(text[word_start:word_end])
         if used and used + cost > room:
-            yield (at, len(text[:word_start].rstrip())), False
+            yield (at, _trimmed(text, at, word_start)), False
             at, used = word_start, 0
         used += cost
-    yield (at, len(text[:end].rstrip())), True
+    yield (at, _trimmed(text, at, end)), True
+
+
+def _trimmed(text: str, start: int, end: int) -> int:
+    """The end without the white space before it. Of the span alone: with all before it a text would take its square."""
+    return start + len(text[start:end].rstrip())
 
 
 def _words(text: str, start: int, end: int, room: int) -> Iterator[tuple[int, int]]:
