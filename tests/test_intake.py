@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -94,6 +94,57 @@ def test_one_job_and_many_become_the_same_rows(conn: Connection) -> None:
     for one, other in zip(alone, together_, strict=True):
         assert value(conn, row, one.id) == value(conn, row, other.id)
         assert (column(conn, one, "then_jobs") is None) == (column(conn, other, "then_jobs") is None)
+
+
+_STORED = (
+    "insert into agentflow.rows_of_test (name, job) values (%(name)s, %(named)s) on conflict do nothing"
+    " returning job as job_id"
+)
+
+
+def of_stored(conn: Connection, name: str, new: NewJob, *, ring: bool = True) -> tuple[Prepared, list[Any] | None]:
+    p = prepare(new)
+    values = {"name": name, "named": p.id}
+    return p, inserting.one_of_stored(conn, _STORED, values, ORGANIZATION, p, ring)
+
+
+@pytest.fixture
+def stored(conn: Connection) -> Iterator[None]:
+    conn.execute("create table agentflow.rows_of_test (name text primary key, job uuid)")
+    yield
+    conn.execute("drop table agentflow.rows_of_test")
+
+
+@pytest.mark.usefixtures("stored")
+def test_a_job_beside_a_row_of_the_callers_is_as_one_alone(conn: Connection) -> None:
+    new = ping(
+        concurrency_key="k", concurrency_limit=2, max_attempts=2, head_start_s=5, callback_url="https://example.com/"
+    )
+    p, rings = of_stored(conn, "first", new)
+
+    assert [ring.job_id for ring in rings or ()] == [p.id]
+    row = "select to_jsonb(j) - array['id', 'run_at', 'wake_at', 'sent_at', 'created_at'] from agentflow.jobs j where id = %s"
+    alone = value(conn, row, submit(conn, new).job.id)
+    assert {**alone, "sends": 1} == value(conn, row, p.id)  # of two that wait in one lane the first is rung
+    assert of_stored(conn, "second", new, ring=False)[1] == []
+
+
+@pytest.mark.usefixtures("stored")
+def test_where_the_callers_row_was_there_nothing_is_written(conn: Connection) -> None:
+    first, _ = of_stored(conn, "same", ping(concurrency_key="a"))
+    _, rings = of_stored(conn, "same", ping(concurrency_key="b"))
+
+    assert rings is None
+    assert conn.execute("select id from agentflow.jobs").fetchall() == [(first.id,)]
+    assert conn.execute("select key from agentflow.concurrency_keys").fetchall() == [(f"{ORGANIZATION}:a",)]
+
+
+@pytest.mark.usefixtures("stored")
+def test_a_keys_slots_are_written_beside_a_row_of_the_callers_too(conn: Connection) -> None:
+    slots = "select slots from agentflow.concurrency_keys where key = %s"
+    for number, limit in enumerate((2, 2, 5)):
+        of_stored(conn, f"row {number}", ping(concurrency_key="k", concurrency_limit=limit))
+        assert value(conn, slots, f"{ORGANIZATION}:k") == limit
 
 
 # ---- what is refused ----

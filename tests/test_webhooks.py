@@ -16,6 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from agentflow import metrics, scraping, settings
+from agentflow.database import BoundedConnection
 from agentflow.system import System
 from agentflow.webhooks import endpoints, events, order, silence
 from agentflow.webhooks.intake import moment_of
@@ -78,6 +79,25 @@ def test_a_webhook_is_stored_with_its_job_and_told_from_a_duplicate_and_a_forger
         refused = client.get("/api/webhook-events?verdict=refused").json["events"]
         assert [(e["endpoint_id"], e["job_id"], bool(e["reason"])) for e in refused] == [(endpoint.id, None, True)]
         assert count(conn) == 1
+
+
+def test_a_new_webhook_takes_one_statement(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has few connections, and each statement more holds one for another trip."""
+    endpoint = make(client, "generic", config={"entity": "/lead"})
+    assert endpoint.send({"lead": 1}).status_code == 200  # by now the endpoint is known
+    asked: list[str] = []
+    execute = BoundedConnection.execute
+
+    def noted(self: Connection, query: Any, *args: Any, **options: Any) -> Any:
+        asked.append(str(query))
+        return execute(self, query, *args, **options)
+
+    monkeypatch.setattr(BoundedConnection, "execute", noted)
+    monkeypatch.setattr(BoundedConnection, "transaction", lambda _: pytest.fail("a transaction is two trips more"))
+
+    for lead in (1, 2):  # one that has been met, and one that has not
+        assert endpoint.send({"lead": lead, "change": "other"}).status_code == 200
+    assert len([query for query in asked if "agentflow." in query]) == 2, asked
 
 
 def test_the_same_id_with_another_body_is_kept_flagged_and_left_alone(client: FlaskClient, conn: Connection) -> None:

@@ -6,9 +6,9 @@ What is answered is what was handed in with what the database decided, and is no
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from agentflow import traces
@@ -34,31 +34,77 @@ select j.id, j.sent_at is not null, j.run_at, j.wake_at, j.created_at, j.time_li
 
 _ONE: Final = """
 select is_sent, due_at, looked_at, made_at, limit_s from agentflow.submit_one_1(
-    p_organization => %s, p_trace => %s, p_ring => %s, p_id => %s, p_type => %s, p_queue => %s, p_priority => %s::smallint,
-    p_payload => %s::jsonb, p_max_attempts => %s::smallint, p_time_limit => %s::real, p_run_at => %s::timestamptz, p_key => %s,
-    p_then => %s::jsonb, p_callback => %s, p_correlation => %s, p_idempotency_key => %s, p_retry => %s,
-    p_head_start => %s::smallint
+    p_organization => %(organization)s, p_trace => %(trace)s, p_ring => %(ring)s, p_id => %(id)s, p_type => %(type)s,
+    p_queue => %(queue)s, p_priority => %(priority)s::smallint, p_payload => %(payload)s::jsonb,
+    p_max_attempts => %(max_attempts)s::smallint, p_time_limit => %(time_limit)s::real, p_run_at => %(run_at)s::timestamptz,
+    p_key => %(key)s, p_then => %(then)s::jsonb, p_callback => %(callback)s, p_correlation => %(correlation)s,
+    p_idempotency_key => %(idempotency_key)s, p_retry => %(retry)s, p_head_start => %(head_start)s::smallint
 )
+"""
+#: The function is called for the row that `stored` returns, or not at all; a key's slots are as `name_slots` writes them.
+_OF_STORED: Final = """
+with stored as ({}), named as (
+    insert into agentflow.concurrency_keys as k (key, slots)
+    select %(key)s::text, coalesce(%(slots)s::integer, 1) from stored where %(key)s::text is not null and not exists (
+        select from agentflow.concurrency_keys n
+        where n.key = %(key)s::text and n.slots = coalesce(%(slots)s::integer, n.slots)
+    )
+    on conflict (key) do update set slots = coalesce(%(slots)s::integer, k.slots)
+)
+select s.is_sent from stored cross join lateral ({}) s
 """
 
 
 def one(conn: Connection, organization_id: int, p: Prepared, ring: bool) -> tuple[Job, list[Ring]]:
     """As `many`, at half the cost."""
-    key, slots = p.concurrency or (None, None)
-    if key is not None:
-        name_slots(conn, {key: slots})
-    trace, new = traces.carried(), p.new
-    row = conn.execute(
-        _ONE,
-        (
-            *(organization_id, trace, ring, p.id, new.type, p.queue, p.priority, p.payload, p.max_attempts),
-            *(p.time_limit_s, new.run_at, key, p.then_jobs, new.callback_url, new.correlation_id),
-            *(new.idempotency_key, new.retry_of, p.head_start_s),
-        ),
-    ).fetchone()
+    if p.concurrency is not None:
+        name_slots(conn, dict([p.concurrency]))
+    values = _values(organization_id, p, ring)
+    row = conn.execute(_ONE, values).fetchone()
     assert row is not None  # noqa: S101 - a function with OUT parameters
     is_sent, *decided = row
-    return _job(p, organization_id, None, trace, *decided), [_ring(p)] if is_sent else []
+    return _job(p, organization_id, None, values["trace"], *decided), [_ring(p)] if is_sent else []
+
+
+def one_of_stored(
+    conn: Connection, stored: str, values: Mapping[str, Any], organization_id: int, p: Prepared, ring: bool
+) -> list[Ring] | None:
+    """A row of the caller's and the job for it in one statement, which needs no transaction around it.
+
+    `stored` is an INSERT with names for `values`, none of them of the job's own, that returns the job's id as `job_id`. Where it
+    inserts nothing there is no job either: None. Else whom to ring.
+    """
+    call = _ONE.replace("%(id)s", "stored.job_id")  # so that no plan can call it first
+    row = conn.execute(_OF_STORED.format(stored, call), {**values, **_values(organization_id, p, ring)}).fetchone()
+    if row is None:
+        return None
+    return [_ring(p)] if row[0] else []
+
+
+def _values(organization_id: int, p: Prepared, ring: bool) -> dict[str, Any]:
+    key, slots = p.concurrency or (None, None)
+    new = p.new
+    return {
+        "organization": organization_id,
+        "trace": traces.carried(),
+        "ring": ring,
+        "id": p.id,
+        "type": new.type,
+        "queue": p.queue,
+        "priority": p.priority,
+        "payload": p.payload,
+        "max_attempts": p.max_attempts,
+        "time_limit": p.time_limit_s,
+        "run_at": new.run_at,
+        "key": key,
+        "slots": slots,
+        "then": p.then_jobs,
+        "callback": new.callback_url,
+        "correlation": new.correlation_id,
+        "idempotency_key": new.idempotency_key,
+        "retry": new.retry_of,
+        "head_start": p.head_start_s,
+    }
 
 
 def _ring(p: Prepared) -> Ring:

@@ -15,6 +15,9 @@ from psycopg.types.json import Jsonb
 from uuid6 import uuid7
 
 from agentflow.database import Connection
+from agentflow.jobs import inserting
+from agentflow.jobs.intake import Prepared
+from agentflow.jobs.model import Ring
 from agentflow.webhooks.endpoints import Endpoint
 
 Verdict = Literal["verified", "by_token", "conflict", "refused"]
@@ -95,16 +98,33 @@ class Filter:
 
 
 COLUMNS: Final = ", ".join(f"v.{name}" for name in Event.__dataclass_fields__)
+#: The names differ from those of a job's columns: the two go in one statement.
+_INSERT: Final = (
+    "insert into agentflow.webhook_events (id, organization_id, endpoint_id, verdict, delivery_id, delivery_key,"
+    " body_hash, type, entity, version, headers, body, size_bytes, job_id)"
+    " values (%(event)s, %(event_of)s, %(endpoint)s, %(verdict)s, %(delivery_id)s, %(delivery_key)s, %(body_hash)s,"
+    " %(event_type)s, %(entity)s, %(version)s, %(headers)s, %(body)s, %(size_bytes)s, %(event_job)s)"
+    " on conflict (endpoint_id, delivery_key) do nothing"
+)
+
+
+def store_new(
+    conn: Connection, endpoint: Endpoint, arrived: Arrived, event_id: UUID, prepared: Prepared, *, ring: bool
+) -> list[Ring] | None:
+    """Insert it and its job, and return whom to ring. None: there is one of that key, and nothing was inserted.
+
+    One statement, since senders wait: each further one holds a connection of the few for another trip.
+    """
+    key, body_hash = _key_and_hash(arrived)
+    values = _row(endpoint, arrived, event_id, key, body_hash, prepared.id)
+    return inserting.one_of_stored(
+        conn, f"{_INSERT} returning job_id", values, endpoint.organization_id, prepared, ring
+    )
 
 
 def store(conn: Connection, endpoint: Endpoint, arrived: Arrived, event_id: UUID, job_id: UUID) -> Stored:
     """Insert it, unless it is there: then that one is counted. In the transaction that inserts `job_id`, for a new one."""
-    body_hash = hashlib.sha256(arrived.body).digest()
-    key = (
-        key_of(arrived.delivery_id)
-        if arrived.delivery_id is not None
-        else hashlib.sha256(b"body:" + body_hash).digest()
-    )
+    key, body_hash = _key_and_hash(arrived)
     for _ in range(10):  # the other one may be cleaned up between the two statements
         if _insert(conn, endpoint, arrived, event_id, key, body_hash, job_id):
             return Stored(event_id, new=True)
@@ -128,6 +148,14 @@ def store(conn: Connection, endpoint: Endpoint, arrived: Arrived, event_id: UUID
             return Stored(known_id, new=False)
         return _store_conflict(conn, endpoint, arrived, event_id, key, body_hash)
     raise RuntimeError("an event was neither new nor known")
+
+
+def _key_and_hash(arrived: Arrived) -> tuple[bytes, bytes]:
+    """What must not come twice, and the body's own."""
+    body_hash = hashlib.sha256(arrived.body).digest()
+    if arrived.delivery_id is not None:
+        return key_of(arrived.delivery_id), body_hash
+    return hashlib.sha256(b"body:" + body_hash).digest(), body_hash
 
 
 def key_of(delivery_id: str) -> bytes:
@@ -294,29 +322,28 @@ def _insert(
     job_id: UUID | None,
 ) -> bool:
     """Whether it was inserted: nothing of this key is there."""
-    inserted = conn.execute(
-        "insert into agentflow.webhook_events (id, organization_id, endpoint_id, verdict, delivery_id, delivery_key,"
-        " body_hash, type, entity, version, headers, body, size_bytes, job_id)"
-        " values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
-        " on conflict (endpoint_id, delivery_key) do nothing",
-        (
-            event_id,
-            endpoint.organization_id,
-            endpoint.id,
-            arrived.verdict,
-            _storable(arrived.delivery_id),
-            key,
-            body_hash,
-            _storable(arrived.type),
-            _storable(arrived.entity),
-            arrived.version,
-            Jsonb(dict(arrived.headers)),
-            arrived.body,
-            len(arrived.body),
-            job_id,
-        ),
-    ).rowcount
-    return inserted > 0
+    return conn.execute(_INSERT, _row(endpoint, arrived, event_id, key, body_hash, job_id)).rowcount > 0
+
+
+def _row(
+    endpoint: Endpoint, arrived: Arrived, event_id: UUID, key: bytes, body_hash: bytes, job_id: UUID | None
+) -> dict[str, Any]:
+    return {
+        "event": event_id,
+        "event_of": endpoint.organization_id,
+        "endpoint": endpoint.id,
+        "verdict": arrived.verdict,
+        "delivery_id": _storable(arrived.delivery_id),
+        "delivery_key": key,
+        "body_hash": body_hash,
+        "event_type": _storable(arrived.type),
+        "entity": _storable(arrived.entity),
+        "version": arrived.version,
+        "headers": Jsonb(dict(arrived.headers)),
+        "body": arrived.body,
+        "size_bytes": len(arrived.body),
+        "event_job": job_id,
+    }
 
 
 def _store_conflict(

@@ -11,7 +11,7 @@ from uuid import UUID
 from uuid6 import uuid7
 
 from agentflow import log, metrics
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.intake import NewJob, Prepared
 from agentflow.system import System
 from agentflow.webhooks import content, events, places
 from agentflow.webhooks.endpoints import Door, Endpoint
@@ -82,10 +82,7 @@ def _keep(system: System, endpoint: Endpoint, arrived: Arrived) -> Received:
     key = concurrency_key(endpoint.id, arrived.entity)
     new = NewJob(JOB_TYPE, {"event_id": str(event_id)}, concurrency_key=key)
     prepared = system.prepare(endpoint.organization_id, new, public_only=False)
-    with system.transaction() as transaction:
-        stored = events.store(transaction.conn, endpoint, arrived, event_id, prepared.id)
-        if stored.new:
-            transaction.submit_prepared(endpoint.organization_id, prepared)
+    stored = _store(system, endpoint, arrived, event_id, prepared)
     verdict = arrived.verdict if stored.new else "conflict" if stored.conflict else "duplicate"
     metrics.webhook_received(endpoint.source, verdict)
     if stored.conflict:
@@ -95,6 +92,20 @@ def _keep(system: System, endpoint: Endpoint, arrived: Arrived) -> Received:
             endpoint=str(endpoint.id),
         )
     return Received(stored.id, duplicate=not stored.new and not stored.conflict)
+
+
+def _store(system: System, endpoint: Endpoint, arrived: Arrived, event_id: UUID, prepared: Prepared) -> events.Stored:
+    with system.transaction(one_statement=True) as transaction:
+        ring = system.broker.can_publish()
+        rings = events.store_new(transaction.conn, endpoint, arrived, event_id, prepared, ring=ring)
+        transaction.rings.extend(rings or ())
+    if rings is not None:
+        return events.Stored(event_id, new=True)
+    with system.transaction() as transaction:
+        stored = events.store(transaction.conn, endpoint, arrived, event_id, prepared.id)
+        if stored.new:  # the one that was there has been cleaned up, or is too old to count
+            transaction.submit_prepared(endpoint.organization_id, prepared)
+    return stored
 
 
 def _entity(endpoint: Endpoint, parsed: Any, delivery: Delivery) -> str | None:
