@@ -29,8 +29,11 @@ from tests.openrouter_server import KEY as MODEL_KEY
 ADMIN_KEY: Final = "mix-operator-key-of-this-run"
 STRIPE_SECRET: Final = "whsec_of_this_run"  # noqa: S105 - of a stand-in
 #: As a customer would have them for a peak of 116 jobs a second: two workers, so that one may be lost, with the threads they come
-#: with; one web process, as the Procfile starts it.
+#: with; one web process, as the Procfile starts it, with a connection for each of its threads.
 WORKERS, THREADS, WEB_PROCESSES, CUSTOMERS, GPUS = 2, 25, 1, 20, 2
+WEB_CONNECTIONS: Final = 16
+#: What takes work in goes before what does it, as with CPUWeight=500 of systemd's unit: the nice value of web's group.
+WEB_AUTOGROUP: Final = -7
 _ANSWER_S: Final = 30.0
 
 
@@ -168,7 +171,8 @@ def start(crew: Crew, environment: dict[str, str], logs: Path) -> None:
     """As the Procfile does. Raises SystemExit."""
     python = [sys.executable, "-m"]
     web = [*python, "gunicorn", "-c", str(ROOT / "web/gunicorn_config.py"), "web.wsgi:app"]
-    crew.add(Member("web", web, environment, logs / "web.log", free_port()))
+    own = {"DATABASE_POOL_SIZE": str(WEB_CONNECTIONS)}
+    crew.add(Member("web", web, {**environment, **own}, logs / "web.log", free_port()))
     crew.add(Member("scheduler", [*python, "scheduler"], environment, logs / "scheduler.log"))
     worker = [*python, "dramatiq", "actors", "--processes", "1", "--threads", str(THREADS)]
     for number in range(1, WORKERS + 1):
@@ -176,6 +180,9 @@ def start(crew: Crew, environment: dict[str, str], logs: Path) -> None:
     for name, member in crew.members.items():
         if not crew.wait_ready(name):
             raise SystemExit(f"{name} did not start:\n{member.log.read_text()[-3000:]}")
+    for process in crew.members["web"].family():
+        with suppress(OSError):  # a kernel without them, or none of our business: in a container
+            Path(f"/proc/{process.pid}/autogroup").write_text(str(WEB_AUTOGROUP))
 
 
 def customers(port: int, places: dict[str, Any]) -> list[Customer]:
