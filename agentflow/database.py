@@ -233,6 +233,11 @@ class Database:
     def _configure(self, conn: BoundedConnection) -> None:
         conn.answer_timeout_s = self.answer_timeout_s
 
+    def waited_s(self) -> float:
+        """How long all threads of this process have waited for a connection of its pool since it was made."""
+        pool = self._pool
+        return pool.get_stats().get("requests_wait_ms", 0) / 1000 if pool is not None else 0.0
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()

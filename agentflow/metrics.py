@@ -360,7 +360,20 @@ def own(system: System) -> Iterator[Metric]:
 
 def _registries(system: System) -> Iterator[CollectorRegistry]:
     yield REGISTRY
+    yield _of_pool(system)
     if system.settings.uses_redis:
         yield OF_REDIS
     if system.settings.rabbitmq_url is not None:
         yield OF_RABBITMQ
+
+
+def _of_pool(system: System) -> CollectorRegistry:
+    """Made for each answer: the pool counts by itself."""
+    registry = CollectorRegistry()
+    waited = Counter(
+        "agentflow_database_pool_wait_seconds",
+        "Time that threads of this process have waited for one of its DATABASE_POOL_SIZE connections",
+        registry=registry,
+    )
+    waited.inc(system.database.waited_s())
+    return registry

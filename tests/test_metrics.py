@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 from uuid import uuid4
 
@@ -14,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from agentflow import metrics, scraping, settings
 from agentflow.jobs import registry, statistics
 from agentflow.system import System
+from tests.processes import eventually
 from tests.web_support import claim, client, run, submit
 from web import create_app
 
@@ -43,6 +46,7 @@ def test_the_contracts_names_are_there_before_anything_happened(system: System) 
         "worker_jobs_processing",
         "worker_job_duration_seconds_count",
         "worker_redis_connection_status",
+        "agentflow_database_pool_wait_seconds_total",
         "worker_redis_reconnect_attempts_total",
         "agentflow_rescued_total",
         "agentflow_lost_leases_total",
@@ -229,6 +233,27 @@ def test_a_scrape_says_whether_redis_answers(system: System, environment: dict[s
     assert with_redis["worker_redis_connection_status", ()] == 1
     assert without["worker_redis_connection_status", ()] == 0
     lonely.close()
+
+
+def test_threads_that_wait_for_a_connection_are_seen(system: System) -> None:
+    name = "agentflow_database_pool_wait_seconds_total"
+
+    def ask() -> None:
+        with system.database.connection() as conn:
+            conn.execute("select 1")
+
+    with ThreadPoolExecutor(1) as threads, ExitStack() as held:
+        for _ in range(system.settings.database_pool_size):
+            held.enter_context(system.database.connection())
+        before = value(system, name)  # of connections that had to be made
+        late = threads.submit(ask)
+        pool = system.database._pool
+        assert pool is not None
+        eventually(lambda: pool.get_stats().get("requests_waiting") == 1)
+        time.sleep(0.05)
+        held.close()
+        late.result(10)
+    assert value(system, name) >= before + 0.05
 
 
 def test_requests_are_counted_by_route_and_not_by_path(client: FlaskClient, system: System) -> None:
