@@ -157,7 +157,10 @@ class Settings(BaseModel):
     shutdown_grace: Seconds = Field(
         25.0, description="Seconds that running jobs get on SIGTERM; keep 3 s below the platform's kill"
     )
-    database_pool_size: Count = Field(5, description="Most connections of a process's pool (a worker uses 5 more); for web under load as many as WEB_THREADS")
+    database_pool_size: Count = Field(
+        5,
+        description="Most connections of a process's pool (a worker uses 5 more); for web under load as many as WEB_THREADS",
+    )
     retain_succeeded_hours: Seconds = Field(24.0, description="Succeeded jobs are kept while younger than this …")
     retain_succeeded_count: Annotated[int, Field(ge=0)] = Field(1000, description="… or among the newest of these")
     retain_failed_hours: Seconds = Field(168.0, description="Failed and cancelled jobs: the same …")
