@@ -7,12 +7,12 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 import redis
@@ -24,7 +24,7 @@ from agentflow.calls import Calls
 from agentflow.comfyui.clients import Clients
 from agentflow.connections import Connections
 from agentflow.database import Connection, Database, Unavailable
-from agentflow.jobs import dispatch, intake, records, rules, statistics
+from agentflow.jobs import dispatch, inserting, intake, records, rules, statistics
 from agentflow.jobs.intake import NewJob, Prepared, Submitted
 from agentflow.jobs.model import Job, Ring, State
 from agentflow.kept import Kept
@@ -69,6 +69,13 @@ class Transaction:
         submitted = intake.submit(self.conn, organization_id, prepared, idempotency_hours=hours, ring=ring)
         self.rings.extend(submitted.rings)
         return submitted
+
+    def submit_with(self, stored: str, values: Mapping[str, Any], organization_id: int, prepared: Prepared) -> bool:
+        """A row of the caller's and the job for it, by one statement: see inserting.one_of_stored. Whether they were inserted."""
+        ring = self.system.broker.can_publish()
+        rings = inserting.one_of_stored(self.conn, stored, values, organization_id, prepared, ring)
+        self.rings.extend(rings or ())
+        return rings is not None
 
     def submit_many(self, organization_id: int, prepared: list[Prepared], *, batch_id: UUID | None = None) -> list[Job]:
         ring = self.system.broker.can_publish()

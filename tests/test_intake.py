@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 import actors  # noqa: F401 - declares the product's types
+from agentflow.database import BoundedConnection
 from agentflow.jobs import batches, dispatch, inserting, intake, records
 from agentflow.jobs.intake import (
     MAX_THEN_DEPTH,
@@ -502,6 +503,24 @@ def test_jobs_are_rung_once_the_callers_transaction_is_committed(system: System,
     assert [id_ for id_, _ in broker.rung] == [first.id, second.id, again.job.id]
 
 
+@pytest.mark.usefixtures("stored")
+def test_a_job_beside_a_row_of_the_callers_is_rung_and_one_that_was_not_made_is_not(
+    system: System, conn: Connection
+) -> None:
+    broker = system.publisher._broker = Broker(conn)
+    made = []
+
+    for _ in range(2):
+        p = prepare(ping())
+        with system.transaction(one_statement=True) as transaction:
+            made.append((transaction.submit_with(_STORED, {"name": "same", "named": p.id}, ORGANIZATION, p), p.id))
+    system.publisher.close()
+
+    (is_new, first), (again, _) = made
+    assert (is_new, again) == (True, False)
+    assert [id_ for id_, _ in broker.rung] == [first]
+
+
 def test_a_ring_that_failed_is_taken_back(system: System, conn: Connection) -> None:
     class Away(Broker):
         def ring(self, rings: Any) -> None:
@@ -523,7 +542,7 @@ def test_a_key_too_long_for_an_index_is_refused_by_name(field: str) -> None:
 
 @pytest.mark.parametrize(
     "keys",
-    [{"idempotency_key": "once"}, {"unique": Unique("one")}, {"concurrency_key": "file 1"}],
+    [{"idempotency_key": "once"}, {"unique": Unique("one")}, {"unique": Unique("one"), "concurrency_key": "file 1"}],
     ids=["idempotency", "unique", "concurrency"],
 )
 def test_of_what_takes_several_statements_nothing_is_left_when_the_last_fails(
@@ -543,7 +562,24 @@ def test_of_what_takes_several_statements_nothing_is_left_when_the_last_fails(
 
     with system.database.connection() as conn:
         assert jobs(conn) == 0
-        for beside in ("idempotency_keys", "unique_keys"):
+        for beside in ("idempotency_keys", "unique_keys", "concurrency_keys"):
             assert value(conn, f"select count(*) from agentflow.{beside}") == 0  # noqa: S608 - constants
     monkeypatch.setattr(inserting, "one", insert)
     assert system.submit(ORGANIZATION, request).created
+
+
+def test_a_key_is_named_by_the_jobs_own_statement_and_not_without_its_job(
+    system: System, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BoundedConnection, "transaction", lambda _: pytest.fail("BEGIN and COMMIT are two trips more"))
+    slots = "select slots from agentflow.concurrency_keys where key = %s"
+
+    for number in (2, 2, 3):
+        job = system.submit(ORGANIZATION, ping(concurrency_key="k", concurrency_limit=number)).job
+        assert (job, value(conn, slots, f"{ORGANIZATION}:k")) == (read(conn, job), number)
+
+    conn.execute("alter table agentflow.jobs add constraint none_of_these check (concurrency_key not like '%%:bad')")
+    with pytest.raises(psycopg.errors.CheckViolation):
+        system.submit(ORGANIZATION, ping(concurrency_key="bad"))
+    conn.execute("alter table agentflow.jobs drop constraint none_of_these")
+    assert value(conn, "select count(*) from agentflow.concurrency_keys where key like '%%:bad'") == 0

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from agentflow import metrics, scraping, settings
 from agentflow.database import BoundedConnection
 from agentflow.system import System
-from agentflow.webhooks import endpoints, events, order, silence
+from agentflow.webhooks import endpoints, events, keeping, order, silence
 from agentflow.webhooks.intake import moment_of
 from agentflow.webhooks.retention import delete_events
 from tests.calendar_support import cleaned_up
@@ -227,14 +227,14 @@ def test_headers_are_kept_without_what_opens_anything(client: FlaskClient) -> No
 def test_of_what_is_refused_no_more_is_kept_than_is_of_use(
     client: FlaskClient, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "REFUSED_PER_HOUR", 3)
+    monkeypatch.setattr(keeping, "REFUSED_PER_HOUR", 3)
     endpoint = make(client, "telegram")
     for number in range(5):
         answer = client.post(endpoint.path, data=b"x" * (20_000 + number))
         problem(answer, 401)
 
     rows = conn.execute("select length(body), size_bytes from agentflow.webhook_events").fetchall()
-    assert rows == [(events.REFUSED_BODY_BYTES, 20_000 + number) for number in range(3)]
+    assert rows == [(keeping.REFUSED_BODY_BYTES, 20_000 + number) for number in range(3)]
 
 
 def test_an_endpoint_whose_secrets_are_all_over_verifies_nothing(client: FlaskClient, conn: Connection) -> None:

@@ -30,8 +30,6 @@ select j.id, j.sent_at is not null, j.run_at, j.wake_at, j.created_at, j.time_li
     p_head_starts => %(head_starts)s::smallint[]
 ) j
 """
-
-
 _ONE: Final = """
 select is_sent, due_at, looked_at, made_at, limit_s from agentflow.submit_one_1(
     p_organization => %(organization)s, p_trace => %(trace)s, p_ring => %(ring)s, p_id => %(id)s, p_type => %(type)s,
@@ -41,26 +39,26 @@ select is_sent, due_at, looked_at, made_at, limit_s from agentflow.submit_one_1(
     p_idempotency_key => %(idempotency_key)s, p_retry => %(retry)s, p_head_start => %(head_start)s::smallint
 )
 """
-#: The function is called for the row that `stored` returns, or not at all; a key's slots are as `name_slots` writes them.
-_OF_STORED: Final = """
-with stored as ({}), named as (
-    insert into agentflow.concurrency_keys as k (key, slots)
-    select %(key)s::text, coalesce(%(slots)s::integer, 1) from stored where %(key)s::text is not null and not exists (
-        select from agentflow.concurrency_keys n
-        where n.key = %(key)s::text and n.slots = coalesce(%(slots)s::integer, n.slots)
-    )
-    on conflict (key) do update set slots = coalesce(%(slots)s::integer, k.slots)
+#: A key's number of slots is written where it changed. None: others count them; a key that nobody has counted yet has one.
+#: Read first: ON CONFLICT DO UPDATE locks the row even when equal.
+_NAME: Final = """
+insert into agentflow.concurrency_keys as k (key, slots)
+select %(key)s::text, coalesce(%(slots)s::integer, 1) {} where not exists (
+    select from agentflow.concurrency_keys n where n.key = %(key)s::text and n.slots = coalesce(%(slots)s::integer, n.slots)
 )
-select s.is_sent from stored cross join lateral ({}) s
+on conflict (key) do update set slots = coalesce(%(slots)s::integer, k.slots)
 """
+_NAME_KEY: Final = _NAME.format("")
+_ONE_KEYED: Final = "with named as (" + _NAME_KEY + ")" + _ONE
+_AND_NAMED: Final = ", named as (" + _NAME.format("from stored") + ")"
+#: The function is called for the row that `stored` returns, or not at all.
+_ONE_OF_STORED: Final = _ONE.replace("%(id)s", "stored.job_id")
 
 
 def one(conn: Connection, organization_id: int, p: Prepared, ring: bool) -> tuple[Job, list[Ring]]:
-    """As `many`, at half the cost."""
-    if p.concurrency is not None:
-        name_slots(conn, dict([p.concurrency]))
+    """As `many`, at half the cost; with a concurrency key, too, it is one statement."""
     values = _values(organization_id, p, ring)
-    row = conn.execute(_ONE, values).fetchone()
+    row = conn.execute(_ONE if p.concurrency is None else _ONE_KEYED, values).fetchone()
     assert row is not None  # noqa: S101 - a function with OUT parameters
     is_sent, *decided = row
     return _job(p, organization_id, None, values["trace"], *decided), [_ring(p)] if is_sent else []
@@ -74,8 +72,11 @@ def one_of_stored(
     `stored` is an INSERT with names for `values`, none of them of the job's own, that returns the job's id as `job_id`. Where it
     inserts nothing there is no job either: None. Else whom to ring.
     """
-    call = _ONE.replace("%(id)s", "stored.job_id")  # so that no plan can call it first
-    row = conn.execute(_OF_STORED.format(stored, call), {**values, **_values(organization_id, p, ring)}).fetchone()
+    named = "" if p.concurrency is None else _AND_NAMED
+    row = conn.execute(
+        f"with stored as ({stored}){named} select s.is_sent from stored cross join lateral ({_ONE_OF_STORED}) s",  # noqa: S608 - constants
+        {**values, **_values(organization_id, p, ring)},
+    ).fetchone()
     if row is None:
         return None
     return [_ring(p)] if row[0] else []
@@ -199,10 +200,7 @@ def many(
 
 
 def name_slots(conn: Connection, slots: dict[str, int | None]) -> None:
-    """Write a key's number of slots where it changed. Read first: ON CONFLICT DO UPDATE locks the row even when equal.
-
-    None: others count them; a key that nobody has counted yet has one.
-    """
+    """Of many keys those that changed are written, one by one: nearly always none."""
     known = dict(
         conn.execute(
             "select key, slots from agentflow.concurrency_keys where key = any (%s)", (list(slots),)
@@ -210,8 +208,4 @@ def name_slots(conn: Connection, slots: dict[str, int | None]) -> None:
     )
     for key, number in sorted(slots.items()):
         if key not in known or number not in (None, known[key]):
-            conn.execute(
-                "insert into agentflow.concurrency_keys as k (key, slots) values (%(key)s, coalesce(%(slots)s, 1))"
-                " on conflict (key) do update set slots = coalesce(%(slots)s, k.slots)",
-                {"key": key, "slots": number},
-            )
+            conn.execute(_NAME_KEY, {"key": key, "slots": number})

@@ -237,7 +237,7 @@ def _children(
 
 def is_one_statement(prepared: Prepared) -> bool:
     """Whether `submit` does it in one: nothing is looked up, and nothing written beside the row."""
-    return prepared.new.idempotency_key is None and prepared.unique is None and prepared.concurrency is None
+    return prepared.new.idempotency_key is None and prepared.unique is None
 
 
 def submit(

@@ -11,7 +11,7 @@ from uuid import UUID
 from psycopg import sql
 
 from agentflow.database import Connection
-from agentflow.webhooks import events
+from agentflow.webhooks import events, keeping
 from agentflow.webhooks.events import Event, Filter
 
 #: For one page so many rows are looked through for those that are asked for.
@@ -100,7 +100,7 @@ def delivered_as(conn: Connection, organization_id: int | None, delivery_id: str
         f"select {events.COLUMNS} from agentflow.webhook_endpoints e"  # noqa: S608 - constants
         " join agentflow.webhook_events v on v.endpoint_id = e.id and v.delivery_key = %(key)s"
         " where (%(organization)s::bigint is null or e.organization_id = %(organization)s) order by v.id desc limit 1",
-        {"organization": organization_id, "key": events.key_of(delivery_id)},
+        {"organization": organization_id, "key": keeping.key_of(delivery_id)},
     ).fetchone()
     return Event(*row) if row else None
 

@@ -1,40 +1,19 @@
-"""Deliveries as rows: kept as they came, once; what became of them; and how they are told apart."""
+"""Deliveries that were kept, as rows: how they are found, and what became of them."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal
 from uuid import UUID
 
-from psycopg.types.json import Jsonb
-from uuid6 import uuid7
-
 from agentflow.database import Connection
-from agentflow.jobs import inserting
-from agentflow.jobs.intake import Prepared
-from agentflow.jobs.model import Ring
-from agentflow.webhooks.endpoints import Endpoint
 
 Verdict = Literal["verified", "by_token", "conflict", "refused"]
 Outcome = Literal["done", "stale", "ignored", "failed"]
 
 VERDICTS: Final[tuple[Verdict, ...]] = ("verified", "by_token", "conflict", "refused")
 OUTCOMES: Final[tuple[Outcome, ...]] = ("done", "stale", "ignored", "failed")
-
-#: Without an id the body is what must not come twice. Not for ever: a lead that is deleted, restored and deleted again makes
-#: two bodies that are equal. Senders that repeat themselves have given up by then (Kommo's last try is after two hours).
-BODY_REMEMBERED_S: Final = 6 * 3600.0
-#: Of what was refused so many are kept for an endpoint and hour, and so much of each: enough to see what is wrong.
-REFUSED_PER_HOUR: Final = 100
-REFUSED_BODY_BYTES: Final = 16 << 10
-#: A header of such a name holds what opens something.
-_SECRET_HEADER: Final = re.compile(r"auth|cookie|secret|token|signature|password|credential|(^|-)key($|-)|api-?key")
-REDACTED: Final = "[redacted]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +42,6 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
-    """What is stored of a delivery that was let in."""
-
-    verdict: Verdict
-    headers: Mapping[str, str]
-    body: bytes
-    delivery_id: str | None = None
-    type: str | None = None
-    entity: str | None = None
-    version: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """`new`: there was none of that id or body. `conflict`: there was one of that id with another body; this one is kept too."""
-
-    id: UUID
-    new: bool
-    conflict: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Filter:
     """Which events; None: all. `pending`: those that were not handled."""
 
@@ -98,99 +55,6 @@ class Filter:
 
 
 COLUMNS: Final = ", ".join(f"v.{name}" for name in Event.__dataclass_fields__)
-#: The names differ from those of a job's columns: the two go in one statement.
-_INSERT: Final = (
-    "insert into agentflow.webhook_events (id, organization_id, endpoint_id, verdict, delivery_id, delivery_key,"
-    " body_hash, type, entity, version, headers, body, size_bytes, job_id)"
-    " values (%(event)s, %(event_of)s, %(endpoint)s, %(verdict)s, %(delivery_id)s, %(delivery_key)s, %(body_hash)s,"
-    " %(event_type)s, %(entity)s, %(version)s, %(headers)s, %(body)s, %(size_bytes)s, %(event_job)s)"
-    " on conflict (endpoint_id, delivery_key) do nothing"
-)
-
-
-def store_new(
-    conn: Connection, endpoint: Endpoint, arrived: Arrived, event_id: UUID, prepared: Prepared, *, ring: bool
-) -> list[Ring] | None:
-    """Insert it and its job, and return whom to ring. None: there is one of that key, and nothing was inserted.
-
-    One statement, since senders wait: each further one holds a connection of the few for another trip.
-    """
-    key, body_hash = _key_and_hash(arrived)
-    values = _row(endpoint, arrived, event_id, key, body_hash, prepared.id)
-    return inserting.one_of_stored(
-        conn, f"{_INSERT} returning job_id", values, endpoint.organization_id, prepared, ring
-    )
-
-
-def store(conn: Connection, endpoint: Endpoint, arrived: Arrived, event_id: UUID, job_id: UUID) -> Stored:
-    """Insert it, unless it is there: then that one is counted. In the transaction that inserts `job_id`, for a new one."""
-    key, body_hash = _key_and_hash(arrived)
-    for _ in range(10):  # the other one may be cleaned up between the two statements
-        if _insert(conn, endpoint, arrived, event_id, key, body_hash, job_id):
-            return Stored(event_id, new=True)
-        known = conn.execute(
-            "select id, body_hash, received_at < clock_timestamp() - make_interval(secs => %s)"
-            " from agentflow.webhook_events where endpoint_id = %s and delivery_key = %s and organization_id = %s",
-            (BODY_REMEMBERED_S, endpoint.id, key, endpoint.organization_id),
-        ).fetchone()
-        if known is None:
-            continue
-        known_id, known_hash, is_old = known
-        if arrived.delivery_id is None and is_old:
-            conn.execute(
-                "update agentflow.webhook_events set delivery_key = null where id = %s and organization_id = %s"
-                " and delivery_key = %s",
-                (known_id, endpoint.organization_id, key),
-            )
-            continue
-        if bytes(known_hash) == body_hash:
-            _count_duplicate(conn, endpoint, known_id)
-            return Stored(known_id, new=False)
-        return _store_conflict(conn, endpoint, arrived, event_id, key, body_hash)
-    raise RuntimeError("an event was neither new nor known")
-
-
-def _key_and_hash(arrived: Arrived) -> tuple[bytes, bytes]:
-    """What must not come twice, and the body's own."""
-    body_hash = hashlib.sha256(arrived.body).digest()
-    if arrived.delivery_id is not None:
-        return key_of(arrived.delivery_id), body_hash
-    return hashlib.sha256(b"body:" + body_hash).digest(), body_hash
-
-
-def key_of(delivery_id: str) -> bytes:
-    return hashlib.sha256(b"id:" + delivery_id.encode(errors="replace")).digest()
-
-
-def refuse(conn: Connection, endpoint: Endpoint, headers: Mapping[str, str], body: bytes, reason: str) -> bool:
-    """Remember a delivery that was not let in: its beginning, and not more of them than are of use. Whether it was kept."""
-    kept = conn.execute(
-        "insert into agentflow.webhook_events (id, organization_id, endpoint_id, verdict, reason, body_hash, headers, body,"
-        " size_bytes) select %(id)s, %(organization)s, %(endpoint)s, 'refused', %(reason)s, %(hash)s, %(headers)s, %(body)s,"
-        " %(size)s where (select count(*) from (select from agentflow.webhook_events r where r.endpoint_id = %(endpoint)s"
-        " and r.organization_id = %(organization)s and r.verdict = 'refused'"
-        " and r.received_at > clock_timestamp() - interval '1 h' limit %(most)s) x) < %(most)s",
-        {
-            "id": UUID(int=uuid7().int),
-            "organization": endpoint.organization_id,
-            "endpoint": endpoint.id,
-            "reason": reason,
-            "hash": hashlib.sha256(body).digest(),
-            "headers": Jsonb(dict(headers)),
-            "body": body[:REFUSED_BODY_BYTES],
-            "size": len(body),
-            "most": REFUSED_PER_HOUR,
-        },
-    ).rowcount
-    return kept > 0
-
-
-def redacted(headers: Mapping[str, str], hidden: tuple[str, ...]) -> dict[str, str]:
-    """What is kept of the headers: by lower-case name, without what opens anything."""
-    return {
-        name: REDACTED if name in hidden or _SECRET_HEADER.search(name) else _storable(value)
-        for name, value in headers.items()
-    }
 
 
 def get(conn: Connection, organization_id: int | None, event_id: UUID) -> Event | None:
@@ -310,65 +174,3 @@ def _values(organization_id: int | None, wanted: Filter) -> dict[str, Any]:
         "from": first_id_of(wanted.received_from) if wanted.received_from else None,
         "to": first_id_of(wanted.received_to) if wanted.received_to else None,
     }
-
-
-def _insert(
-    conn: Connection,
-    endpoint: Endpoint,
-    arrived: Arrived,
-    event_id: UUID,
-    key: bytes,
-    body_hash: bytes,
-    job_id: UUID | None,
-) -> bool:
-    """Whether it was inserted: nothing of this key is there."""
-    return conn.execute(_INSERT, _row(endpoint, arrived, event_id, key, body_hash, job_id)).rowcount > 0
-
-
-def _row(
-    endpoint: Endpoint, arrived: Arrived, event_id: UUID, key: bytes, body_hash: bytes, job_id: UUID | None
-) -> dict[str, Any]:
-    return {
-        "event": event_id,
-        "event_of": endpoint.organization_id,
-        "endpoint": endpoint.id,
-        "verdict": arrived.verdict,
-        "delivery_id": _storable(arrived.delivery_id),
-        "delivery_key": key,
-        "body_hash": body_hash,
-        "event_type": _storable(arrived.type),
-        "entity": _storable(arrived.entity),
-        "version": arrived.version,
-        "headers": Jsonb(dict(arrived.headers)),
-        "body": arrived.body,
-        "size_bytes": len(arrived.body),
-        "event_job": job_id,
-    }
-
-
-def _store_conflict(
-    conn: Connection, endpoint: Endpoint, arrived: Arrived, event_id: UUID, key: bytes, body_hash: bytes
-) -> Stored:
-    """Which of the two is right nobody here can know: kept, and left alone."""
-    both = hashlib.sha256(b"conflict:" + key + body_hash).digest()
-    flagged = dataclasses.replace(arrived, verdict="conflict")
-    if _insert(conn, endpoint, flagged, event_id, both, body_hash, None):
-        return Stored(event_id, new=False, conflict=True)
-    row = conn.execute(
-        "select id from agentflow.webhook_events where endpoint_id = %s and delivery_key = %s and organization_id = %s",
-        (endpoint.id, both, endpoint.organization_id),
-    ).fetchone()
-    assert row is not None  # noqa: S101 - what stood in the way of the INSERT; retention takes none that is new
-    _count_duplicate(conn, endpoint, row[0])
-    return Stored(row[0], new=False)
-
-
-def _count_duplicate(conn: Connection, endpoint: Endpoint, event_id: UUID) -> None:
-    conn.execute(
-        "update agentflow.webhook_events set duplicates = duplicates + 1 where id = %s and organization_id = %s",
-        (event_id, endpoint.organization_id),
-    )
-
-
-def _storable(text: str | None) -> Any:
-    return re.sub("[\x00\ud800-\udfff]", "\ufffd", text) if text is not None else None

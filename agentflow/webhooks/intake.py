@@ -13,9 +13,9 @@ from uuid6 import uuid7
 from agentflow import log, metrics
 from agentflow.jobs.intake import NewJob, Prepared
 from agentflow.system import System
-from agentflow.webhooks import content, events, places
+from agentflow.webhooks import content, keeping, places
 from agentflow.webhooks.endpoints import Door, Endpoint
-from agentflow.webhooks.events import Arrived
+from agentflow.webhooks.keeping import Arrived
 from agentflow.webhooks.sources import SOURCES, slack
 from agentflow.webhooks.sources.delivery import Delivery, Forged, text_of
 
@@ -41,7 +41,7 @@ class Received:
 def receive(system: System, door: Door, delivery: Delivery) -> Received:
     """Returns after the commit. Raises Forged, and what the database raises when it is away."""
     endpoint, source = door.endpoint, SOURCES[door.endpoint.source]
-    headers = events.redacted(delivery.headers, (*source.hidden, endpoint.config.hmac.header.lower()))
+    headers = keeping.redacted(delivery.headers, (*source.hidden, endpoint.config.hmac.header.lower()))
     try:
         if source.secret != "none" and not door.secrets:  # noqa: S105 - no secret
             raise Forged("this endpoint has no live secret")
@@ -49,7 +49,7 @@ def receive(system: System, door: Door, delivery: Delivery) -> Received:
     except Forged as error:
         metrics.webhook_received(source.name, "refused")
         with system.database.connection() as conn:
-            kept = events.refuse(conn, endpoint, headers, delivery.body, str(error))
+            kept = keeping.refuse(conn, endpoint, headers, delivery.body, str(error))
         if kept:  # a flood of them fills neither the table nor the log
             logger.warning("a webhook was refused", endpoint=str(endpoint.id), source=source.name, reason=str(error))
         raise
@@ -94,16 +94,16 @@ def _keep(system: System, endpoint: Endpoint, arrived: Arrived) -> Received:
     return Received(stored.id, duplicate=not stored.new and not stored.conflict)
 
 
-def _store(system: System, endpoint: Endpoint, arrived: Arrived, event_id: UUID, prepared: Prepared) -> events.Stored:
+def _store(system: System, endpoint: Endpoint, arrived: Arrived, event_id: UUID, prepared: Prepared) -> keeping.Stored:
+    """A new one takes one statement: senders wait, and each further one holds a connection of the few for another trip."""
+    row = keeping.row_of(endpoint, arrived, event_id, prepared.id)
     with system.transaction(one_statement=True) as transaction:
-        ring = system.broker.can_publish()
-        rings = events.store_new(transaction.conn, endpoint, arrived, event_id, prepared, ring=ring)
-        transaction.rings.extend(rings or ())
-    if rings is not None:
-        return events.Stored(event_id, new=True)
+        is_new = transaction.submit_with(keeping.INSERT, row, endpoint.organization_id, prepared)
+    if is_new:
+        return keeping.Stored(event_id, new=True)
     with system.transaction() as transaction:
-        stored = events.store(transaction.conn, endpoint, arrived, event_id, prepared.id)
-        if stored.new:  # the one that was there has been cleaned up, or is too old to count
+        stored = keeping.store_known(transaction.conn, endpoint, arrived, event_id, prepared.id)
+        if stored.new:
             transaction.submit_prepared(endpoint.organization_id, prepared)
     return stored
 
