@@ -24,9 +24,10 @@ from agentflow.calls import Calls
 from agentflow.comfyui.clients import Clients
 from agentflow.connections import Connections
 from agentflow.database import Connection, Database, Unavailable
-from agentflow.jobs import dispatch, inserting, intake, records, rules, statistics
-from agentflow.jobs.intake import NewJob, Prepared, Submitted
+from agentflow.jobs import dispatch, inserting, intake, records, requests, rules, statistics
+from agentflow.jobs.intake import Submitted
 from agentflow.jobs.model import Job, Ring, State
+from agentflow.jobs.requests import NewJob, Prepared
 from agentflow.kept import Kept
 from agentflow.knowledge.embedding import Embeddings
 from agentflow.limits import Limits
@@ -311,7 +312,7 @@ class System:
 
     def prepare(self, organization_id: int, new: NewJob, *, public_only: bool = True) -> Prepared:
         """Check a request for a job, without the database. Raises InvalidJob, UnknownType."""
-        return intake.prepare(
+        return requests.prepare(
             new,
             organization_id=organization_id,
             max_payload_bytes=self.settings.job_payload_bytes,

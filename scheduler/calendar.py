@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from agentflow import log, metrics, sentry
 from agentflow.database import Connection, Unavailable
-from agentflow.jobs.intake import InvalidJob
 from agentflow.jobs.registry import UnknownType
+from agentflow.jobs.requests import InvalidJob
 from agentflow.schedules import firing, records, ticks
 from agentflow.schedules.ticks import Outcome, Tick
 from agentflow.schedules.when import EPOCH

@@ -11,8 +11,8 @@ from typing import Final
 
 from agentflow.database import Connection
 from agentflow.jobs import rules
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.schedules import canaries
 from agentflow.schedules.canaries import Canary
 from agentflow.schedules.ticks import Tick

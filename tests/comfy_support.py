@@ -19,8 +19,8 @@ from agentflow import settings
 from agentflow.comfyui import attempt, sending, sightings
 from agentflow.comfyui.keeper import Keeper
 from agentflow.jobs import settlement
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, State, Verdict
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from agentflow.worker import middleware
 from agentflow.worker.running import JobContext, Running

@@ -23,8 +23,8 @@ from uuid6 import uuid7
 
 from agentflow import embedded
 from agentflow.jobs import claims, intake, records, settlement
-from agentflow.jobs.intake import NewJob, Prepared
 from agentflow.jobs.model import Job, Outcome, Settled, State, Verdict
+from agentflow.jobs.requests import NewJob, Prepared
 from tests.conftest import new_database
 
 T = TypeVar("T")

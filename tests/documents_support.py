@@ -14,9 +14,9 @@ import pytest
 from actors.generate_embeddings import child
 from agentflow.errors import JobError
 from agentflow.jobs import claims, records, registry
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
 from agentflow.jobs.registry import Payload, job
+from agentflow.jobs.requests import NewJob
 from agentflow.knowledge import documents
 from agentflow.knowledge.documents import Document, Source
 from agentflow.system import System

@@ -18,8 +18,8 @@ from actors.extract_graph.job import ExtractGraph, extract_graph
 from agentflow import settings
 from agentflow.errors import Transient, Wait
 from agentflow.jobs import claims
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.knowledge import graph, graph_matches
 from agentflow.knowledge.clusters import Match
 from agentflow.knowledge.graph import Entity, Mention, Relation, Span

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import psycopg
 
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.jobs.unique import Unique
 from agentflow.kommo import accounts, touched
 from agentflow.kommo.accounts import Account

@@ -15,8 +15,8 @@ import actors  # noqa: F401 - declares the product's types
 from agentflow import settings
 from agentflow.errors import JobError, Permanent, Wait
 from agentflow.jobs import registry, settlement
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Verdict
+from agentflow.jobs.requests import NewJob
 from agentflow.kommo import accounts, entities
 from agentflow.kommo.accounts import Account, Credentials
 from agentflow.system import System

@@ -22,7 +22,7 @@ import httpx2
 import psycopg
 
 from agentflow import settings
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests import http_server, job_types, processes  # noqa: F401 - registers the tests' job types
 from tests.callers import PATIENCE_S, Caller, Follower, Waiter

@@ -20,8 +20,8 @@ from agentflow.backup.errors import Damaged, Refused
 from agentflow.backup.place import Place
 from agentflow.jobs import files
 from agentflow.jobs.files import Doomed
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import QUEUES
+from agentflow.jobs.requests import NewJob
 from agentflow.kommo import accounts
 from agentflow.secrets import Sealer
 from agentflow.storage import StorageError

@@ -12,7 +12,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.backup_support import target

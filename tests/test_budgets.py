@@ -12,8 +12,8 @@ import psycopg
 import pytest
 
 from agentflow.jobs import budgets, dispatch, records, rules, usage
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.jobs.usage import Usage
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types

@@ -20,7 +20,7 @@ import pytest
 from agentflow import health, scraping, settings
 from agentflow.errors import Permanent
 from agentflow.jobs import rules
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.schedules import canaries, firing, records, ticks
 from agentflow.schedules.ticks import KEPT, Tick
 from agentflow.schedules.when import When

@@ -21,9 +21,9 @@ import actors  # noqa: F401 - declares the product's types
 from actors import deliver_callback as actor
 from agentflow import settings, signing
 from agentflow.errors import Permanent, Transient
-from agentflow.jobs import batches, callbacks, intake, records, registry, retention, settlement
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs import batches, callbacks, records, registry, retention, settlement, unique
 from agentflow.jobs.model import Job, Verdict
+from agentflow.jobs.requests import NewJob
 from agentflow.secrets import Sealer, Unreadable
 from agentflow.system import System
 from tests.core_support import ORGANIZATION, claim, pass_time, value
@@ -428,7 +428,7 @@ def test_a_batch_whose_jobs_end_in_one_statement_calls_back_once(sender: System,
 
 
 def test_a_batch_of_nothing_new_calls_back_at_once(sender: System, conn: Connection) -> None:
-    new = NewJob("ping", {}, unique=intake.Unique("k"))
+    new = NewJob("ping", {}, unique=unique.Unique("k"))
     sender.submit(ORGANIZATION, new)
     with sender.database.transaction() as c:
         batch = batches.submit(

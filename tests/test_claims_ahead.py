@@ -11,8 +11,8 @@ import pytest
 
 from agentflow import metrics
 from agentflow.broker import DeliveredMessage, message_for
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Ring, Verdict
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from agentflow.worker.claimer import ClaimAbandoned
 from agentflow.worker.running import JobContext, Running

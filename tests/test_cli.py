@@ -23,7 +23,7 @@ import actors  # noqa: F401 - makes ping known
 from agentflow import settings
 from agentflow.cli import checkup, commands, output, running, video
 from agentflow.cli.checkup import network, postgres, redis
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests.clips import film, real_clips, write_film  # noqa: F401 - a fixture
 from tests.processes import ROOT, free_port

@@ -18,7 +18,7 @@ from agentflow.comfyui import pool, prompts
 from agentflow.comfyui.client import HTTP_CONNECTIONS, Client
 from agentflow.comfyui.servers import Server, parse
 from agentflow.jobs import keys
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.settings import SettingsError, load
 from tests.comfy_support import code, picture, runs, studio
 from tests.comfyui_server import Comfy, comfyui

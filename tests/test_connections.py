@@ -19,8 +19,8 @@ import redis
 from agentflow import metrics, network, schema, settings
 from agentflow.broker import BrokerAway, message_for
 from agentflow.database import Unavailable
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Ring
+from agentflow.jobs.requests import NewJob
 from agentflow.presence import Presence
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types

@@ -21,7 +21,7 @@ import pytest
 
 from agentflow import settings
 from agentflow.database import POOL_TIMEOUT_S
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests.callers import PATIENCE_S
 from tests.clips import film, write_film

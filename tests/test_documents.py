@@ -18,7 +18,7 @@ from agentflow import settings, videos
 from agentflow.database import BoundedConnection
 from agentflow.errors import Permanent, Wait
 from agentflow.jobs import records
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.knowledge import documents
 from agentflow.knowledge.documents import Source
 from agentflow.system import System

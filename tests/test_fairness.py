@@ -15,8 +15,8 @@ import pytest
 
 from agentflow.errors import Wait
 from agentflow.jobs import dispatch, intake, leases, records, rules
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.limits import Window
 from agentflow.system import System
 from agentflow.worker.admission import Admission

@@ -15,7 +15,7 @@ from psycopg.types.json import Jsonb
 from agentflow import videos
 from agentflow.jobs import files, retention
 from agentflow.jobs.files import Doomed
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.jobs.retention import Keep
 from agentflow.knowledge import documents
 from agentflow.knowledge.documents import Source

@@ -15,7 +15,7 @@ from agentflow.flights.gathering import MOST_LEGS
 from agentflow.flights.telling import Record
 from agentflow.jobs import flights as legs
 from agentflow.jobs import records
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.schedules.when import When
 from agentflow.system import System
 from agentflow.webhooks import events, replays

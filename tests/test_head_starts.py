@@ -11,9 +11,9 @@ import pytest
 from flask.testing import FlaskClient
 
 from agentflow.jobs import dispatch, intake, records, registry
-from agentflow.jobs.intake import InvalidJob, NewJob
 from agentflow.jobs.model import HEAD_STARTS, HeadStart, Job
 from agentflow.jobs.registry import Payload
+from agentflow.jobs.requests import InvalidJob, NewJob
 from agentflow.system import System
 from tests.core_support import prepared
 from tests.web_support import client, problem, run

@@ -12,7 +12,7 @@ import pytest
 import scheduler.history
 from agentflow.jobs import dead_letters, history, records
 from agentflow.jobs.dead_letters import Which
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from scheduler import schedule
 from scheduler.calendar import Calendar

@@ -13,17 +13,10 @@ import pytest
 
 import actors  # noqa: F401 - declares the product's types
 from agentflow.database import BoundedConnection
-from agentflow.jobs import batches, dispatch, inserting, intake, records
-from agentflow.jobs.intake import (
-    MAX_THEN_DEPTH,
-    MAX_THEN_JOBS,
-    IdempotencyConflict,
-    InvalidJob,
-    NewJob,
-    Prepared,
-    Submitted,
-)
+from agentflow.jobs import batches, dispatch, inserting, intake, records, requests
+from agentflow.jobs.intake import IdempotencyConflict, Submitted
 from agentflow.jobs.registry import UnknownType
+from agentflow.jobs.requests import MAX_THEN_DEPTH, MAX_THEN_JOBS, InvalidJob, NewJob, Prepared
 from agentflow.jobs.unique import Unique
 from agentflow.system import System
 from tests import core_support
@@ -42,7 +35,7 @@ def ping(**request: Any) -> NewJob:
 
 
 def prepare(new: NewJob, max_payload_bytes: int = 10_000) -> Prepared:
-    return intake.prepare(new, organization_id=ORGANIZATION, max_payload_bytes=max_payload_bytes)
+    return requests.prepare(new, organization_id=ORGANIZATION, max_payload_bytes=max_payload_bytes)
 
 
 def submit(conn: Connection, new: NewJob, **more: Any) -> Submitted:
@@ -264,8 +257,8 @@ def test_no_request_gets_more_time_than_its_type() -> None:
 
 def test_keys_of_two_organizations_are_two_keys(conn: Connection) -> None:
     new = ping(concurrency_key="k")
-    first = intake.submit(conn, 1, intake.prepare(new, organization_id=1, max_payload_bytes=1000)).job
-    second = intake.submit(conn, 2, intake.prepare(new, organization_id=2, max_payload_bytes=1000)).job
+    first = intake.submit(conn, 1, requests.prepare(new, organization_id=1, max_payload_bytes=1000)).job
+    second = intake.submit(conn, 2, requests.prepare(new, organization_id=2, max_payload_bytes=1000)).job
 
     assert len(claim(conn, UUID(int=1), first, second)) == 2
 

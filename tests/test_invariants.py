@@ -17,10 +17,10 @@ import pytest
 
 from agentflow import embedded, schema, system
 from agentflow.database import Database
-from agentflow.jobs import batches, claims, dispatch, intake, leases, records, settlement
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs import batches, claims, dispatch, intake, leases, records, requests, settlement
 from agentflow.jobs.leases import Held
 from agentflow.jobs.model import Job, Settled, State, Verdict
+from agentflow.jobs.requests import NewJob
 from agentflow.worker import chores, claimer, heart, settler
 from agentflow.worker.chores import Relay, Rescue
 from agentflow.worker.claimer import Claimer
@@ -160,7 +160,7 @@ def test_a_job_moves_along_the_six_edges_and_no_other(conn: Connection) -> None:
 def test_trying_a_dead_letter_again_makes_a_new_job_and_leaves_the_old_one(conn: Connection) -> None:
     import actors  # noqa: F401 - declares ping
 
-    ping = intake.prepare(NewJob("ping", {}, max_attempts=1), organization_id=1, max_payload_bytes=1000)
+    ping = requests.prepare(NewJob("ping", {}, max_attempts=1), organization_id=1, max_payload_bytes=1000)
     dead = intake.submit(conn, ORGANIZATION, ping).job
     (running,) = claim(conn, uuid4(), dead)
     finish(conn, running, "failed")

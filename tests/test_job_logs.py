@@ -19,8 +19,8 @@ from agentflow import log
 from agentflow.cli import commands
 from agentflow.database import Database
 from agentflow.jobs import lines
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.lines import Line, Place
+from agentflow.jobs.requests import NewJob
 from agentflow.redaction import Redactor
 from agentflow.system import System
 from agentflow.worker.lines import Writer, collected

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from agentflow import videos
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.clips import real_clips  # noqa: F401 - a fixture

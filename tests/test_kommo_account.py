@@ -12,7 +12,7 @@ import pytest
 from actors import write_crm
 from agentflow.connections import NoAnswer
 from agentflow.errors import Permanent, Transient, Wait
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.kommo import accounts, hosts, tokens
 from agentflow.kommo.accounts import Credentials
 from agentflow.kommo.client import Client

@@ -16,8 +16,8 @@ import pytest
 from agentflow.calls import Service
 from agentflow.errors import Wait
 from agentflow.jobs import records, rules
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.limits import Window
 from agentflow.models import failures
 from agentflow.system import System

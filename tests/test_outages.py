@@ -15,8 +15,8 @@ import pytest
 from agentflow import settings
 from agentflow.database import Unavailable
 from agentflow.jobs import records
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.folders import server_folder

@@ -21,8 +21,8 @@ import psutil
 import pytest
 from packaging.markers import Marker
 
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests.conftest import ADMIN_KEY
 from tests.core_support import read

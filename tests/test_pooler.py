@@ -18,8 +18,8 @@ import pytest
 
 from agentflow import embedded, schema, settings
 from agentflow.database import Database
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.core_support import end_others

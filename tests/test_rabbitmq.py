@@ -21,8 +21,8 @@ import pytest
 
 from agentflow import health, settings
 from agentflow.broker import RabbitBroker, queue_name
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import QUEUES, Job, Ring
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.processes import Process, eventually, free_port, started, worker

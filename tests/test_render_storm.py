@@ -23,7 +23,7 @@ import psycopg
 import pytest
 from PIL import Image
 
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests.comfy_support import job_of, node, picture
 from tests.comfyui_server import VERSIONS, Comfy, comfyui

@@ -18,8 +18,8 @@ import pytest
 from agentflow import log, sentry, settings
 from agentflow.database import Unavailable
 from agentflow.jobs import records
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Settled
+from agentflow.jobs.requests import NewJob
 from agentflow.sentry import failures, lines
 from agentflow.system import System
 from agentflow.worker import reporting as worker_reporting

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 import actors  # noqa: F401 - makes ping known
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from agentflow.worker.surplus import is_surplus
 from tests.processes import BIN, ROOT, eventually, free_port, started

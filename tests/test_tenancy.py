@@ -16,7 +16,7 @@ from flask.testing import FlaskClient
 
 from agentflow import organizations, settings, signing
 from agentflow.jobs import batches, records, retention
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.knowledge import graph
 from agentflow.organizations import SCOPES, Scope
 from agentflow.system import System

@@ -20,8 +20,8 @@ import redis
 
 from agentflow import settings
 from agentflow.embedded.binaries import find_valkey
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.processes import eventually, free_port, worker

@@ -24,8 +24,8 @@ from actors.analyze_video.understanding.transcript import Heard, grouped, stitch
 from agentflow import settings, videos
 from agentflow.errors import Transient, Wait
 from agentflow.jobs import claims, records
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.models import Word
 from agentflow.system import System
 from agentflow.worker.running import JobContext, Running

@@ -12,9 +12,10 @@ import pytest
 from flask.testing import FlaskClient
 
 import actors  # noqa: F401 - declares the product's types
-from agentflow.jobs import batches, intake, records, retention
-from agentflow.jobs.intake import InvalidJob, NewJob, Prepared, Submitted
+from agentflow.jobs import batches, intake, records, requests, retention
+from agentflow.jobs.intake import Submitted
 from agentflow.jobs.registry import Payload, job
+from agentflow.jobs.requests import InvalidJob, NewJob, Prepared
 from agentflow.jobs.unique import Unique
 from tests import core_support
 from tests.core_support import (
@@ -51,7 +52,7 @@ def sync(context: Any, payload: Contact) -> None:
 
 def prepare(unique: Unique | None, text: int = 0, organization_id: int = ORGANIZATION, **more: Any) -> Prepared:
     new = NewJob("ping", {"sleep_ms": text}, unique=unique, **more)
-    return intake.prepare(new, organization_id=organization_id, max_payload_bytes=10_000)
+    return requests.prepare(new, organization_id=organization_id, max_payload_bytes=10_000)
 
 
 def submit(conn: Connection, unique: Unique | None, text: int = 0, **more: Any) -> Submitted:
@@ -101,7 +102,7 @@ def test_keys_are_of_an_organization_and_a_type(conn: Connection) -> None:
 def test_a_type_may_say_what_is_single_and_a_caller_may_say_otherwise(conn: Connection) -> None:
     def hand_in(contact: int, unique: Unique | None = None) -> Submitted:
         new = NewJob("unique_sync", {"contact": contact}, unique=unique)
-        prepared = intake.prepare(new, organization_id=ORGANIZATION, max_payload_bytes=1000)
+        prepared = requests.prepare(new, organization_id=ORGANIZATION, max_payload_bytes=1000)
         return intake.submit(conn, ORGANIZATION, prepared)
 
     first, again, other, named = hand_in(1), hand_in(1), hand_in(2), hand_in(1, Unique("mine"))

@@ -26,8 +26,8 @@ import actors  # noqa: F401 - makes ping known
 from agentflow import embedded
 from agentflow.cli import running, serve, servers
 from agentflow.jobs import records
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests.conftest import ADMIN_KEY
 from tests.folders import server_folder

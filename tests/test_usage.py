@@ -14,8 +14,8 @@ from flask.testing import FlaskClient
 
 from agentflow.database import Database
 from agentflow.jobs import claims, records, usage
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Verdict
+from agentflow.jobs.requests import NewJob
 from agentflow.jobs.usage import Usage
 from agentflow.models import answers
 from agentflow.system import System

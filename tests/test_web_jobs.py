@@ -14,7 +14,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from agentflow import health, settings
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.live import Progress
 from agentflow.system import System
 from tests.web_support import claim, client, count, finish, problem, run, submit

@@ -22,8 +22,8 @@ from standardwebhooks.webhooks import Webhook
 from agentflow import live, signing
 from agentflow.broker import DeliveredMessage, message_for
 from agentflow.jobs import batches, records, rules
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job, Ring, Verdict
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from agentflow.worker.running import JobContext, Running
 from agentflow.worker.runtime import Runtime

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from flask import Response
 
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.jobs.text import is_storable
 from agentflow.kommo import accounts, hosts, mirror, runs
 from agentflow.kommo.accounts import Account, Credentials

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.knowledge import embedding_models, switching, vectors
 from agentflow.organizations import DEFAULT_ORGANIZATION
 from web import jobs

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, Field
 
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.knowledge import graph, graph_matches, graph_queries, graph_types
 from agentflow.knowledge.graph_matches import DecidedBy, Merge
 from agentflow.knowledge.graph_queries import MAX_DEPTH, MAX_LENGTH, Edge, Evidence, Thing

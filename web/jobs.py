@@ -18,9 +18,9 @@ from flask import Response
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, ConfigDict, Field, Strict
 
 from agentflow.errors import Permanent
-from agentflow.jobs import batches, intake, records, registry, unique
-from agentflow.jobs.intake import InvalidJob, NewJob
+from agentflow.jobs import batches, records, registry, requests, unique
 from agentflow.jobs.model import HeadStart, Job, Priority, State
+from agentflow.jobs.requests import InvalidJob, NewJob
 from agentflow.jobs.text import is_storable
 from agentflow.settings import Settings
 from web import events, outlook
@@ -97,7 +97,7 @@ class JobRequest(Body):
         None, description="Gets a POST when the job has ended; http(s), a public address"
     )
     unique: UniqueRequest | None = None
-    then: Annotated[list[JobRequest], Field(max_length=intake.MAX_THEN_JOBS)] = Field(
+    then: Annotated[list[JobRequest], Field(max_length=requests.MAX_THEN_JOBS)] = Field(
         [], description="Jobs to run after this one succeeded"
     )
 

@@ -12,8 +12,9 @@ from werkzeug.exceptions import HTTPException, InternalServerError, NotFound
 
 from agentflow import log
 from agentflow.database import Unavailable
-from agentflow.jobs.intake import IdempotencyConflict, InvalidJob
+from agentflow.jobs.intake import IdempotencyConflict
 from agentflow.jobs.registry import UnknownType
+from agentflow.jobs.requests import InvalidJob
 from agentflow.jobs.rules import OperatorsRule
 from agentflow.schedules.when import InvalidWhen
 from agentflow.storage import StorageError, TooLarge

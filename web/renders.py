@@ -14,9 +14,9 @@ from agentflow.comfyui.preflight import Complaint
 from agentflow.comfyui.requests import MAX_IMAGES, TYPE, Image, InvalidRender, RenderRequest
 from agentflow.database import Unavailable
 from agentflow.jobs import records
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
 from agentflow.jobs.records import Filter
+from agentflow.jobs.requests import NewJob
 from agentflow.storage import NotStored
 from agentflow.system import System
 from web import jobs, outlook, uploads

@@ -12,8 +12,8 @@ from flask import request
 from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from agentflow import analysis, videos
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.knowledge import documents
 from agentflow.storage import StorageError
 from agentflow.system import Transaction

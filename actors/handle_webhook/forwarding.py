@@ -12,8 +12,8 @@ from actors.handle_webhook.action import Done, Happened
 from agentflow import USER_AGENT, signing
 from agentflow.errors import JobError, Permanent, Transient
 from agentflow.fetch import Guard, post
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.registry import Payload, job
+from agentflow.jobs.requests import NewJob
 from agentflow.secrets import Unreadable
 from agentflow.system import Transaction
 from agentflow.webhooks import endpoints, events, order

@@ -5,8 +5,8 @@ from __future__ import annotations
 from actors.handle_webhook.action import Done, Happened
 from agentflow.errors import Permanent
 from agentflow.jobs import registry
-from agentflow.jobs.intake import InvalidJob, NewJob
 from agentflow.jobs.registry import UnknownType
+from agentflow.jobs.requests import InvalidJob, NewJob
 from agentflow.system import Transaction
 from agentflow.webhooks import mapping, order
 from agentflow.webhooks.config import JobAction

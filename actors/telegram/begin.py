@@ -6,8 +6,8 @@ from typing import Any
 from uuid import UUID
 
 from agentflow import log
-from agentflow.jobs.intake import InvalidJob, NewJob
 from agentflow.jobs.registry import CRITICAL, Payload, UnknownType, job
+from agentflow.jobs.requests import InvalidJob, NewJob
 from agentflow.system import Transaction
 from agentflow.telegram import pictures, requests, texts
 from agentflow.telegram.client import Refused

@@ -7,8 +7,8 @@ from typing import Any, Final, Literal
 from uuid import UUID
 
 from agentflow.jobs import records
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.registry import CRITICAL, Payload, job
+from agentflow.jobs.requests import NewJob
 from agentflow.system import Transaction
 from agentflow.telegram import requests, texts
 from agentflow.telegram.client import Refused

@@ -16,10 +16,10 @@ from agentflow import traces
 from agentflow.cli import output
 from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure, one_line
-from agentflow.jobs import intake, lines, records, registry, statistics
+from agentflow.jobs import lines, records, registry, requests, statistics
 from agentflow.jobs.estimates import Estimate
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Attempt, Job, State
+from agentflow.jobs.requests import NewJob
 from agentflow.outlook import Outlook
 from agentflow.system import System
 
@@ -126,7 +126,7 @@ def retry(job_id: str) -> None:
             with system.transaction() as transaction:
                 submitted = records.retry(transaction.conn, job, max_payload_bytes=system.settings.job_payload_bytes)
                 transaction.rings.extend(submitted.rings)
-        except (records.NotRetryable, intake.InvalidJob, registry.UnknownType) as error:
+        except (records.NotRetryable, requests.InvalidJob, registry.UnknownType) as error:
             raise Failure(str(error)) from None
         print(submitted.job.id)
 
@@ -143,7 +143,7 @@ def submit(type_: str, payload: str, wait: bool) -> None:
     with connected() as system:
         try:
             job = system.submit(_ORGANIZATION, NewJob(type_, value), public_only=True).job
-        except (intake.InvalidJob, registry.UnknownType) as error:
+        except (requests.InvalidJob, registry.UnknownType) as error:
             raise Failure(str(error), USAGE) from None
         print(job.id)
         if not wait:

@@ -13,7 +13,7 @@ from agentflow.cli import output
 from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure
 from agentflow.errors import JobError
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.knowledge import embedding_models, search, switching, vectors
 from agentflow.knowledge.embedding import Unpaid
 from agentflow.organizations import DEFAULT_ORGANIZATION

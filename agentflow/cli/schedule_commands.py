@@ -14,8 +14,8 @@ from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure
 from agentflow.cli.organization_commands import find_organization
 from agentflow.database import Connection
-from agentflow.jobs.intake import InvalidJob
 from agentflow.jobs.registry import UnknownType
+from agentflow.jobs.requests import InvalidJob
 from agentflow.organizations import DEFAULT_ORGANIZATION
 from agentflow.schedules import firing, records, ticks
 from agentflow.schedules.records import NameTaken, Schedule, TooMany, Wanted

@@ -10,8 +10,9 @@ from uuid import UUID
 from uuid6 import uuid7
 
 from agentflow.database import Connection
-from agentflow.jobs.intake import IdempotencyConflict, Prepared, submit_many
+from agentflow.jobs.intake import IdempotencyConflict, submit_many
 from agentflow.jobs.model import Ring
+from agentflow.jobs.requests import Prepared
 
 
 @dataclass(frozen=True, slots=True)

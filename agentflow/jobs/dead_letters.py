@@ -12,9 +12,9 @@ from psycopg import sql
 
 from agentflow.database import Connection
 from agentflow.jobs import records
-from agentflow.jobs.intake import InvalidJob
 from agentflow.jobs.model import JOB_COLUMNS, Job, Ring, job_from_row
 from agentflow.jobs.registry import UnknownType
+from agentflow.jobs.requests import InvalidJob
 
 Action = Literal["retry", "discard"]
 

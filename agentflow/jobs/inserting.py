@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from uuid import UUID
 
 from agentflow import traces
 from agentflow.database import Connection
 from agentflow.jobs.model import PRIORITIES, Job, Ring
-
-if TYPE_CHECKING:
-    from agentflow.jobs.intake import Prepared
+from agentflow.jobs.requests import Prepared
 
 _MANY: Final = """
 select j.id, j.sent_at is not null, j.run_at, j.wake_at, j.created_at, j.time_limit_s from agentflow.submit_1(

@@ -14,8 +14,9 @@ from psycopg import sql
 from uuid6 import uuid7
 
 from agentflow.database import Connection
-from agentflow.jobs.intake import InvalidJob, NewJob, Prepared, Submitted, prepare, submit
+from agentflow.jobs.intake import Submitted, submit
 from agentflow.jobs.model import JOB_COLUMNS, Attempt, Job, Ring, State, job_from_row
+from agentflow.jobs.requests import InvalidJob, NewJob, Prepared, prepare
 from agentflow.jobs.statistics import id_floor
 
 #: Sees every organization's rows (the operator's key).

@@ -19,8 +19,8 @@ from uuid6 import uuid7
 
 from agentflow.database import Connection
 from agentflow.jobs import records
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.knowledge import graph, vectors
 from agentflow.knowledge.chunks import Chunk, swap
 from agentflow.videos import SUFFIX

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from agentflow import log, organizations
 from agentflow.errors import Permanent, Transient
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.knowledge import embedding_models, vector_index, vectors
 from agentflow.knowledge.embedding_models import EmbeddingModel, Provider
 from agentflow.knowledge.vectors import NoVectors, Spending, spending_of

@@ -12,8 +12,9 @@ from uuid6 import uuid7
 
 from agentflow import log
 from agentflow.database import Connection
-from agentflow.jobs.intake import NewJob, Submitted
+from agentflow.jobs.intake import Submitted
 from agentflow.jobs.model import Priority
+from agentflow.jobs.requests import NewJob
 from agentflow.jobs.unique import Unique
 from agentflow.secrets import Sealer, context_of
 

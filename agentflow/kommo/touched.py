@@ -8,7 +8,8 @@ from typing import Final
 from uuid import UUID
 
 from agentflow.database import Connection
-from agentflow.jobs.intake import NewJob, Submitted
+from agentflow.jobs.intake import Submitted
+from agentflow.jobs.requests import NewJob
 from agentflow.jobs.unique import Unique
 from agentflow.system import Transaction
 

@@ -7,8 +7,8 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from agentflow import log
-from agentflow.jobs.intake import InvalidJob, NewJob, Prepared
 from agentflow.jobs.registry import UnknownType
+from agentflow.jobs.requests import InvalidJob, NewJob, Prepared
 from agentflow.schedules import records, ticks
 from agentflow.schedules.records import Schedule, Wanted
 from agentflow.schedules.ticks import USER, Tick

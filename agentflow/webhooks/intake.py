@@ -11,7 +11,7 @@ from uuid import UUID
 from uuid6 import uuid7
 
 from agentflow import log, metrics
-from agentflow.jobs.intake import NewJob, Prepared
+from agentflow.jobs.requests import NewJob, Prepared
 from agentflow.system import System
 from agentflow.webhooks import content, keeping, places
 from agentflow.webhooks.endpoints import Door, Endpoint

@@ -8,8 +8,8 @@ from typing import Final
 
 from uuid6 import uuid7
 
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
+from agentflow.jobs.requests import NewJob
 from agentflow.system import Transaction
 from agentflow.webhooks import events
 from agentflow.webhooks.events import Event, Filter

@@ -33,7 +33,7 @@ from private import private_system
 
 from agentflow.jobs import records
 from agentflow.jobs.estimates import Estimate
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 
 #: Medians of the two lengths and the spread of each (of its logarithm), and the share of the long ones.

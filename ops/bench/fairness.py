@@ -32,7 +32,7 @@ from private import private_system
 
 import actors  # noqa: F401 - registers the job types
 from agentflow.jobs import statistics as job_statistics
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -34,7 +34,7 @@ import psycopg
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from agentflow import settings  # noqa: E402 - found by the path above
-from agentflow.jobs.intake import NewJob  # noqa: E402
+from agentflow.jobs.requests import NewJob  # noqa: E402
 from agentflow.system import System  # noqa: E402
 from tests import job_types  # noqa: E402, F401 - registers test_effect
 from tests.fleet import Fleet, fleet  # noqa: E402

@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import actors  # noqa: E402, F401 - found by the path above; makes the types known
 from agentflow import embedded, schema, settings, videos  # noqa: E402
-from agentflow.jobs.intake import NewJob  # noqa: E402
 from agentflow.jobs.model import Job  # noqa: E402
+from agentflow.jobs.requests import NewJob  # noqa: E402
 from agentflow.knowledge import documents  # noqa: E402
 from agentflow.knowledge.documents import Source  # noqa: E402
 from agentflow.system import System  # noqa: E402

@@ -34,7 +34,7 @@ from private import private_system
 
 sys.path.insert(0, str(ROOT))
 import actors  # noqa: F401 - registers the job that renders
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests.comfyui_server import Comfy, comfyui
 

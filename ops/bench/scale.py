@@ -39,9 +39,9 @@ import actors  # noqa: E402, F401 - registers the job types
 from agentflow import embedded, schema, settings  # noqa: E402
 from agentflow.jobs import backlog, claims, dispatch, intake, leases, records, retention, settlement  # noqa: E402
 from agentflow.jobs import statistics as counts  # noqa: E402
-from agentflow.jobs.intake import NewJob  # noqa: E402
 from agentflow.jobs.model import Verdict  # noqa: E402
 from agentflow.jobs.records import Filter  # noqa: E402
+from agentflow.jobs.requests import NewJob  # noqa: E402
 from agentflow.jobs.retention import Keep  # noqa: E402
 from agentflow.system import System  # noqa: E402
 from ops.bench.comparison.figures import shown  # noqa: E402

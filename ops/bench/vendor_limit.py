@@ -32,7 +32,7 @@ from private import private_system
 
 sys.path.insert(0, str(ROOT))
 from agentflow.jobs import rules
-from agentflow.jobs.intake import NewJob
+from agentflow.jobs.requests import NewJob
 from agentflow.limits import Window
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the job that asks

@@ -8,9 +8,9 @@ from functools import cache
 from typing import Any
 
 from agentflow import settings
-from agentflow.jobs.intake import NewJob
 from agentflow.jobs.model import Job
 from agentflow.jobs.registry import Payload, job
+from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from agentflow.worker.running import JobContext
 from ops.bench.peers.marks import work
