@@ -83,10 +83,6 @@ class Claimer(Loop):
         self._requests.wake()
         super().wake()
 
-    def stop(self, timeout_s: float = 5.0) -> None:
-        super().stop(timeout_s)
-        self._requests.wake()
-
     def unsure_of(self, job_id: UUID) -> bool:
         """Whether a claim of this job is under way: its row may say that it is ours before we know."""
         return any(request.job_id == job_id for request in self._batch) or self._unsure

@@ -41,7 +41,7 @@ class Loop:
 
     def stop(self, timeout_s: float = 5.0) -> None:
         self._stop.set()
-        self._wake.set()
+        self.wake()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
@@ -78,7 +78,7 @@ class Loop:
             self._in_round_since = time.monotonic()
             pause_s = self._one_round()
             self._in_round_since = None
-            if pause_s > 0:
+            if pause_s > 0 and not self._stop.is_set():
                 self._wake.wait(pause_s)
         self._disconnect()
 

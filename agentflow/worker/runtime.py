@@ -207,10 +207,11 @@ class Runtime:
     def _drain(self, grace_s: float) -> bool:
         logger.info("stopping", jobs=len(self._held), grace_s=grace_s)
         hand_back_s = min(_HAND_BACK_S, grace_s / 2)
+        handing_back_from = time.monotonic() + grace_s - hand_back_s
         self.system.broker.stop_consuming()
         self._give_back_aside()
         self.claimer.stop(timeout_s=1.0)
-        self._wait_empty(grace_s - hand_back_s, unless_hurried=True)
+        self._wait_empty(handing_back_from - time.monotonic(), unless_hurried=True)
         for running in self.held():
             running.stop("shutdown")
         self._wait_empty(hand_back_s / 2)

@@ -64,9 +64,9 @@ class Settler(Loop):
         with self._idle:
             return self._idle.wait_for(lambda: self._open == 0, timeout_s)
 
-    def stop(self, timeout_s: float = 5.0) -> None:
+    def wake(self) -> None:
         self._ended.wake()
-        super().stop(timeout_s)
+        super().wake()
 
     def step(self, conn: BoundedConnection) -> float:
         if not self._batch:
