@@ -673,4 +673,4 @@ def test_closing_leaves_no_thread_and_no_socket(rabbitmq: Node) -> None:
         made.ring(rings(3))
         made.close()
 
-    eventually(lambda: process.num_fds() <= before[0] + 1 and process.num_threads() <= before[1] + 1, within_s=5)
+    eventually(lambda: process.num_fds() <= before[0] + 1 and process.num_threads() <= before[1] + 1)
