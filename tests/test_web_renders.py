@@ -19,6 +19,7 @@ from tests.one_database import database_url, original
 from tests.render_support import MODELS, colour, end, nodes, png
 from tests.web_support import client, count, problem
 from web import renders
+from web.cursors import packed
 
 __all__ = ["client", "database_url", "original"]
 
@@ -371,7 +372,7 @@ def test_a_workflow_is_added_changed_listed_and_deleted(client: FlaskClient) -> 
         problem(client.post("/api/workflows", json={**BLUE, "name": taken}), 409)
     assert client.get("/api/workflows/check").headers["Allow"].replace("HEAD, ", "") == "POST"
     assert client.get("/api/workflows/checks").status_code == 404
-    for cursor in ("x", "MQ", "!!", "99999999999999999999"):
+    for cursor in ("x", "MQ", "!!", "99999999999999999999", packed("0:a\ud800"), packed("0:a\0"), packed(["0:a"])):
         assert client.get(f"/api/workflows?cursor={cursor}").status_code in (200, 422)
         assert client.get(f"/api/workflows/smoke/versions?cursor={cursor}").status_code in (200, 422)
 

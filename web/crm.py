@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from typing import Any
 from uuid import UUID
 
@@ -33,7 +30,8 @@ from web.crm_views import (
     TaskItems,
     WriteItems,
 )
-from web.jobs import JobSummary, cursor_of, read_cursor, summary
+from web.cursors import cursor_of, packed, read_cursor, unpacked
+from web.jobs import JobSummary, summary
 from web.problems import Refused, invalid
 
 routes = Routes("crm")
@@ -177,7 +175,7 @@ def read(call: Call, account_id: UUID, query: MirrorQuery) -> MirrorList:
     last = (
         positions[: query.limit][-1] if positions else _position(query.cursor, (0, "" if query.type == "events" else 0))
     )
-    return MirrorList(rows=rows[: query.limit], cursor=_cursor(last), more=len(rows) > query.limit)
+    return MirrorList(rows=rows[: query.limit], cursor=packed(last), more=len(rows) > query.limit)
 
 
 @routes.get(f"{_ACCOUNT}/drift", {200: DriftView}, problems=(404,))
@@ -272,16 +270,12 @@ def _unknown(account_id: UUID) -> Refused:
     return Refused(404, f"there is no account {account_id}")
 
 
-def _cursor(position: tuple[int, Any]) -> str:
-    return base64.urlsafe_b64encode(json.dumps(position).encode()).rstrip(b"=").decode()
-
-
 def _position(cursor: str | None, start: tuple[int, Any]) -> tuple[int, Any]:
     if cursor is None:
         return start
     try:
-        version, last = json.loads(base64.b64decode(cursor + "==", altchars=b"-_", validate=True))
-    except (ValueError, TypeError, RecursionError, binascii.Error):
+        version, last = unpacked(cursor)
+    except (ValueError, TypeError):
         version, last = None, None
     of_kind = type(version) is int and 0 <= version < 1 << 63 and type(last) is type(start[1])
     if not of_kind or not (is_storable(last) if isinstance(last, str) else 0 <= last < 1 << 63):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 import time
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -18,6 +15,7 @@ from agentflow.kommo.accounts import Credentials
 from web.api import Call, Media, Routes
 from web.crm import find, host_of
 from web.crm_views import AuthorizationRequest, AuthorizationView, CallbackQuery
+from web.cursors import packed, unpacked
 from web.problems import Refused, invalid
 
 routes = Routes("crm_oauth")
@@ -79,7 +77,7 @@ def callback(call: Call, query: CallbackQuery) -> Response:
 
 
 def state_of(call: Call, about: dict[str, Any]) -> str:
-    text = base64.urlsafe_b64encode(json.dumps(about).encode()).rstrip(b"=").decode()
+    text = packed(about)
     return f"{text}.{call.system.links.signature_of('crm-oauth', text)}"
 
 
@@ -88,8 +86,8 @@ def _about(call: Call, state: str) -> dict[str, Any]:
     if not call.system.links.is_signature_of("crm-oauth", text, signature):
         raise invalid("state", "was not made here", "query")
     try:
-        about: dict[str, Any] = json.loads(base64.urlsafe_b64decode(text + "=="))
-    except (ValueError, binascii.Error):
+        about: dict[str, Any] = unpacked(text)
+    except ValueError:
         raise invalid("state", "was not made here", "query") from None
     if about["e"] < time.time():
         raise invalid("state", "is older than an hour: begin again", "query")

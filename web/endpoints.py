@@ -14,7 +14,8 @@ from agentflow.webhooks import config, endpoints
 from agentflow.webhooks.config import Config, InvalidConfig
 from agentflow.webhooks.endpoints import Endpoint, Kind
 from web.api import Answer, Body, Call, Query, Routes, View
-from web.jobs import Word, cursor_of, read_cursor
+from web.cursors import cursor_of, read_cursor
+from web.jobs import Word
 from web.problems import Refused, invalid
 
 routes = Routes("webhook-endpoints")

@@ -17,6 +17,7 @@ from agentflow.knowledge.graph_types import GraphTypes
 from agentflow.models import NotConfigured
 from web import jobs
 from web.api import Answer, Body, Call, Query, Routes, View
+from web.cursors import cursor_of, read_cursor
 from web.problems import Refused
 
 routes = Routes("graph")
@@ -164,7 +165,7 @@ class TypesView(View):
 @routes.get("/api/graph/entities", {200: EntityList}, query=EntityQuery)
 def search(call: Call, query: EntityQuery) -> EntityList:
     """List who and what the documents speak of, or find some by name."""
-    after = jobs.read_cursor(query.cursor) if query.cursor is not None else None
+    after = read_cursor(query.cursor) if query.cursor is not None else None
     with call.system.database.connection() as conn:
         found = graph_queries.search(
             conn, call.sees, words=query.q, type_=query.type, after=after, limit=query.limit + 1
@@ -172,7 +173,7 @@ def search(call: Call, query: EntityQuery) -> EntityList:
     page = found[: query.limit]
     return EntityList(
         entities=[_entity(thing) for thing in page],
-        next_cursor=jobs.cursor_of(page[-1].id) if len(found) > query.limit else None,
+        next_cursor=cursor_of(page[-1].id) if len(found) > query.limit else None,
     )
 
 
@@ -255,13 +256,13 @@ def extract(call: Call, document_id: UUID, body: ExtractionRequest) -> Answer:
 @routes.get("/api/graph/merges", {200: MergeList}, query=MergeQuery)
 def merges(call: Call, query: MergeQuery) -> MergeList:
     """List which names were taken for one, and which merges were undone."""
-    after = jobs.read_cursor(query.cursor) if query.cursor is not None else None
+    after = read_cursor(query.cursor) if query.cursor is not None else None
     with call.system.database.connection() as conn:
         found = graph_matches.merges(conn, call.sees, after=after, limit=query.limit + 1)
     page = found[: query.limit]
     return MergeList(
         merges=[_merge(each) for each in page],
-        next_cursor=jobs.cursor_of(page[-1].id) if len(found) > query.limit else None,
+        next_cursor=cursor_of(page[-1].id) if len(found) > query.limit else None,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import json
 import re
@@ -25,6 +23,7 @@ from agentflow.jobs.text import is_storable
 from agentflow.settings import Settings
 from web import events, outlook
 from web.api import Answer, Body, Call, Media, Query, Routes, View
+from web.cursors import cursor_of, read_cursor
 from web.problems import Refused, invalid
 
 routes = Routes("jobs")
@@ -547,17 +546,6 @@ def _preferred_wait(prefer: str | None) -> int:
     """RFC 7240: what cannot be understood or done is passed over."""
     match = re.search(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", prefer or "", re.IGNORECASE)
     return min(int(match.group(1)), 25) if match else 0
-
-
-def cursor_of(last: UUID) -> str:
-    return base64.urlsafe_b64encode(last.bytes).rstrip(b"=").decode()
-
-
-def read_cursor(cursor: str) -> UUID:
-    try:
-        return UUID(bytes=base64.b64decode(cursor + "==", altchars=b"-_", validate=True))
-    except (ValueError, binascii.Error):
-        raise invalid("cursor", "is not a next_cursor of ours", "query") from None
 
 
 def summary(call: Call, job: Job, *, live: bool = True) -> JobSummary:

@@ -20,6 +20,7 @@ from agentflow.models import NotConfigured
 from agentflow.storage import StorageError
 from web import jobs, uploads
 from web.api import Answer, Body, Call, Query, Routes, View, read_json, validated
+from web.cursors import cursor_of, read_cursor
 from web.jobs import JobError
 from web.problems import Refused, invalid
 
@@ -178,13 +179,13 @@ def create(call: Call) -> Answer:
 @routes.get("/api/knowledge/documents", {200: DocumentList}, query=ListQuery)
 def search(call: Call, query: ListQuery) -> DocumentList:
     """List documents, the newest first."""
-    before = jobs.read_cursor(query.cursor) if query.cursor is not None else None
+    before = read_cursor(query.cursor) if query.cursor is not None else None
     with call.system.database.connection() as conn:
         found = documents.search(conn, call.sees, source_id=query.source_id, before=before, limit=query.limit + 1)
     page = found[: query.limit]
     return DocumentList(
         documents=views(call, page),
-        next_cursor=jobs.cursor_of(page[-1].id) if len(found) > query.limit else None,
+        next_cursor=cursor_of(page[-1].id) if len(found) > query.limit else None,
     )
 
 

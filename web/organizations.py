@@ -11,7 +11,8 @@ from pydantic import AwareDatetime, ConfigDict, Field, Strict
 from agentflow import organizations
 from agentflow.organizations import ApiKey, Scope
 from web.api import Answer, Body, Call, Query, Routes, View
-from web.jobs import Word, cursor_of, read_cursor, within_calendars
+from web.cursors import cursor_of, read_cursor
+from web.jobs import Word, within_calendars
 from web.problems import Refused
 
 routes = Routes("organizations")

@@ -21,6 +21,7 @@ from agentflow.storage import NotStored
 from agentflow.system import System
 from web import jobs, outlook, uploads
 from web.api import MAX_JSON_BYTES, Answer, Call, Routes, View, parse_json, read_json, validated
+from web.cursors import cursor_of, read_cursor
 from web.jobs import JobError
 from web.problems import Fault, Refused, invalid
 from web.render_views import ListQuery, OutputView, ProvenanceView, RenderBody, RenderList, RenderSummary, RenderView
@@ -82,7 +83,7 @@ def create(call: Call, headers: jobs.BatchHeaders) -> Answer:
 @routes.get("/api/renders", {200: RenderList}, query=ListQuery)
 def search(call: Call, query: ListQuery) -> RenderList:
     """List renders, the newest first."""
-    before = jobs.read_cursor(query.cursor) if query.cursor is not None else None
+    before = read_cursor(query.cursor) if query.cursor is not None else None
     wanted = Filter(state=query.state, type=TYPE, correlation_id=query.correlation_id)
     with call.system.database.connection() as conn:
         found = records.search(conn, call.sees, wanted, before=before, limit=query.limit + 1)
@@ -90,7 +91,7 @@ def search(call: Call, query: ListQuery) -> RenderList:
         asked = records.arguments(conn, call.sees, [job.id for job in page], _SHORT)
     return RenderList(
         renders=[RenderSummary(**_summary(job, asked.get(job.id, {}))) for job in page],
-        next_cursor=jobs.cursor_of(page[-1].id) if len(found) > query.limit else None,
+        next_cursor=cursor_of(page[-1].id) if len(found) > query.limit else None,
     )
 
 

@@ -6,9 +6,6 @@ sets them for the organization that `X-Organization` names, or without it for ea
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
@@ -21,6 +18,7 @@ from agentflow.jobs.rules import EVERY, Kind
 from agentflow.jobs.text import is_storable
 from agentflow.limits import MOST_CALLS, Window
 from web.api import Body, Call, Query, Routes, View
+from web.cursors import packed, unpacked
 from web.jobs import Word
 from web.problems import Refused, invalid
 
@@ -263,15 +261,14 @@ def _view(rule: Rule) -> Any:
 
 
 def _cursor_of(last: Rule) -> str:
-    text = json.dumps([last.kind, last.organization_id, last.name])
-    return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+    return packed([last.kind, last.organization_id, last.name])
 
 
 def _read_cursor(cursor: str) -> tuple[str, int, str]:
     try:
-        kind, organization, name = json.loads(base64.b64decode(cursor + "==", altchars=b"-_", validate=True))
+        kind, organization, name = unpacked(cursor)
         if isinstance(organization, int) and abs(organization) < 1 << 63 and is_storable(kind) and is_storable(name):
             return kind, organization, name
-    except (ValueError, TypeError, AttributeError, binascii.Error, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         pass
     raise invalid("cursor", "is not a next_cursor of ours", "query")

@@ -16,7 +16,8 @@ from agentflow.schedules import firing, records, ticks
 from agentflow.schedules.records import NameTaken, Schedule, TooMany, Wanted
 from agentflow.schedules.when import MAX_CRON_CHARACTERS, When
 from web.api import Answer, Body, Call, Query, Routes, View
-from web.jobs import Word, cursor_of, read_cursor, within_calendars
+from web.cursors import cursor_of, read_cursor
+from web.jobs import Word, within_calendars
 from web.problems import Refused
 
 routes = Routes("schedules")

@@ -12,8 +12,9 @@ from pydantic import AwareDatetime, Field, Strict
 from agentflow.webhooks import events, replays
 from agentflow.webhooks.events import Event, Filter, Outcome, Verdict
 from web.api import Answer, Body, Call, Query, Routes, View
+from web.cursors import cursor_of, read_cursor
 from web.endpoints import Source
-from web.jobs import Word, cursor_of, read_cursor, within_calendars
+from web.jobs import Word, within_calendars
 from web.problems import Refused
 
 routes = Routes("webhook-events")

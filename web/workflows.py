@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from datetime import datetime
 from typing import Annotated, Any, Final
 
@@ -17,7 +15,9 @@ from agentflow.comfyui.requests import PoolName, WorkflowName
 from agentflow.comfyui.versions import Listed, NameTaken, TooMany, Workflow
 from agentflow.comfyui.workflows import Definition, Parameter
 from agentflow.database import Connection
+from agentflow.jobs.text import is_storable
 from web.api import Answer, Body, Call, Query, Routes, View
+from web.cursors import packed, unpacked
 from web.problems import Refused, invalid
 
 routes = Routes("workflows")
@@ -231,17 +231,17 @@ def _complaint(each: Complaint) -> ComplaintView:
 
 
 def _cursor_of(last: Listed) -> str:
-    return base64.urlsafe_b64encode(f"{last.organization_id or 0}:{last.name}".encode()).rstrip(b"=").decode()
+    return packed(f"{last.organization_id or 0}:{last.name}")
 
 
 def _read_cursor(cursor: str) -> tuple[str, int]:
     try:
-        number, _, name = (
-            base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode().partition(":")
-        )
-        return name.replace("\x00", ""), _small(number)
-    except (ValueError, binascii.Error):
-        raise invalid("cursor", "is not a next_cursor of ours", "query") from None
+        number, _, name = unpacked(cursor).partition(":")
+        if is_storable(name):
+            return name, _small(number)
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise invalid("cursor", "is not a next_cursor of ours", "query")
 
 
 def _read_number(cursor: str) -> int:

@@ -221,7 +221,7 @@ class TransitionFinder:
             return False
         around = np.arange(max(1, at - 3), min(last, at + 3) + 1)
         steps = self._distances(around - 1, around)
-        if steps[at - around[0]] < steps.max():
+        if steps[at - around[0]] < np.max(steps):
             return False
         before = np.arange(max(0, at - _BEFORE), at)
         after = np.arange(at, min(last, at + _AFTER - 1) + 1)
@@ -238,10 +238,10 @@ class TransitionFinder:
         inside = self._distances(np.maximum(earlier, 0), ones) * has_earlier
         inside += self._distances(others, np.minimum(later, last)) * has_later
         inside /= np.maximum(1, has_earlier.astype(int) + has_later)
-        ratio = float((across / (inside + 0.15)).min())
+        ratio = float(np.min(across / (inside + 0.15)))
         near = np.arange(max(0, at - 6), min(last + 1, at + 6))
         scale = float(np.median(np.sqrt(self._products[near, near] * _UNIT)))
-        least = float(across.min())
+        least = float(np.min(across))
         score = 2.0 * np.log(max(ratio, 1e-3)) + 2.2 * (least / (scale + 3.0) - 1.0)
         return bool(least > _CUT_LEAST and score > _CUT_THRESHOLD)
 
@@ -330,7 +330,7 @@ class TransitionFinder:
         first = max(0, window.start - 8 - self._first)
         contrast = self._facts[first : window.end + 9 - self._first, 1]
         contrast = contrast[: self._samples - self._first - first]
-        least = float(contrast.min())
+        least = float(np.min(contrast))
         stride = self.stride
         if least < _UNIFORM or (least < _NEARLY_UNIFORM and least < 0.35 * float(np.median(contrast))):
             plain = np.flatnonzero(contrast <= least + 1.0)

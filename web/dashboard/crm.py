@@ -17,10 +17,10 @@ from web import crm as api
 from web import crm_oauth, crm_views, rules
 from web.api import Answer, parse_json, validated
 from web.crm_views import WriteItems
+from web.cursors import cursor_of, read_cursor
 from web.dashboard import fields, frame, shown
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import plural, say
-from web.jobs import cursor_of, read_cursor
 
 pages = Pages()
 

@@ -15,10 +15,10 @@ from agentflow.knowledge.graph_types import GraphTypes
 from web import graph as api
 from web import knowledge as documents_api
 from web.api import validated
+from web.cursors import cursor_of, read_cursor
 from web.dashboard import fields, places
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import say
-from web.jobs import cursor_of, read_cursor
 
 pages = Pages()
 

@@ -10,10 +10,10 @@ from flask import Response, request
 
 from agentflow.jobs import records, registry
 from agentflow.jobs.model import STATES
+from web.cursors import cursor_of, read_cursor
 from web.dashboard import fields
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import say
-from web.jobs import cursor_of, read_cursor
 from web.problems import Refused
 
 pages = Pages()

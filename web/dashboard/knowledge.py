@@ -16,10 +16,10 @@ from web import embedding_models as models_api
 from web import graph as graph_api
 from web import knowledge as api
 from web.api import validated
+from web.cursors import cursor_of, read_cursor
 from web.dashboard import fields, places
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import say
-from web.jobs import cursor_of, read_cursor
 
 pages = Pages()
 

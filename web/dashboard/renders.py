@@ -15,10 +15,10 @@ from agentflow.comfyui.servers import DEFAULT_POOL
 from agentflow.jobs import records
 from agentflow.jobs.model import Job
 from web import outlook
+from web.cursors import cursor_of, read_cursor
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.job import reason_in_words
 from web.dashboard.pictures import Picture, pictures
-from web.jobs import cursor_of, read_cursor
 
 pages = Pages()
 

@@ -9,9 +9,9 @@ from flask import Response, request
 
 from agentflow.schedules import records, ticks
 from web import schedules as api
+from web.cursors import cursor_of, read_cursor
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.words import say
-from web.jobs import cursor_of, read_cursor
 from web.schedules import ScheduleChange
 
 pages = Pages()

@@ -14,11 +14,11 @@ from agentflow.jobs import flights
 from agentflow.jobs.flights import Leg
 from agentflow.webhooks import browsing, content, endpoints, events, replays
 from agentflow.webhooks.events import OUTCOMES, VERDICTS, Event, Filter
+from web.cursors import cursor_of, read_cursor
 from web.dashboard import fields, shown
 from web.dashboard.frame import Pages, Visit
 from web.dashboard.jobs import PAGE, PERIODS, as_id
 from web.dashboard.words import say
-from web.jobs import cursor_of, read_cursor
 from web.problems import Refused
 
 pages = Pages()
