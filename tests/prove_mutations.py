@@ -1,4 +1,4 @@
-"""Workers of `agentflow prove` in whose code a safeguard is missing: `dramatiq tests.prove_mutations:claim`.
+"""Workers of `agentflow prove` in whose code a safeguard is missing: `dramatiq tests.prove_mutations:origin`.
 
 The name after the colon is called before Dramatiq asks for the broker.
 """
@@ -6,32 +6,29 @@ The name after the colon is called before Dramatiq asks for the broker.
 from __future__ import annotations
 
 import importlib
+import random
+import threading
 
 import pytest
 
 from agentflow.broker import consuming
-from agentflow.jobs import claims
 from tests.core_support import mutate_code
 
 _patch = pytest.MonkeyPatch()
-_TO_BE_HAD = (
-    "update agentflow.jobs set state = 'queued', worker = null, lease_until = null, slot = null,"
-    " wake_at = clock_timestamp(), attempt = attempt - 1 where id = any (%s) and state = 'running'"
-)
-
-
-def claim() -> None:
-    """Takes whatever it is told of, also what runs already. (What has ended is refused by the table's own constraints.)"""
-    mutate_code(
-        _patch,
-        claims,
-        "claim",
-        ("rows = conn.execute(", f"conn.execute({_TO_BE_HAD!r}, (list(ids),)); rows = conn.execute("),
-    )
-    importlib.import_module("agentflow.cli.prove_worker")
+#: Longer than RabbitMQ is cut off.
+_LATE_S = 5.0
 
 
 def origin() -> None:
-    """Acknowledges to whichever channel there is now."""
-    mutate_code(_patch, consuming.ConsumingLink, "_answer", ("message.channel is not self._channel", "False"))
+    """Acknowledges to whichever channel there is now; a tenth of all so late that it may be another one."""
+    mutate_code(
+        _patch, consuming.ConsumingLink, "_answer", ("message.channel is not self._channel", "self._channel is None")
+    )
+    settle = consuming.ConsumingLink.settle
+
+    def late(link: consuming.ConsumingLink, message: consuming.RabbitMessage, *, requeue: bool = False) -> None:
+        delay_s = _LATE_S if random.random() < 0.1 else 0.0
+        threading.Timer(delay_s, settle, (link, message), {"requeue": requeue}).start()
+
+    _patch.setattr(consuming.ConsumingLink, "settle", late)
     importlib.import_module("agentflow.cli.prove_worker")

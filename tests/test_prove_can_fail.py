@@ -15,6 +15,8 @@ from tests.test_prove import options
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
+#: What stands after the condition, in the lock and in the update.
+CLAIM = ("j.run_at <= clock_timestamp() and j.concurrency_key is null", "j.attempt < j.max_attempts")
 FENCE = ("v.id = j.id and v.fence = j.fence", "v.id = j.id")
 
 
@@ -27,8 +29,22 @@ def proven(
     return made
 
 
+def unlocked(conn: psycopg.Connection[Any]) -> None:
+    """Keys are not locked, and claims under them stay open for so long that some meet."""
+    mutate_function(conn, "lock_keys_1", ("perform pg_advisory_xact_lock(h);", "null;"))
+    last = "and k.look_again_s is not null;"
+    mutate_function(conn, "claim_keyed_2", (last, f"{last} perform pg_sleep(0.02);"))
+
+
 def test_without_the_claims_condition(tmp_path: Path) -> None:
-    made = proven(tmp_path, "stray_messages", "cut_rabbitmq", worker="tests.prove_mutations:claim")
+    def greedy(conn: psycopg.Connection[Any]) -> None:  # what has ended is refused by the table's own constraints
+        mutate_function(
+            conn,
+            "claim_1",
+            *((f"j.state || '' = 'queued' and {and_}", f"j.finished_at is null and {and_}") for and_ in CLAIM),
+        )
+
+    made = proven(tmp_path, "stray_messages", "cut_rabbitmq", without=greedy)
 
     assert made["violations"]["a holder that changes without a claim"]["count"] > 0
 
@@ -66,20 +82,17 @@ def test_without_the_rescue(tmp_path: Path) -> None:
 def test_without_the_lock_of_a_key(tmp_path: Path) -> None:
     """The index on slots, the second line of defence, refuses the claims that the lock would have kept apart."""
 
-    def unlocked(conn: psycopg.Connection[Any]) -> None:
-        mutate_function(conn, "lock_keys_1", ("perform pg_advisory_xact_lock(h);", "null;"))
-
     made = proven(tmp_path, "kill_child", without=unlocked, jobs_per_minute=3000.0, crowds=0.3)
 
     assert any("jobs_slot" in error for error in made["unexpected_errors"]), made["unexpected_errors"]
 
 
 def test_without_the_lock_of_a_key_and_the_index_behind_it(tmp_path: Path) -> None:
-    def unlocked(conn: psycopg.Connection[Any]) -> None:
-        mutate_function(conn, "lock_keys_1", ("perform pg_advisory_xact_lock(h);", "null;"))
+    def unguarded(conn: psycopg.Connection[Any]) -> None:
+        unlocked(conn)
         conn.execute("drop index agentflow.jobs_slot")
 
-    made = proven(tmp_path, "kill_child", without=unlocked, jobs_per_minute=3000.0, crowds=0.3)
+    made = proven(tmp_path, "kill_child", without=unguarded, jobs_per_minute=3000.0, crowds=0.3)
 
     assert {"more jobs of a key at once than allowed", "two jobs in one slot"} & set(made["violations"])
 
