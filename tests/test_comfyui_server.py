@@ -6,7 +6,7 @@ import io
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from json import loads
 from pathlib import Path
 from typing import Any
@@ -443,7 +443,8 @@ def test_extra_data_comes_back_and_secrets_only_in_the_queue_of_old_servers(tmp_
 
 
 def test_a_client_id_that_is_no_string_ends_the_server(comfy: Comfy, client: Client) -> None:
-    client.submit(invert(), client_id={"a": 1})
+    with suppress(httpx2.HTTPError):  # its end may come before its answer
+        client.submit(invert(), client_id={"a": 1})
 
     eventually(lambda: len(comfy.restarted_at) == 1)
 

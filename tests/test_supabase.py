@@ -259,7 +259,7 @@ def test_an_upload_above_the_plans_limit_is_the_callers_413(
 
     answer = client.post("/api/videos", data=bytes(2 * MB), content_type="application/octet-stream")
 
-    assert (answer.status_code, answer.json["title"]) == (413, "Request Entity Too Large"), answer.text
+    assert (answer.status_code, answer.json["title"]) == (413, "Content Too Large"), answer.text
     assert client.post("/api/videos", data=b"small", content_type="application/octet-stream").status_code == 201
 
 

@@ -197,7 +197,7 @@ def test_faults_of_single_answers_leave_the_rest_intact_and_nothing_is_paid_twic
     assert heard.replace(".", "").split() == [word.word for word in words]
     assert fields["tags"]["status"] == "failed"
     assert (fields["chapters"]["status"], fields["summary"]["status"]) == ("done", "done")
-    assert "limit" in before
+    assert {"limit", "model_limit"} & set(before)  # whoever said so first: our own count, or the vendor's answer
     paid = [asked.images[0] for asked in vendor.answered if asked.images]
     assert len(paid) == len(set(paid)) == 7
     assert len([asked for asked in vendor.answered if asked.sound]) == 3

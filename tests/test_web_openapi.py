@@ -20,7 +20,8 @@ from agentflow.system import System
 from tests import graph_support, render_support
 from tests.conftest import ADMIN_KEY
 from tests.processes import BIN
-from tests.web_support import Web, client, count, gunicorn, run
+from tests.web_support import Web, client, count, gunicorn, problem, run
+from web.problems import phrase
 
 __all__ = ["client"]
 
@@ -345,3 +346,10 @@ def unreached(document: dict[str, Any], entries: list[dict[str, Any]]) -> list[s
             if not reached:
                 missing.append(f"{method.upper()} {path}")
     return missing
+
+
+def test_statuses_have_the_names_of_rfc_9110_with_every_python(client: FlaskClient) -> None:
+    named = {413: "Content Too Large", 414: "URI Too Long", 416: "Range Not Satisfiable", 422: "Unprocessable Content"}
+
+    assert {status: phrase(status) for status in (404, *named)} == {404: "Not Found"} | named
+    assert problem(client.post("/api/jobs", json={}), 422)["title"] == "Unprocessable Content"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from http import HTTPStatus
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -12,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 import agentflow
 from web.api import Media, Operation, Query, Routes
-from web.problems import MEDIA_TYPE, Problem
+from web.problems import MEDIA_TYPE, Problem, phrase
 
 _REF: Final = "#/components/schemas/{model}"
 _ARGUMENT: Final = re.compile(r"<(?:(\w+):)?(\w+)>")
@@ -145,7 +144,7 @@ def _responses(
 ) -> dict[str, Any]:
     said: dict[str, Any] = {}
     for status, answer in operation.answers.items():
-        entry: dict[str, Any] = {"description": HTTPStatus(status).phrase}
+        entry: dict[str, Any] = {"description": phrase(status)}
         if isinstance(answer, Media):
             entry["description"] = answer.description
             entry["content"] = {answer.type: {"schema": answer.schema} if answer.schema is not None else {}}
@@ -158,7 +157,7 @@ def _responses(
     statuses = {*_ALWAYS, *(() if operation.open else _WITH_KEY), *with_body, *operation.problems}
     for status in sorted(statuses - set(operation.answers)):
         said[str(status)] = {
-            "description": HTTPStatus(status).phrase,
+            "description": phrase(status),
             "content": {MEDIA_TYPE: {"schema": references[Problem, "serialization"]}},
         }
     return said

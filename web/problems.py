@@ -24,6 +24,13 @@ logger = log.get(__name__)
 MEDIA_TYPE: Final = "application/problem+json"
 #: Long enough that a crowd of clients does not stand in the way of a database that is starting up.
 RETRY_AFTER_S: Final = 5
+#: As RFC 9110 names them; Python does so from 3.13 on.
+_PHRASES: Final = {
+    413: "Content Too Large",
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
 
 
 class Fault(BaseModel):
@@ -66,10 +73,13 @@ def invalid(field: str, problem: str, where: str = "body") -> Refused:
     return Refused(422, f"{field}: {problem}", errors=[Fault(field=field, problem=problem, where=where)])
 
 
+def phrase(status: int) -> str:
+    """What a status is called, the same with every Python."""
+    return _PHRASES.get(status) or HTTPStatus(status).phrase
+
+
 def document(status: int, detail: str | None, errors: list[Fault] | None = None) -> str:
-    problem = Problem(
-        type="about:blank", title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors or []
-    )
+    problem = Problem(type="about:blank", title=phrase(status), status=status, detail=detail, errors=errors or [])
     return problem.model_dump_json(exclude_none=True, exclude=None if errors else {"errors"})
 
 
