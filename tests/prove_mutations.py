@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from agentflow.broker import consuming
-from tests.core_support import mutate_code
+from tests.mutations import mutate_code
 
 _patch = pytest.MonkeyPatch()
 #: Longer than RabbitMQ is cut off.
@@ -27,8 +27,10 @@ def origin() -> None:
     settle = consuming.ConsumingLink.settle
 
     def late(link: consuming.ConsumingLink, message: consuming.RabbitMessage, *, requeue: bool = False) -> None:
-        delay_s = _LATE_S if random.random() < 0.1 else 0.0
-        threading.Timer(delay_s, settle, (link, message), {"requeue": requeue}).start()
+        if random.random() < 0.1:
+            threading.Timer(_LATE_S, settle, (link, message), {"requeue": requeue}).start()
+        else:
+            settle(link, message, requeue=requeue)
 
     _patch.setattr(consuming.ConsumingLink, "settle", late)
     importlib.import_module("agentflow.cli.prove_worker")

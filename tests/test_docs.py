@@ -28,6 +28,7 @@ from agentflow.jobs.model import STATES, TERMINAL, Job, Outcome, State, Verdict
 from agentflow.settings import TABLE
 from agentflow.system import System
 from tests import core_support as core
+from tests.mutations import mutate_function
 from tests.processes import BIN, ROOT
 from web import create_app
 
@@ -416,7 +417,7 @@ def test_the_diagram_of_states_is_what_the_database_allows(conn: psycopg.Connect
 
 
 def test_the_walk_notices_a_transition_that_is_not_in_the_diagram(conn: psycopg.Connection) -> None:
-    core.mutate_function(
+    mutate_function(
         conn,
         "cancel_1",
         ("in ('queued', 'running')", "in ('queued', 'running', 'failed')"),

@@ -41,8 +41,6 @@ from tests.core_support import (
     column,
     finish,
     lockable,
-    mutate_code,
-    mutate_function,
     pass_time,
     prepared,
     read,
@@ -56,6 +54,7 @@ from tests.core_support import (
     verdict,
     whole_row,
 )
+from tests.mutations import mutate_code, mutate_function
 from tests.one_database import database_url
 from tests.processes import eventually
 

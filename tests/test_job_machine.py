@@ -29,6 +29,7 @@ from agentflow.jobs.leases import Held
 from agentflow.jobs.model import Job, Outcome, Ring, Verdict
 from tests import core_support
 from tests.core_support import BROKEN, LEASE_S, MAX_CRASHES, ORGANIZATION, PASS_TIME, audit, child, prepared
+from tests.mutations import mutate_function
 
 URL = "http://caller.example/done"
 KEYS = {"one": 1, "two": 2, "three": 3}
@@ -569,7 +570,7 @@ FAULTS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_walk_finds_a_planted_fault(world: World, fault: str) -> None:
     where, changes, sign = FAULTS[fault]
-    core_support.mutate_function(world.watcher, where, *changes)
+    mutate_function(world.watcher, where, *changes)
 
     with pytest.raises((Violated, FlakyFailure)) as caught:
         walk(world, settings(WALK, max_examples=600, derandomize=True, phases=[Phase.generate], print_blob=False))

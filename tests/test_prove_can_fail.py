@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from agentflow.prove import run
-from tests.core_support import mutate_function
+from tests.mutations import mutate_function
 from tests.test_prove import options
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]

@@ -37,6 +37,7 @@ from agentflow.jobs.usage import Usage
 from agentflow.webhooks import browsing, events
 from tests import core_support
 from tests.core_support import LEASE_S, MAX_CRASHES, ORGANIZATION, prepared, rescuer, settle, submit
+from tests.mutations import mutate_function
 
 Connection = psycopg.Connection
 
@@ -463,7 +464,7 @@ def test_a_state_that_tempts_the_planner_off_the_primary_key_is_noticed(
 ) -> None:
     with core_support.database(stack) as url, psycopg.connect(url, autocommit=True, prepare_threshold=None) as conn:
         change = (f"j.state || '' = 'queued' {rest}", f"j.state = 'queued' {rest}")
-        core_support.mutate_function(conn, function, change)
+        mutate_function(conn, function, change)
 
         with pytest.raises(AssertionError):
             test_a_hot_statement_finds_its_rows_by_index(Table(conn, "empty"), statement)

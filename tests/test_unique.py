@@ -24,12 +24,12 @@ from tests.core_support import (
     claim,
     column,
     finish,
-    mutate_code,
     pass_time,
     read,
     together,
     value,
 )
+from tests.mutations import mutate_code
 from tests.one_database import database_url, original
 from tests.web_support import client, count, problem
 

@@ -1,15 +1,13 @@
 """Finds where one shot ends and the next begins: cuts, dissolves, and fades through one colour.
 
-Each frame becomes a vector of some 900 numbers: 32 × 18 gray values without their mean, and coarse colours. All that
-follows is computed from the dot products of these vectors, of which each new frame adds one row.
+Each frame becomes a vector (`vectors.py`). All that follows is computed from the dot products of these vectors, of which
+each new frame adds one row.
 
 A cut is a step: the frames before it differ from those after it by more than frames at the same distance in time do
 within either shot. The least of all such pairs counts, so that a flash makes no cut (the frames around it are alike),
 nor does a pan (all its frames differ).
 
-In a dissolve or a fade every frame is a mixture, so that the vectors go along the chord from the first to the last one,
-and get shorter on the way; in a pan or with a moving object they go around it. What a window of frames looks like in
-these terms is judged by a small network (`weights.py`), fitted on the tuning half of ops/bench/shots.py.
+In a dissolve or a fade every frame is a mixture: whether a window of frames looks like that says `gradual.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +15,14 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import Any, Final, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.analyze_video import weights
+from actors.analyze_video import gradual
 from actors.analyze_video.frames import Small
+from actors.analyze_video.vectors import SIZE, UNIT, Floats, thumb_of, vector_of
 
 Kind = Literal["cut", "dissolve", "fade"]
-Floats = NDArray[np.float64]
 
 #: Lengths of the windows, in samples.
 LAGS: Final = (8, 12, 17, 24, 34, 48, 66)
@@ -37,13 +34,6 @@ _BATCH: Final = 8
 # Look-back of the longest window with what is looked at before it, and some room.
 _KEPT: Final = 66 + 33 + 33 + 48
 _CAPACITY: Final = _KEPT + 80
-
-_THUMB: Final = (32, 18)
-_COLOUR_THUMB: Final = (16, 9)
-_COLOUR_WEIGHT: Final = 3.0
-_SIZE: Final = _THUMB[0] * _THUMB[1] + 2 * _COLOUR_THUMB[0] * _COLOUR_THUMB[1]
-# Of the vectors: a difference of one gray level in all of the picture is 1.
-_UNIT: Final = 1.0 / (_THUMB[0] * _THUMB[1])
 
 # Cuts: up to so many samples before and after are compared; a flash may last as long.
 _BEFORE: Final = 4
@@ -98,8 +88,8 @@ class TransitionFinder:
         self._frames = 0
         self._samples = 0  # in all
         self._first = 0  # the sample at index 0 of the arrays
-        self._thumbs = np.zeros((_CAPACITY, _SIZE), np.uint8)
-        self._vectors = np.zeros((_CAPACITY, _SIZE))
+        self._thumbs = np.zeros((_CAPACITY, SIZE), np.uint8)
+        self._vectors = np.zeros((_CAPACITY, SIZE))
         self._products = np.zeros((_CAPACITY, _CAPACITY))
         self._facts = np.zeros((_CAPACITY, 2))  # sharpness and contrast of each
         self._skipped: dict[int, list[NDArray[np.uint8]]] = {}  # by the sample that follows them
@@ -116,7 +106,7 @@ class TransitionFinder:
         """The next frame: its small picture, the variance of its Laplacian, the standard deviation of its gray."""
         number = self._frames
         self._frames += 1
-        thumb = _thumb(small)
+        thumb = thumb_of(small)
         if number % self.stride:
             self._skipped.setdefault(self._samples, []).append(thumb)
             self.may_cut = False
@@ -169,7 +159,7 @@ class TransitionFinder:
 
     def _multiply(self, index: int) -> None:
         # Whole numbers in doubles: sums are exact, and so the same in whatever order they are made.
-        vector = _vector(self._thumbs[index])
+        vector = vector_of(self._thumbs[index])
         self._vectors[index] = vector
         # No two samples further apart than the longest window are ever compared.
         first = max(0, index - LAGS[-1] - 1)
@@ -190,7 +180,7 @@ class TransitionFinder:
         products = self._products
         one, other = products[index - 1, index - 1], products[index, index]
         gap = one + other - 2 * products[index - 1, index]
-        return bool(gap > _STEP_SHARE**2 * max(one, other, 1.0) and gap * _UNIT > (_CUT_LEAST / 2) ** 2)
+        return bool(gap > _STEP_SHARE**2 * max(one, other, 1.0) and gap * UNIT > (_CUT_LEAST / 2) ** 2)
 
     # ---- judging ----
 
@@ -211,7 +201,7 @@ class TransitionFinder:
         """Root mean square differences of samples (by index), in gray levels."""
         products = self._products
         square = products[ones, ones] + products[others, others] - 2 * products[ones, others]
-        result: Floats = np.sqrt(np.maximum(square, 0) * _UNIT)
+        result: Floats = np.sqrt(np.maximum(square, 0) * UNIT)
         return result
 
     def _is_cut(self, sample: int) -> bool:
@@ -240,7 +230,7 @@ class TransitionFinder:
         inside /= np.maximum(1, has_earlier.astype(int) + has_later)
         ratio = float(np.min(across / (inside + 0.15)))
         near = np.arange(max(0, at - 6), min(last + 1, at + 6))
-        scale = float(np.median(np.sqrt(self._products[near, near] * _UNIT)))
+        scale = float(np.median(np.sqrt(self._products[near, near] * UNIT)))
         least = float(np.min(across))
         score = 2.0 * np.log(max(ratio, 1e-3)) + 2.2 * (least / (scale + 3.0) - 1.0)
         return bool(least > _CUT_LEAST and score > _CUT_THRESHOLD)
@@ -257,11 +247,11 @@ class TransitionFinder:
 
     def _look(self, starts: NDArray[np.int64], lag: int) -> None:
         last = self._samples - self._first - 1
-        seen = features(self._products, self._facts[:, 0], starts - self._first, lag, last)
+        seen = gradual.features(self._products, self._facts[:, 0], starts - self._first, lag, last)
         if seen is None:
             return
         found, alpha, which = seen
-        scores = judge(found)
+        scores = gradual.judge(found)
         for row in np.flatnonzero(scores > _GRADUAL_THRESHOLD):
             start = int(starts[which[row]])
             rising = np.maximum.accumulate(alpha[row])
@@ -319,7 +309,7 @@ class TransitionFinder:
         index = sample - self._first
         # Of the frames that were no samples, those that look like the new shot belong to it.
         for thumb in reversed(self._skipped.get(sample, [])):
-            vector = _vector(thumb)
+            vector = vector_of(thumb)
             old, new = vector - self._vectors[index - 1], vector - self._vectors[index]
             if new @ new >= old @ old:
                 break
@@ -370,99 +360,3 @@ def _joined(group: list[_Window]) -> _Window:
     short = [w for w in alike if w.end - w.start <= best.end - best.start + 4]
     mixed_from, mixed_to = min(w.mixed_from for w in short), max(w.mixed_to for w in short)
     return _Window(best.start, best.end, best.score, middle, min(mixed_from, middle), max(mixed_to, middle))
-
-
-def _thumb(small: Small) -> NDArray[np.uint8]:
-    return np.concatenate(
-        (
-            cv2.resize(small.y, _THUMB, interpolation=cv2.INTER_AREA).ravel(),
-            cv2.resize(small.u, _COLOUR_THUMB, interpolation=cv2.INTER_AREA).ravel(),
-            cv2.resize(small.v, _COLOUR_THUMB, interpolation=cv2.INTER_AREA).ravel(),
-        )
-    ).astype(np.uint8)
-
-
-def _vector(thumb: NDArray[np.uint8]) -> Floats:
-    gray = _THUMB[0] * _THUMB[1]
-    vector = thumb.astype(np.float64)
-    vector[:gray] -= round(float(vector[:gray].mean()))
-    vector[gray:] -= 128.0
-    vector[gray:] *= _COLOUR_WEIGHT
-    return vector
-
-
-# ---- gradual transitions ----
-
-
-def features(
-    products: Floats, sharpness: Floats, starts: NDArray[np.int64], lag: int, last: int
-) -> tuple[Floats, Floats, NDArray[np.int64]] | None:
-    """What windows of `lag` samples from `starts` on look like: (windows × 16), their shares of the new picture (windows
-    × lag + 1), and which of `starts` they are of: those whose two ends are alike are left out. None if all are.
-
-    `products` are the dot products of all samples up to the index `last`.
-    """
-    ends = starts + lag
-    first2, last2 = products[starts, starts] * _UNIT, products[ends, ends] * _UNIT
-    chord2 = first2 + last2 - 2 * products[starts, ends] * _UNIT + 1e-3
-    size2 = (first2 + last2) / 2 + 1e-3
-    which = np.flatnonzero((chord2 > 0.3 * size2) & (chord2 > 36.0))
-    if not len(which):
-        return None
-    starts, ends = starts[which], ends[which]
-    first2, last2, chord2, size2 = first2[which], last2[which], chord2[which], size2[which]
-    t = starts[:, None] + np.arange(lag + 1)
-    to_first = products[t, starts[:, None]] * _UNIT
-    to_last = products[t, ends[:, None]] * _UNIT
-    between = products[starts, ends][:, None] * _UNIT
-    norm2 = products[t, t] * _UNIT
-    # How far along the chord, and how far from it.
-    alpha = (to_last - to_first - between + first2[:, None]) / chord2[:, None]
-    off = norm2 - 2 * to_first + first2[:, None]
-    off = np.maximum(0, off - alpha * alpha * chord2[:, None]) / chord2[:, None]
-
-    def gap2(ones: NDArray[np.int64], others: NDArray[np.int64]) -> Floats:
-        square = products[ones, ones] + products[others, others] - 2 * products[ones, others]
-        result: Floats = np.maximum(square, 0) * _UNIT / chord2
-        return result
-
-    margin = max(4, lag // 2)
-    before, after = gap2(np.maximum(starts - margin, 0), starts), gap2(ends, np.minimum(ends + margin, last))
-    near_before, near_after = gap2(np.maximum(starts - 4, 0), starts), gap2(ends, np.minimum(ends + 4, last))
-    quarter = lag // 4
-    inner = slice(quarter, lag - quarter + 1)
-    detail = np.log(sharpness + 4.0)
-    detail_first = (detail[np.maximum(starts - 1, 0)] + detail[starts]) / 2
-    detail_last = (detail[np.minimum(ends + 1, last)] + detail[ends]) / 2
-    detail_inner = detail[t[:, inner]].mean(axis=1)
-    columns = (
-        between[:, 0] / np.sqrt(first2 * last2 + 1e-3),
-        _log(off[:, inner].mean(axis=1)),
-        _log(off.max(axis=1)),
-        _log(norm2[:, inner].mean(axis=1) / size2),
-        _log(norm2[:, inner].min(axis=1) / size2),
-        detail_inner - np.maximum(detail_first, detail_last),
-        detail_inner - np.minimum(detail_first, detail_last),
-        np.minimum(np.maximum(0, alpha[:, :-2] - alpha[:, 2:]).sum(axis=1), 2),
-        np.minimum((alpha[:, 1:] - alpha[:, :-1]).max(axis=1), 1.5),
-        np.minimum(chord2 / size2, 4),
-        np.full(len(starts), np.log(lag / 24)),
-        _log(before),
-        _log(after),
-        _log(np.maximum(near_before, near_after)),
-        _log(np.sqrt(size2) / 30),
-        np.minimum(np.abs(alpha - np.arange(lag + 1) / lag).mean(axis=1), 1),
-    )
-    return np.stack(columns, axis=1), alpha, which
-
-
-def _log(values: Floats) -> Floats:
-    result: Floats = np.log(np.clip(values + 0.02, 1e-3, 1e3))
-    return result
-
-
-def judge(found: Floats) -> Floats:
-    """How likely each row of `features` is a gradual transition, 0 to 1."""
-    hidden = np.tanh((found - weights.MEAN) / weights.DEVIATION @ weights.HIDDEN + weights.HIDDEN_BIAS)
-    result: Floats = 1 / (1 + np.exp(-np.clip(hidden @ weights.OUT + weights.OUT_BIAS, -30, 30)))
-    return result

@@ -1,10 +1,10 @@
-"""The numbers of the network that judges windows (`transitions.judge`), written by `ops/bench/shots.py --fit`."""
+"""The numbers of the network that judges windows (`gradual.judge`), written by `ops/bench/shots.py --fit`."""
 
 from typing import Final
 
 import numpy as np
 
-# Columns in the order of `transitions.features`.
+# Columns in the order of `gradual.features`.
 MEAN: Final = np.array(
     [
         0.2472,

@@ -30,9 +30,10 @@ from scenedetect.detectors import AdaptiveDetector
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from actors.analyze_video import transitions  # noqa: E402
+from actors.analyze_video import gradual, transitions  # noqa: E402
 from actors.analyze_video.frames import Small, SmallPictures  # noqa: E402
 from actors.analyze_video.shots import Observer  # noqa: E402
+from actors.analyze_video.vectors import thumb_of, vector_of  # noqa: E402
 from ops.bench import reels  # noqa: E402
 
 TUNING = tuple(range(1, 9))
@@ -152,7 +153,7 @@ def as_markdown(results: dict[str, Any]) -> str:
 
 
 def fit(half: list[reels.Reel], *, hidden: int = 6, rounds: int = 3000) -> None:
-    """Fits the network of `transitions.judge` to windows that lie on a dissolve or fade, against all that touch none."""
+    """Fits the network of `gradual.judge` to windows that lie on a dissolve or fade, against all that touch none."""
     columns, wanted = zip(*(_windows(reel) for reel in half), strict=True)
     x, y = np.concatenate(columns), np.concatenate(wanted)
     x, y = x[y != 2], (y[y != 2] == 1).astype(float)
@@ -186,13 +187,13 @@ def fit(half: list[reels.Reel], *, hidden: int = 6, rounds: int = 3000) -> None:
             values[k] = values[k] - step / (np.sqrt(second[k] / (1 - 0.999**turn)) + 1e-8)
     names = ("MEAN", "DEVIATION", "HIDDEN", "HIDDEN_BIAS", "OUT")
     lines = [
-        '"""The numbers of the network that judges windows (`transitions.judge`), from `ops/bench/shots.py --fit`."""',
+        '"""The numbers of the network that judges windows (`gradual.judge`), from `ops/bench/shots.py --fit`."""',
         "",
         "from typing import Final",
         "",
         "import numpy as np",
         "",
-        "# Columns in the order of `transitions.features`.",
+        "# Columns in the order of `gradual.features`.",
         *(
             f"{name}: Final = np.array({np.round(value, 4).tolist()})"
             for name, value in zip(names, (mean, deviation, *values[:3]), strict=True)
@@ -212,13 +213,13 @@ def _windows(reel: reels.Reel) -> tuple[Any, Any]:
         small_pictures = SmallPictures(reels.WIDTH, reels.HEIGHT)
         for number, frame in enumerate(container.decode(video=0)):
             small: Small = small_pictures.of(frame)
-            vectors.append(transitions._vector(transitions._thumb(small)))
+            vectors.append(vector_of(thumb_of(small)))
             sharpness.append(observer.look(small, number, 0.0).sharpness)
     products = np.stack(vectors) @ np.stack(vectors).T
     columns, wanted = [], []
     for lag in transitions.LAGS:
         starts = np.arange(0, len(vectors) - lag, 2)
-        seen = transitions.features(products, np.array(sharpness), starts, lag, len(vectors) - 1)
+        seen = gradual.features(products, np.array(sharpness), starts, lag, len(vectors) - 1)
         if seen is None:
             continue
         found, _, which = seen
