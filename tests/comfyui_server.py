@@ -29,13 +29,13 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
+from agentflow.prove.ports import free_port
 from tests.comfyui_nodes import OF_TESTS, Files
 from tests.comfyui_routes import Routes, normal
 from tests.comfyui_sockets import Sockets
 from tests.comfyui_worker import Gone, Queue, Run, Worker
 from tests.faults import Fault, Faults
 from tests.http_server import Reply, Request, Server, serve
-from tests.processes import lasting_port
 
 VERSIONS = ("0.3.64", "0.33.0")
 DATA = Path(__file__).parent / "data" / "comfyui"
@@ -195,7 +195,7 @@ class Comfy:
 
 @contextmanager
 def comfyui(folder: Path, *, version: str = "0.33.0", port: int = 0, seed: int = 0) -> Iterator[Comfy]:
-    with serve(port=port or lasting_port()) as server:
+    with serve(port=port or free_port()) as server:
         comfy = Comfy(server, folder, version, seed)
         try:
             yield comfy

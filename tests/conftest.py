@@ -27,6 +27,8 @@ pytest.register_assert_rewrite("tests.plant")  # it asserts, and is no test modu
 
 _numbers = itertools.count(1)
 TEMPLATE = "agentflow_template"
+#: Characters, from the end: the assertion, and what was seen.
+_TOLD_OF_A_RERUN = 4000
 ADMIN_KEY = "test-operator-key-0123456789"
 
 
@@ -36,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     have nothing left."""
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: tests[item.path])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why a test that was run again had failed: whether it is a bug can only be seen by that."""
+    for report in terminalreporter.stats.get("rerun", ()):
+        terminalreporter.section(f"failed at first: {report.nodeid}", sep="_")
+        terminalreporter.line(report.longreprtext[-_TOLD_OF_A_RERUN:])
 
 
 RECORDER = statements.Recorder()

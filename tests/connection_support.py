@@ -22,9 +22,10 @@ import trustme
 from agentflow import embedded, presence
 from agentflow.broker import RabbitBroker
 from agentflow.embedded.binaries import find_valkey
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests.middleman import Middleman, Target, between
-from tests.processes import eventually, free_port
+from tests.processes import eventually
 from tests.rabbitmq import Node
 
 KINDS = ("Postgres", "Redis", "RabbitMQ")

@@ -12,7 +12,8 @@ from typing import Any
 import httpx2
 import psutil
 
-from tests.processes import BIN, ROOT, Process, eventually, free_port
+from agentflow.prove.ports import free_port
+from tests.processes import BIN, ROOT, Process, eventually
 
 
 @dataclass

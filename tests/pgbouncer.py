@@ -12,8 +12,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import psycopg
 
+from agentflow.prove.ports import free_port
 from tests.postgres15 import account, own
-from tests.processes import eventually, free_port
+from tests.processes import eventually
 
 BIN = Path("/usr/sbin/pgbouncer")
 

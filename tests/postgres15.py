@@ -14,7 +14,8 @@ from typing import Any
 
 import psycopg
 
-from tests.processes import eventually, free_port
+from agentflow.prove.ports import free_port
+from tests.processes import eventually
 
 BIN = Path("/usr/lib/postgresql/15/bin")
 

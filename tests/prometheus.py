@@ -13,8 +13,9 @@ from typing import Any
 import httpx2
 import yaml
 
+from agentflow.prove.ports import free_port
 from tests.http_server import Reply, Request, serve
-from tests.processes import eventually, free_port, started
+from tests.processes import eventually, started
 
 PROMETHEUS = Path("/usr/bin/prometheus")
 ALERTMANAGER = Path("/usr/bin/prometheus-alertmanager")

@@ -15,8 +15,8 @@ import pika
 import pytest
 
 from agentflow.prove import rabbitmq as own
+from agentflow.prove.ports import free_port
 from tests.folders import server_folder
-from tests.processes import free_port
 
 logging.getLogger("pika").setLevel(logging.CRITICAL)  # as agentflow.log does; else each look for a port is pages of log
 

@@ -31,9 +31,10 @@ from psycopg import sql
 
 from agentflow import schema
 from agentflow.embedded import binaries
+from agentflow.prove.ports import free_port
 from tests import rabbitmq
 from tests.folders import server_folder
-from tests.processes import eventually, free_port
+from tests.processes import eventually
 
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
 

@@ -17,9 +17,10 @@ import pytest
 
 from agentflow import settings
 from agentflow.alerts import prometheus, table
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests.memory_group import MemoryGroup, memory_group
-from tests.processes import BIN, ROOT, Process, eventually, free_port, started
+from tests.processes import BIN, ROOT, Process, eventually, started
 from tests.prometheus import Monitoring, monitoring
 from tests.servers import Redis
 from tests.test_worker import submit

@@ -12,10 +12,11 @@ import psycopg
 import pytest
 
 from agentflow import schema
+from agentflow.prove.ports import free_port
 from agentflow.schedules.when import When
 from tests import postgres15
 from tests.calendar_support import jobs_of, made, ticks_of
-from tests.processes import eventually, free_port, started
+from tests.processes import eventually, started
 
 SPEED = 60
 START = datetime(2026, 3, 29, 0, 30, tzinfo=UTC)

@@ -64,6 +64,19 @@ class Worker:
         eventually(lambda: 0 < self.runtime.claimer.trip_s < 0.5)
         self.runtime.claimer.trip_s = 0.0
 
+    def is_filled(self) -> list[threading.Thread]:
+        """With long jobs: each thread that any job may have is taken, and so is each place to wait here for one. What was
+        measured of earlier jobs does not count. Opening the gate ends them."""
+        self.runtime.threads.claims_per_s = lambda: 0.0  # type: ignore[method-assign]
+        self.gate.clear()
+        threads = [threading.Thread(target=self.runtime.handle, args=(unasked(self.system),)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: len(self.performed) == 6)
+        for _ in range(2):
+            self.runtime.handle(unasked(self.system))
+        return threads
+
     def close(self) -> None:
         self.gate.set()
         self.runtime.claimer.stop()
@@ -254,15 +267,7 @@ def test_of_types_that_a_process_runs_only_so_many_of_none_is_claimed_ahead(syst
 
 def test_a_message_that_is_passed_on_is_not_claimed_afterwards(system: System, worker: Worker) -> None:
     """Another worker has it by then: claimed here, nobody would run it."""
-    long, passed = [submit(system, "ping") for _ in range(6)], submit(system, "ping")
-    worker.gate.clear()
-    threads = [threading.Thread(target=worker.runtime.handle, args=(worker.message(job),)) for job in long]
-    for thread in threads:
-        thread.start()
-    eventually(lambda: len(worker.performed) == 6)
-    aside = [submit(system, "ping") for _ in range(2)]  # as many as wait here for a thread
-    for job in aside:
-        worker.runtime.handle(worker.message(job))
+    threads, passed = worker.is_filled(), submit(system, "ping")
 
     ring = Ring(passed.id, passed.queue, passed.type)
     message = DeliveredMessage(message_for(ring, system.settings.job_queue_name), Elsewhere([]))
@@ -285,13 +290,7 @@ def test_a_message_whose_job_is_claimed_is_not_passed_on_but_handed_back(system:
     eventually(lambda: read(system, job.id).state == "running")
     passed = list[Any]()
     message.origin = Elsewhere(passed)
-    worker.gate.clear()
-    threads = [threading.Thread(target=worker.runtime.handle, args=(unasked(system),)) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    eventually(lambda: len(worker.performed) == 6)
-    for _ in range(2):  # as many as wait here for a thread
-        worker.runtime.handle(unasked(system))
+    threads = worker.is_filled()
 
     worker.runtime.handle(message)
 

@@ -24,9 +24,10 @@ from agentflow import settings
 from agentflow.cli import checkup, commands, output, running, video
 from agentflow.cli.checkup import network, postgres, redis
 from agentflow.jobs.requests import NewJob
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests.clips import film, real_clips, write_film  # noqa: F401 - a fixture
-from tests.processes import ROOT, free_port
+from tests.processes import ROOT
 from tests.test_up import Up, open_folder, running_up, says
 
 

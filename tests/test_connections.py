@@ -22,6 +22,7 @@ from agentflow.database import Unavailable
 from agentflow.jobs.model import Job, Ring
 from agentflow.jobs.requests import NewJob
 from agentflow.presence import Presence
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.connection_support import (
@@ -39,7 +40,7 @@ from tests.connection_support import (
 )
 from tests.middleman import between
 from tests.postgres15 import cluster
-from tests.processes import Process, eventually, free_port, worker
+from tests.processes import Process, eventually, worker
 from tests.rabbitmq import Node
 
 pytestmark = pytest.mark.timeout(180)

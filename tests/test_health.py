@@ -17,12 +17,13 @@ import pytest
 from agentflow import health, probe, settings
 from agentflow.database import BoundedConnection
 from agentflow.probe import Probe
+from agentflow.prove.ports import free_port
 from agentflow.schedules.ticks import Tick
 from agentflow.system import System
 from agentflow.worker.loops import Loop
 from scheduler import schedule
 from scheduler.calendar import Entry
-from tests.processes import eventually, free_port, worker
+from tests.processes import eventually, worker
 from tests.web_support import AUTH, client
 
 __all__ = ["client"]

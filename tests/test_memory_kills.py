@@ -12,10 +12,11 @@ import pytest
 
 from agentflow.jobs import records
 from agentflow.jobs.model import Job
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests import memory_jobs  # noqa: F401 - makes its type known
 from tests.memory_group import MemoryGroup, memory_group
-from tests.processes import BIN, Process, eventually, free_port, started
+from tests.processes import BIN, Process, eventually, started
 from tests.test_worker import ended, read, submit
 
 # Long, since the kernel's groups cannot be had in every container that can run all else.

@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from psycopg import sql
 from agentflow import embedded, schema, settings
 from agentflow.jobs import dispatch, intake, leases, records
 from agentflow.jobs.leases import Held
+from agentflow.prove.ports import free_port
 from agentflow.schema import Migration, SchemaError
 from agentflow.system import System
 from tests.conftest import with_database
@@ -268,11 +268,6 @@ def test_a_newer_schema_is_accepted(conn: Connection) -> None:
     conn.execute("insert into agentflow.migrations (name, sha) values ('9999_of_the_next_release.sql', '')")
 
     schema.check(conn)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 PROCESSES = {

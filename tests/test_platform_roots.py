@@ -23,11 +23,12 @@ from packaging.markers import Marker
 
 from agentflow.jobs.model import Job
 from agentflow.jobs.requests import NewJob
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests.conftest import ADMIN_KEY
 from tests.core_support import read
 from tests.pgbouncer import pooler
-from tests.processes import ROOT, Process, eventually, free_port
+from tests.processes import ROOT, Process, eventually
 from tests.test_platform_files import environments, platform_commands
 from tests.test_tiers import Valkey, submitting
 

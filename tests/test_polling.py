@@ -20,10 +20,11 @@ from agentflow import settings
 from agentflow.broker import PollingBroker
 from agentflow.jobs import dispatch
 from agentflow.jobs.model import USUAL_QUEUES, Job
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests import core_support, job_types  # noqa: F401 - registers the tests' job types
 from tests.core_support import ORGANIZATION, column
-from tests.processes import ROOT, Process, eventually, free_port, worker
+from tests.processes import ROOT, Process, eventually, worker
 from tests.test_kills import (  # noqa: F401 - run again here, in this tier
     assert_each_ended_once,
     open_jobs,

@@ -20,11 +20,12 @@ from agentflow import embedded, schema, settings
 from agentflow.database import Database
 from agentflow.jobs.model import Job
 from agentflow.jobs.requests import NewJob
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.core_support import end_others
 from tests.pgbouncer import PgBouncer, pooler
-from tests.processes import BIN, ROOT, eventually, free_port, started, worker
+from tests.processes import BIN, ROOT, eventually, started, worker
 from tests.test_intake import (  # noqa: F401 - run again here, through the pooler
     test_a_batch_has_an_idempotency_key_too,
     test_a_flood_leaves_the_rest_to_the_relay,

@@ -20,11 +20,12 @@ from agentflow.cli.errors import USAGE, Failure
 from agentflow.prove import page, plan, report, run, soak
 from agentflow.prove.faults import Fault
 from agentflow.prove.plan import Options
+from agentflow.prove.ports import free_port
 from agentflow.prove.rabbitmq import Entrance
 from agentflow.prove.receiver import Receiver
 from agentflow.prove.requests import Requests
 from tests.conftest import ADMIN_KEY
-from tests.processes import free_port, worker
+from tests.processes import worker
 from tests.web_support import gunicorn
 
 

@@ -23,9 +23,10 @@ from agentflow import health, settings
 from agentflow.broker import RabbitBroker, queue_name
 from agentflow.jobs.model import QUEUES, Job, Ring
 from agentflow.jobs.requests import NewJob
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
-from tests.processes import Process, eventually, free_port, started, worker
+from tests.processes import Process, eventually, started, worker
 from tests.rabbitmq import Node
 from tests.test_cli import Command, agentflow  # noqa: F401 - a fixture
 from tests.test_kills import (  # noqa: F401 - run again here, on this broker

@@ -20,9 +20,10 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from agentflow import gauges, metrics, scraping, siblings
+from agentflow.prove.ports import free_port
 from agentflow.siblings import Siblings
 from agentflow.system import System
-from tests.processes import BIN, ROOT, Process, eventually, free_port, started
+from tests.processes import BIN, ROOT, Process, eventually, started
 from tests.prometheus import PROMTOOL
 from tests.test_worker import submit
 

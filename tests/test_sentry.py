@@ -20,6 +20,7 @@ from agentflow.database import Unavailable
 from agentflow.jobs import records
 from agentflow.jobs.model import Job, Settled
 from agentflow.jobs.requests import NewJob
+from agentflow.prove.ports import free_port
 from agentflow.sentry import failures, lines
 from agentflow.system import System
 from agentflow.worker import reporting as worker_reporting
@@ -33,7 +34,7 @@ from tests.calendar_support import calendar
 from tests.connection_support import Servers
 from tests.http_server import Reply, Request
 from tests.log_support import configured_log
-from tests.processes import ROOT, eventually, free_port, started, worker
+from tests.processes import ROOT, eventually, started, worker
 from tests.sentry_sink import Sink
 
 __all__ = ["configured_log"]

@@ -19,10 +19,11 @@ import pytest
 from agentflow import signals
 from agentflow.broker import queue_name
 from agentflow.jobs.model import Job
+from agentflow.prove.ports import free_port
 from agentflow.signals import SAME_SIGNAL_S
 from agentflow.system import System
 from tests.clips import real_clips  # noqa: F401 - a fixture
-from tests.processes import BIN, ROOT, Process, eventually, free_port, started, worker
+from tests.processes import BIN, ROOT, Process, eventually, started, worker
 from tests.rabbitmq import Node
 from tests.test_kills import submit_analysis
 from tests.test_worker import outcomes, read, submit

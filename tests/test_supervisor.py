@@ -19,8 +19,9 @@ from agentflow import settings
 from agentflow.cli import workers
 from agentflow.cli.worker_health import WorkerHealth
 from agentflow.cli.workers import Child
+from agentflow.prove.ports import free_port
 from agentflow.system import System
-from tests.processes import Process, eventually, free_port, started
+from tests.processes import Process, eventually, started
 from tests.test_worker import read, submit
 
 pytestmark = pytest.mark.timeout(150)

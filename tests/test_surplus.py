@@ -11,9 +11,10 @@ import pytest
 
 import actors  # noqa: F401 - makes ping known
 from agentflow.jobs.requests import NewJob
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from agentflow.worker.surplus import is_surplus
-from tests.processes import BIN, ROOT, eventually, free_port, started
+from tests.processes import BIN, ROOT, eventually, started
 
 
 @pytest.mark.parametrize(

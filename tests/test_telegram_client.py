@@ -13,10 +13,10 @@ import pytest
 from agentflow import settings
 from agentflow.connections import NoAnswer
 from agentflow.errors import JobError, Transient, Wait
+from agentflow.prove.ports import free_port
 from agentflow.settings import SettingsError
 from agentflow.telegram.client import Refused, Telegram
 from tests.http_server import Reply, Server, serve
-from tests.processes import free_port
 
 TOKEN = "123456789:AAF0123456789abcdef0123456789abcdef"
 

@@ -22,9 +22,10 @@ from agentflow import settings
 from agentflow.embedded.binaries import find_valkey
 from agentflow.jobs.model import Job
 from agentflow.jobs.requests import NewJob
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
-from tests.processes import eventually, free_port, worker
+from tests.processes import eventually, worker
 from tests.rabbitmq import Node
 
 pytestmark = pytest.mark.timeout(180)

@@ -28,10 +28,11 @@ from agentflow.cli import running, serve, servers
 from agentflow.jobs import records
 from agentflow.jobs.model import Job
 from agentflow.jobs.requests import NewJob
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests.conftest import ADMIN_KEY
 from tests.folders import server_folder
-from tests.processes import ROOT, Process, eventually, free_port, started
+from tests.processes import ROOT, Process, eventually, started
 
 ARGUMENTS = [sys.executable, "-m", "agentflow.cli", "up", "--port"]
 AUTH = {"Authorization": f"Bearer {ADMIN_KEY}"}

@@ -19,9 +19,10 @@ import psutil
 import psycopg
 import pytest
 
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests.conftest import ADMIN_KEY
-from tests.processes import BIN, Process, eventually, free_port
+from tests.processes import BIN, Process, eventually
 from tests.web_support import Web, count, gunicorn, run
 from web import server
 

@@ -21,9 +21,10 @@ from agentflow.jobs import claims, settlement
 from agentflow.jobs.model import Job, Outcome, Verdict
 from agentflow.jobs.registry import Payload, job
 from agentflow.live import Finished
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests.conftest import ADMIN_KEY
-from tests.processes import BIN, Process, eventually, free_port
+from tests.processes import BIN, Process, eventually
 from web import create_app
 
 AUTH = {"Authorization": f"Bearer {ADMIN_KEY}"}

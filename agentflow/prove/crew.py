@@ -14,16 +14,11 @@ from typing import Final
 
 import psutil
 
+from agentflow.prove.ports import free_port
 from agentflow.prove.servers import family, send_all, until
 
 _LOOK_EVERY_S: Final = 0.2
 _START_WITHIN_S: Final = 90.0
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
 
 
 def listens(port: int) -> bool:

@@ -17,13 +17,14 @@ from typing import Final
 import pika
 import psutil
 
-from agentflow.prove.crew import free_port
+from agentflow.prove.ports import free_port
 from agentflow.prove.servers import family, send_all, until
 
 #: The scripts elsewhere on PATH change to another account.
 BIN: Final = Path("/usr/lib/rabbitmq/bin")
 _START_S: Final = 120.0
 _CTL_S: Final = 120.0
+_CTL_PORTS: Final = 21
 _CONF: Final = """\
 log.console = false
 log.file.level = warning
@@ -68,7 +69,7 @@ class Node:
         secret = folder / ".erlang.cookie"
         secret.write_text(cookie)
         secret.chmod(0o400)
-        first = free_port()
+        first = free_port(room=_CTL_PORTS)
         self._environment = {
             "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
             "LANG": "C.UTF-8",
@@ -80,7 +81,7 @@ class Node:
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_DIST_PORT": str(free_port()),
             "RABBITMQ_CTL_DIST_PORT_MIN": str(first),
-            "RABBITMQ_CTL_DIST_PORT_MAX": str(min(first + 20, 65535)),
+            "RABBITMQ_CTL_DIST_PORT_MAX": str(first + _CTL_PORTS - 1),
             "RABBITMQ_MNESIA_BASE": str(folder / "db"),
             "RABBITMQ_LOG_BASE": str(folder / "log"),
             "RABBITMQ_PID_FILE": str(folder / "pid"),

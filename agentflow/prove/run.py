@@ -25,11 +25,12 @@ from agentflow import schema, settings
 from agentflow.prove import checker, history, rabbitmq, report
 from agentflow.prove.checker import Evidence
 from agentflow.prove.clip import write_clip
-from agentflow.prove.crew import Crew, Member, free_port
+from agentflow.prove.crew import Crew, Member
 from agentflow.prove.faults import Disk, Faults
 from agentflow.prove.load import Load
 from agentflow.prove.page import page
 from agentflow.prove.plan import Options
+from agentflow.prove.ports import free_port
 from agentflow.prove.receiver import Receiver
 from agentflow.prove.requests import Requests
 from agentflow.prove.servers import Servers, until

@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from idle import BIN, ROOT, family, free_port, machine, servers
+from idle import BIN, ROOT, family, machine, servers
 from private import private_system
 
+from agentflow.prove.ports import free_port
 from ops.bench.comparison.figures import quantile
 from ops.bench.comparison.intake import Client, Request
 

@@ -23,7 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from idle import ROOT, free_port, machine
+from idle import ROOT, machine
+
+from agentflow.prove.ports import free_port
 
 sys.path.insert(0, str(ROOT))
 from agentflow import settings

@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from idle import free_port
 from private import private_system
 
 import actors  # noqa: F401 - registers the job types
 from agentflow.jobs import statistics as job_statistics
 from agentflow.jobs.requests import NewJob
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from agentflow.jobs import rules  # noqa: E402
-from agentflow.prove.crew import free_port  # noqa: E402
+from agentflow.prove.ports import free_port  # noqa: E402
 from agentflow.prove.rabbitmq import Rabbit  # noqa: E402
 from agentflow.prove.servers import family, until  # noqa: E402
 from ops.bench.comparison.crew import Crew, Producer, TrialFailed  # noqa: E402

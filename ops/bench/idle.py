@@ -15,7 +15,6 @@ import platform
 import random
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from agentflow.prove.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -178,12 +179,6 @@ def idle_cpu(pid: int, seconds: float) -> float:
     before, started = used(), time.monotonic()
     time.sleep(seconds)
     return 100 * (used() - before) / (time.monotonic() - started)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 if __name__ == "__main__":

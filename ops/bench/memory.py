@@ -35,10 +35,11 @@ from agentflow.jobs.model import Job  # noqa: E402
 from agentflow.jobs.requests import NewJob  # noqa: E402
 from agentflow.knowledge import documents  # noqa: E402
 from agentflow.knowledge.documents import Source  # noqa: E402
+from agentflow.prove.ports import free_port  # noqa: E402
 from agentflow.system import System  # noqa: E402
 from tests.clips import moved, scene  # noqa: E402
 from tests.memory_group import MemoryGroup, memory_group  # noqa: E402
-from tests.processes import BIN, free_port, started  # noqa: E402
+from tests.processes import BIN, started  # noqa: E402
 
 ORGANIZATION = 1
 WIDTH, HEIGHT, RATE = 1920, 1080, 25

@@ -36,12 +36,13 @@ import actors  # noqa: E402, F401 - registers the job types
 from agentflow.knowledge import documents  # noqa: E402
 from agentflow.knowledge.documents import Source  # noqa: E402
 from agentflow.kommo import accounts  # noqa: E402
+from agentflow.prove.ports import free_port  # noqa: E402
 from agentflow.system import System  # noqa: E402
 from ops.bench.profiling import account  # noqa: E402
 from ops.bench.profiling.samplers import Samplers, Samples, as_json  # noqa: E402
 from ops.bench.profiling.usage import Meter  # noqa: E402
 from tests.kommo_support import KEY, connect  # noqa: E402
-from tests.processes import BIN, free_port, started  # noqa: E402
+from tests.processes import BIN, started  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "ops/bench"))
 import memory  # noqa: E402

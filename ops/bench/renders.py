@@ -29,8 +29,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fairness import BIN, LASTING, ROOT
-from idle import free_port, machine
+from idle import machine
 from private import private_system
+
+from agentflow.prove.ports import free_port
 
 sys.path.insert(0, str(ROOT))
 import actors  # noqa: F401 - registers the job that renders

@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from idle import BIN, ROOT, family, free_port, get, machine, pss_mb, running
+from idle import BIN, ROOT, family, get, machine, pss_mb, running
+
+from agentflow.prove.ports import free_port
 
 PIECE = b"\x00\x01\x02\x03" * (1 << 18)
 

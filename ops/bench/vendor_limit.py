@@ -27,8 +27,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fairness import BIN, LASTING, ROOT
-from idle import free_port, machine
+from idle import machine
 from private import private_system
+
+from agentflow.prove.ports import free_port
 
 sys.path.insert(0, str(ROOT))
 from agentflow.jobs import rules

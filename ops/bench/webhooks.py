@@ -35,9 +35,10 @@ from typing import Any
 from uuid import uuid4
 
 import psycopg
-from idle import BIN, ROOT, free_port
+from idle import BIN, ROOT
 from private import private_system
 
+from agentflow.prove.ports import free_port
 from agentflow.system import System
 from agentflow.webhooks import endpoints
 from agentflow.webhooks.config import Config, JobAction

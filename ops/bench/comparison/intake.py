@@ -15,7 +15,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 from agentflow import organizations
-from agentflow.prove.crew import free_port
+from agentflow.prove.ports import free_port
 from ops.bench.comparison.crew import Crew, TrialFailed
 from ops.bench.comparison.figures import quantile
 from ops.bench.comparison.servers import Servers

@@ -18,7 +18,7 @@ import redis
 from agentflow import embedded, schema
 from agentflow.embedded.binaries import find_valkey
 from agentflow.embedded.layout import Layout
-from agentflow.prove.crew import free_port
+from agentflow.prove.ports import free_port
 from agentflow.prove.rabbitmq import Node, end_epmd
 from agentflow.prove.servers import family, until
 from ops.bench.peers.catalogue import Durability

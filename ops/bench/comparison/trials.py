@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import psutil
 
-from agentflow.prove.crew import free_port
+from agentflow.prove.ports import free_port
 from agentflow.prove.servers import family
 from ops.bench.comparison.crew import Crew, Producer, TrialFailed
 from ops.bench.comparison.figures import quantile

@@ -19,7 +19,8 @@ from uuid import uuid4
 import httpx2
 import psutil
 
-from agentflow.prove.crew import Crew, Member, free_port
+from agentflow.prove.crew import Crew, Member
+from agentflow.prove.ports import free_port
 from agentflow.prove.servers import family, until
 from ops.bench.comparison.servers import Servers, cpu_s, running
 from ops.bench.mixing.letters import SHORT_MS, Customer
