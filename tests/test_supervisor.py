@@ -22,7 +22,7 @@ from agentflow.cli.workers import Child
 from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests.processes import Process, eventually, started
-from tests.test_worker import read, submit
+from tests.test_worker import outcomes, read, submit
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -181,3 +181,24 @@ def test_a_worker_that_does_not_end_is_killed_in_the_end(tmp_path: Path, environ
         assert process.popen.wait(60) == 1
         assert "did not end and is killed" in process.text()
         eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+@pytest.mark.parametrize("how", ["fails", "nobody is told"])
+def test_what_a_starting_process_has_taken_is_handed_back_though_it_never_gets_ready(
+    environment: dict[str, str], system: System, tmp_path: Path, how: str
+) -> None:
+    """With a long lease: whatever is to be had again soon was handed back."""
+    environment |= {"JOB_LEASE": "120", "SHUTDOWN_GRACE": "2"}
+    job = submit(system, "ping", {"sleep_ms": 3_600_000}, max_attempts=1)
+
+    with started(
+        [sys.executable, "-m", "tests.starting_worker", how, str(job.id)], environment, tmp_path / "log"
+    ) as it:
+        status = it.popen.wait(60)
+
+    row = read(system, job.id)
+    assert (row.state, row.attempt, row.fence, row.crashes) == ("queued", 0, 1, 0), it.text()
+    assert outcomes(system, job) == ["handback"]
+    assert status == (1 if how == "fails" else 0)
+    assert it.text().count("the worker could not start") == (how == "fails")
+    assert ("told nobody" in it.text()) == (how != "fails")

@@ -285,5 +285,6 @@ def run_child(told: str, names: Sequence[str], threads: int | None, module: str)
 
 
 def _say_ready(fd: int) -> None:
-    os.write(fd, b"1")
+    with suppress(BrokenPipeError):  # the parent is gone, for which this process will stop in a moment
+        os.write(fd, b"1")
     os.close(fd)

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import dramatiq
@@ -205,8 +206,9 @@ def _wrapped(layer: Layer, running: Running, call: Call) -> Call:
 class Lifecycle(Middleware):
     """First in the list: a worker process's beginning and end.
 
-    `boot(broker, worker)` runs before Dramatiq starts its threads, `shutdown()` before it stops them, `process_boot()` once
-    in each process that `dramatiq` starts. Errors there end the process (SystemExit), since hooks swallow any other.
+    `boot(broker, worker)` runs before Dramatiq starts its threads, `ready()` afterwards, `shutdown()` before it stops them,
+    `process_boot()` once in each process that `dramatiq` starts. Errors there end the process (SystemExit), since hooks swallow
+    any other; where threads run already, `give_up()` hands back what they have taken by then.
     """
 
     def __init__(
@@ -216,11 +218,13 @@ class Lifecycle(Middleware):
         boot: Callable[[dramatiq.Worker], None],
         ready: Callable[[], None],
         shutdown: Callable[[], None],
+        give_up: Callable[[], None],
     ) -> None:
         self._process_boot = process_boot
         self._boot = boot
         self._ready = ready
         self._shutdown = shutdown
+        self._give_up = give_up
 
     def after_process_boot(self, broker: Any) -> None:
         self._or_exit(self._process_boot)
@@ -229,17 +233,19 @@ class Lifecycle(Middleware):
         self._or_exit(lambda: self._boot(worker))
 
     def after_worker_boot(self, broker: Any, worker: dramatiq.Worker) -> None:
-        self._or_exit(self._ready)
+        self._or_exit(self._ready, self._give_up)
 
     def before_worker_shutdown(self, broker: Any, worker: dramatiq.Worker) -> None:
         self._shutdown()
 
     @staticmethod
-    def _or_exit(step: Callable[[], None]) -> None:
+    def _or_exit(step: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None:
         try:
             step()
         except Exception as error:  # any: a worker that is not whole must take no work, and hooks swallow errors
             logger.critical("the worker could not start", error=str(error), exc_info=not isinstance(error, OSError))
+            with suppress(Exception):
+                undo()
             threading.Timer(5.0, os._exit, (1,)).start()  # in case threads that run already keep it alive
             raise SystemExit(1) from error
 

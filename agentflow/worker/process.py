@@ -79,7 +79,11 @@ class WorkerProcess:
             # The four of the product wrap the job's function themselves (middleware.layers), in the order given there.
             [
                 middleware.Lifecycle(
-                    process_boot=self.start_system, boot=self._boot, ready=self._ready, shutdown=self.shutdown
+                    process_boot=self.start_system,
+                    boot=self._boot,
+                    ready=self._ready,
+                    shutdown=self.shutdown,
+                    give_up=self._give_up,
                 ),
                 middleware.CurrentMessage(),
                 *(layers := middleware.layers(system)),
@@ -180,6 +184,12 @@ class WorkerProcess:
         """Told to stop again: running jobs are handed back now. May be called by a signal's handler."""
         if self.runtime is not None:
             self.runtime.hurry()
+
+    def _give_up(self) -> None:
+        """What was taken by a process that is not whole is handed back at once."""
+        if self.runtime is not None:
+            self.runtime.hurry()
+            self.runtime.drain(self.system.settings.shutdown_grace)
 
     def shutdown(self) -> None:
         if self.runtime is None:
