@@ -1414,7 +1414,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "5 the pause between rings is bounded": (
         test_a_waiting_row_is_rung_within_five_minutes_of_being_due,
         {},
-        function("relay_4", ("interval '5 min'", "interval '1 h'")),
+        function("relay_5", ("interval '5 min'", "interval '1 h'")),
     ),
     "6 a keyed claim locks its key": (
         test_a_claim_that_meets_another_of_its_key_waits_and_finds_the_slot_taken,
@@ -1549,7 +1549,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
         test_a_lost_message_is_rung_again,
         {},
         function(
-            "relay_4",
+            "relay_5",
             (
                 "and j.state = 'queued' and j.wake_at <= moment order by j.wake_at limit c.most",
                 "and j.state = 'queued' and j.wake_at <= moment and j.sent_at is null order by j.wake_at limit c.most",
@@ -1749,7 +1749,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "16 the relay looks at the window": (
         test_a_flood_is_rung_as_far_as_the_window_reaches,
         {},
-        function("relay_4", ("room := p_window - outstanding;", "room := p_window;")),
+        function("relay_5", ("room := p_window - outstanding;", "room := p_window;")),
     ),
     "16 submitters see each other's": (
         test_submitters_at_once_exceed_the_window_by_no_more_than_themselves,
@@ -1774,7 +1774,7 @@ MUTATIONS: dict[str, tuple[Callable[..., None], dict[str, Any], Change]] = {
     "16 rings grow rarer": (
         test_an_unheard_job_is_rung_ever_more_seldom_and_at_least_every_five_minutes,
         {},
-        function("relay_4", ("power(2, least(j.sends, 4))", "1")),
+        function("relay_5", ("power(2, least(j.sends, 4))", "1")),
     ),
     "a verdict twice in a batch": (
         test_the_same_verdict_twice_in_a_batch_counts_once,

@@ -560,7 +560,7 @@ FAULTS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         [("and v.fence = j.fence", ""), ("else j.worker = p_worker end", "else true end")],
         "that its holder did not write",
     ),
-    "nobody relays": ("relay_4", [("if not pg_try", "if true or not pg_try")], "still open"),
+    "nobody relays": ("relay_5", [("if not pg_try", "if true or not pg_try")], "still open"),
     "nobody rescues": ("rescue_2", [("if not pg_try", "if true or not pg_try")], "still open"),
     # The safety time stays as it is: where nothing is lost a line moves without it.
     "a freed slot wakes nobody": ("wake_line_1", [("where k.key = any (p_keys)", "where false")], "still open"),

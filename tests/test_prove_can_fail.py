@@ -63,7 +63,7 @@ def test_without_the_relay(tmp_path: Path) -> None:
     made = proven(
         tmp_path,
         "wipe_redis",
-        without=lambda conn: mutate_function(conn, "relay_4", ("if room > 0 then", "if false then")),
+        without=lambda conn: mutate_function(conn, "relay_5", ("if room > 0 then", "if false then")),
     )
 
     assert made["wrong"]["stuck"] > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import Any
 
 import psycopg
 import pytest
@@ -49,17 +48,28 @@ def arranged(conn: Connection, chance: random.Random) -> None:
                 "insert into agentflow.caps (organization_id, type, running) values (%s, '', %s)",
                 (number, chance.choice([1, 4, 30])),
             )
-    if chance.random() < 0.2:
-        conn.execute("update agentflow.jobs set head_start_s = 60 where random() < 0.1")
+    share = chance.choice([0.0, 0.02, 0.3, 1.0])
+    if chance.random() < 0.4:
+        conn.execute(
+            "update agentflow.jobs set head_start_s = (array[5, 60])[1 + (random() < 0.5)::integer] where random() < %s",
+            (share,),
+        )
+    if chance.random() < 0.4:  # parked for a limit: back by now, or not yet
+        conn.execute("update agentflow.jobs set wait_reason = 'limit' where random() < %s", (share,))
+        conn.execute(
+            "update agentflow.jobs set wake_at = wake_at + interval '1 h' where wait_reason = 'limit' and random() < 0.3"
+        )
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_it_picks_what_the_relay_before_it_picked_which_read_every_lane(conn: Connection, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(40))
+def test_it_picks_what_a_relay_that_reads_every_lane_picks(conn: Connection, seed: int) -> None:
+    """But for one or two jobs of a lane that come too soon, where those were short whose turns they were."""
     arranged(conn, random.Random(seed))
 
-    expected = picked(conn, "relay_3")
+    expected, found = picked(conn, "relay_3"), picked(conn, "relay_5")
 
-    assert expected and picked(conn, "relay_4") == expected
+    assert expected and found.total() == expected.total()
+    assert max((found - expected).values(), default=0) <= 2
 
 
 def test_an_organization_that_has_done_much_comes_first_with_what_is_critical(conn: Connection) -> None:
@@ -69,7 +79,7 @@ def test_an_organization_that_has_done_much_comes_first_with_what_is_critical(co
         waiting(conn, number, 500)
     conn.execute("insert into agentflow.lanes (queue, organization_id, virtual_s) values ('default', 1, 1000)")
 
-    assert picked(conn, "relay_4")[0, 1] == 50
+    assert picked(conn, "relay_5")[0, 1] == 50
 
 
 def test_threads_are_used_though_those_whose_turn_it_is_have_few(conn: Connection) -> None:
@@ -79,29 +89,55 @@ def test_threads_are_used_though_those_whose_turn_it_is_have_few(conn: Connectio
         waiting(conn, number, 1)
     conn.execute("insert into agentflow.lanes (queue, organization_id, virtual_s) values ('default', 1, 1000)")
 
-    found = picked(conn, "relay_4")
+    found = picked(conn, "relay_5")
 
     assert sum(found.values()) == 50 and found[1, 1] == 50 - len(ORGANIZATIONS[1:])
 
 
+def read_by(conn: Connection, function: str) -> int:
+    """Jobs whose rows a round has looked at, those that it stamps among them."""
+
+    def fetched() -> int:
+        return int(value(conn, "select idx_tup_fetch from pg_stat_xact_user_tables where relname = 'jobs'"))
+
+    with conn.transaction(force_rollback=True):
+        before = fetched()
+        assert rows(conn, f"select * from agentflow.{function}('default')")  # noqa: S608 - constants
+        return fetched() - before
+
+
 def test_of_many_deep_lanes_few_rows_are_read(conn: Connection) -> None:
-    staff(conn, threads=400, demand=20)
+    staff(conn, threads=400, demand=50)
     for number in ORGANIZATIONS:
         waiting(conn, number, 300)
     conn.execute("analyze agentflow.jobs")
 
-    def read_by(function: str) -> int:
-        """Buffers of this connection."""
-        asked = (
-            "select sum(hits + reads)::bigint from pg_stat_get_backend_io(pg_backend_pid()) where object = 'relation'"
-        )
-        figures: list[Any] = []
-        for _ in range(3):  # the first one plans
-            before = value(conn, asked)
-            picked(conn, function)
-            conn.execute("select pg_stat_force_next_flush()")
-            figures.append(value(conn, asked) - before)
-        return int(min(figures))
-
+    assert read_by(conn, "relay_5") < 6 * 50 < read_by(conn, "relay_3") / 2
     assert dispatch.pick_due(conn, "default")[0]
-    assert read_by("relay_4") < read_by("relay_3") / 2
+
+
+@pytest.mark.parametrize("back_in", ["-1 s", "1 h"])
+def test_jobs_that_are_back_from_a_limit_do_not_have_it_read_all_lanes(conn: Connection, back_in: str) -> None:
+    staff(conn, threads=400, demand=50)
+    for number in ORGANIZATIONS:
+        waiting(conn, number, 300)
+    conn.execute("analyze agentflow.jobs")
+    conn.execute(
+        "update agentflow.jobs set wait_reason = 'limit', wake_at = clock_timestamp() + %s::interval"
+        " where id in (select id from agentflow.jobs where organization_id in (1, 5) limit 20)",
+        (back_in,),
+    )
+
+    assert read_by(conn, "relay_5") < 6 * 50 < read_by(conn, "relay_4") / 2
+
+
+def test_where_some_lanes_turn_out_short_the_others_are_not_read_to_their_ends(conn: Connection) -> None:
+    staff(conn, threads=4000, demand=200)
+    for number in ORGANIZATIONS:
+        waiting(conn, number, 2000 if number <= 4 else 1)
+    conn.execute("analyze agentflow.jobs")
+
+    found = picked(conn, "relay_5")
+
+    assert sum(found.values()) == 200 and len(found) == len(ORGANIZATIONS)
+    assert read_by(conn, "relay_5") < read_by(conn, "relay_4")

@@ -410,8 +410,8 @@ def test_every_table_with_an_organization_counts_as_a_tenants(conn: psycopg.Conn
         ("select id from agentflow.jobs where organization_id = %s", (MINE,), MINE, None),
         ("insert into agentflow.videos (id, organization_id) values (%s, %s)", (1, THEIRS), MINE, "is not for"),
         ("insert into agentflow.videos (id) values (%s)", (1,), None, "names no organization"),
-        ("select * from agentflow.relay_4(%s)", ("default",), None, None),
-        ("select * from agentflow.relay_4(%s)", ("default",), MINE, "names no organization"),
+        ("select * from agentflow.relay_5(%s)", ("default",), None, None),
+        ("select * from agentflow.relay_5(%s)", ("default",), MINE, "names no organization"),
         (
             "select j.id from agentflow.jobs j join agentflow.batches b on b.organization_id = j.organization_id",
             (),

@@ -15,7 +15,7 @@ def pick_due(conn: Connection, queue: str) -> tuple[list[Ring], float | None]:
     Returns them, and, when there were none, in how many seconds the next one is due (None: the queue is empty, or another
     process leads; negative: the window is full, or what is due is paused; 0: look again at once).
     """
-    rows = conn.execute("select * from agentflow.relay_4(%s)", (queue,)).fetchall()
+    rows = conn.execute("select * from agentflow.relay_5(%s)", (queue,)).fetchall()
     rings = [Ring(row[0], queue, row[1], row[2]) for row in rows if row[0] is not None]
     return rings, next((row[3] for row in rows if row[0] is None), None)
 

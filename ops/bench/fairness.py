@@ -46,7 +46,7 @@ LONG_S, LONG_ROUNDS, LONG_QUIET = 5.0, 4, 9
 FIFO = """
 create or replace function agentflow.window_1(p_queue text) returns integer language sql stable as 'select 1000000';
 create or replace function agentflow.share_1() returns double precision language sql stable as 'select 1::double precision';
-create or replace function agentflow.relay_4(p_queue text)
+create or replace function agentflow.relay_5(p_queue text)
 returns table (job_id uuid, job_type text, job_priority smallint, due_in_s double precision) language plpgsql as $$
 begin
     if not pg_try_advisory_xact_lock(hashtextextended('agentflow.relay:' || p_queue, 7)) then
