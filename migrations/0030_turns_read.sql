@@ -66,19 +66,10 @@ begin
             ) n
         )
         select array_agg(distinct l.organization_id), array_agg(l.priority order by l.organization_id, l.priority),
-            array_agg(l.owner order by l.organization_id, l.priority), array_agg(l.starts order by l.organization_id, l.priority)
-        into organizations, classes, owners, starts
+            array_agg(l.owner order by l.organization_id, l.priority)
+        into organizations, classes, owners
         from (
-            select l.priority, l.organization_id, dense_rank() over (order by l.organization_id)::integer as owner,
-                -- Subqueries with a limit, since EXISTS may be planned as a hash of all such jobs of the queue.
-                case when ahead then coalesce((
-                    select true from agentflow.jobs j where j.queue = p_queue and j.priority = l.priority
-                        and j.organization_id = l.organization_id and j.state = 'queued' and j.head_start_s > 0 limit 1
-                ), (
-                    select true from agentflow.jobs j where j.queue = p_queue and j.priority = l.priority
-                        and j.organization_id = l.organization_id and j.state = 'queued' and agentflow.back_1(j.wait_reason)
-                        and j.wake_at <= moment limit 1
-                ), false) else false end as starts
+            select l.priority, l.organization_id, dense_rank() over (order by l.organization_id)::integer as owner
             from lanes l
             where l.wake_at <= clock_timestamp()
             and not exists (select from agentflow.pauses p where p.kind = 'organization' and p.organization_id = l.organization_id)
@@ -99,24 +90,46 @@ begin
         from unnest(organizations) o(id) left join agentflow.lanes l on l.queue = p_queue and l.organization_id = o.id
         left join agentflow.organizations g on g.id = o.id;
 
-        -- Of a lane no more is read than its turns may be: the level is the virtual time up to which so many jobs of its class have
-        -- their turns, were there enough in each lane. At first as many as there is room for (of low priority: as are sure of theirs)
-        -- and one of each lane, since turns are whole; four times as many again where jobs turn out short and a lane was cut off;
-        -- at last all, as far as the room goes. Where some lanes are short, one or two jobs of others come before their turns.
+        -- Of a lane no more is read than its turns may be. The level is a virtual time up to which as many jobs of its class have their
+        -- turns as there is room for (of low priority: as are sure of theirs), were there enough in each lane: the first turns of so
+        -- many lanes; or that at which lanes have so many together and one each, since turns are whole. Four times as many where jobs
+        -- turn out short and a lane was cut off; at last all, as far as the room goes.
         for attempt in 1..5 loop
             select array_agg(least(room, rooms[l.owner],
-                case when attempt < 5 then greatest(1, ceil((l.level - bases[l.owner]) / costs[l.owner])) end)::integer order by l.n)
+                case when attempt < 5 then greatest(0, floor((l.level - bases[l.owner]) / costs[l.owner] + 1e-6)) end)::integer order by l.n)
             into reads
             from (
-                select p.*, min(p.level_up_to) over (partition by p.class) as level from (
-                    select c.class, c.owner, c.n, case when rooms[c.owner] > 0 then
-                        (power(4, attempt - 1) * case when c.class = 2 then greatest(1, room / 10) else room end
-                            + count(*) over (partition by c.class) + sum(bases[c.owner] / costs[c.owner]) filter (where rooms[c.owner] > 0) over up_to)
-                        / sum(1 / costs[c.owner]) filter (where rooms[c.owner] > 0) over up_to end as level_up_to
-                    from unnest(classes, owners) with ordinality as c(class, owner, n)
+                select p.*, least(
+                    min(p.level_up_to) over (partition by p.class),
+                    min(bases[p.owner] + costs[p.owner]) filter (where p.nth >= p.need) over (partition by p.class)
+                ) as level
+                from (
+                    select c.*, case when rooms[c.owner] > 0 then
+                            (c.need + count(*) over (partition by c.class) + sum(bases[c.owner] / costs[c.owner]) filter (where rooms[c.owner] > 0) over up_to)
+                            / sum(1 / costs[c.owner]) filter (where rooms[c.owner] > 0) over up_to
+                        end as level_up_to,
+                        case when rooms[c.owner] > 0 then count(*) filter (where rooms[c.owner] > 0) over (
+                            partition by c.class order by bases[c.owner] + costs[c.owner]
+                        ) end as nth
+                    from (
+                        select o.*, power(4, attempt - 1) * case when o.class = 2 then greatest(1, room / 10) else room end as need
+                        from unnest(classes, owners) with ordinality as o(class, owner, n)
+                    ) c
                     window up_to as (partition by c.class order by bases[c.owner])
                 ) p
             ) l;
+            if ahead then                             -- subqueries with a limit: EXISTS may be planned as a hash of all such jobs
+                select array_agg(c.most > 0 and coalesce((
+                    select true from agentflow.jobs j where j.queue = p_queue and j.priority = c.class
+                        and j.organization_id = organizations[c.owner] and j.state = 'queued' and j.head_start_s > 0 limit 1
+                ), (
+                    select true from agentflow.jobs j where j.queue = p_queue and j.priority = c.class
+                        and j.organization_id = organizations[c.owner] and j.state = 'queued' and agentflow.back_1(j.wait_reason)
+                        and j.wake_at <= moment limit 1
+                ), false) order by c.n)
+                into starts
+                from unnest(classes, owners, reads) with ordinality as c(class, owner, most, n);
+            end if;
             with heads as (
                 select c.class as priority, organizations[c.owner] as organization_id, h.id, h.type, h.wake_at, h.turn, h.was_cut,
                     rooms[c.owner] as own_room, bases[c.owner] + h.turn * costs[c.owner] as place
@@ -132,10 +145,10 @@ begin
                         ) d where d.head_start_s = 0 and not agentflow.back_1(d.wait_reason)
                         union all
                         select a.id, a.type, a.wake_at, a.turn_at
-                        from agentflow.ahead_1(p_queue, c.class, organizations[c.owner], null, moment, c.most) a where c.starts
+                        from agentflow.ahead_1(p_queue, c.class, organizations[c.owner], null, moment, c.most) a where c.starts  -- null: nowhere
                     ) q
                 ) h
-                where h.turn <= c.most                -- of later turns, the jobs between may not have been read
+                where c.most > 0 and h.turn <= c.most -- of later turns, the jobs between may not have been read
             ), limited as (                           -- an organization's room is for all of its classes
                 select h.*, row_number() over (partition by h.organization_id
                     order by (h.priority = 2 and h.turn <= greatest(1, room / 10)) desc, h.priority, h.turn) as turn_of_all from heads h
@@ -149,11 +162,15 @@ begin
             select array_agg(c.id), array_agg(c.organization_id), array_agg(c.type), array_agg(c.place), (
                 select coalesce(bool_or(k.was_cut and (k.so_far < room or k.priority = 2 and k.found < greatest(1, room / 10))), false)
                 from (
-                    select f.*, sum(f.found) over (order by f.priority) as so_far from (
-                        select h.priority, bool_or(h.was_cut) as was_cut,
-                            (select count(*) from ranked r where r.priority = h.priority) as found
-                        from heads h group by h.priority
-                    ) f
+                    select c.priority, r.found, sum(r.found) over (order by c.priority) as so_far, coalesce(h.was_cut, false) or c.is_left as was_cut
+                    from (
+                        select l.class as priority, bool_or(l.most = 0 and rooms[l.owner] > 0) as is_left
+                        from unnest(classes, owners, reads) l(class, owner, most) group by l.class
+                    ) c cross join lateral (
+                        select count(*) from ranked r where r.priority = c.priority
+                    ) r(found) left join lateral (
+                        select bool_or(h.was_cut) from heads h where h.priority = c.priority
+                    ) h(was_cut) on true
                 ) k
             )
             into picks, pick_organizations, pick_types, pick_places, is_short
