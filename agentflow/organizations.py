@@ -17,9 +17,8 @@ from datetime import datetime
 from typing import Final, Literal
 from uuid import UUID
 
-from uuid6 import uuid7
-
 from agentflow.database import Connection
+from agentflow.ids import new_id
 
 Scope = Literal["submit", "read", "manage", "webhooks"]
 
@@ -128,7 +127,7 @@ def create_key(
         "insert into agentflow.api_keys (id, organization_id, name, prefix, hash, scopes, expires_at)"  # noqa: S608 - constants
         f" values (%s, %s, %s, %s, %s, %s, %s) returning {_KEY_COLUMNS}",
         (
-            UUID(int=uuid7().int),
+            new_id(),
             organization_id,
             name,
             prefix,

@@ -16,9 +16,8 @@ from datetime import datetime
 from typing import Final
 from uuid import UUID
 
-from uuid6 import uuid7
-
 from agentflow.database import Connection
+from agentflow.ids import new_id
 from agentflow.secrets import Sealer, context_of
 
 SECRET_PURPOSE: Final = "callback_secret"  # noqa: S105 - its name
@@ -60,7 +59,7 @@ def create_secret(
     conn: Connection, organization_id: int, sealer: Sealer, *, grace_s: float = ROTATION_GRACE_S
 ) -> tuple[CallbackSecret, str]:
     """A new secret, which is shown now and never again. Those before it sign along for `grace_s`. In a transaction."""
-    secret_id = UUID(int=uuid7().int)
+    secret_id = new_id()
     secret = make_secret()
     # Two at once would each take the other's for none, and three would sign.
     conn.execute("select from agentflow.organizations where id = %s for no key update", (organization_id,))

@@ -9,9 +9,8 @@ from pathlib import PurePosixPath
 from typing import Final
 from uuid import UUID
 
-from uuid6 import uuid7
-
 from agentflow.database import Connection
+from agentflow.ids import new_id
 from agentflow.jobs import files
 from agentflow.jobs.files import Doomed
 
@@ -32,10 +31,6 @@ class Video:
     content_type: str | None
     size_bytes: int | None
     created_at: datetime
-
-
-def new_id() -> UUID:
-    return UUID(int=uuid7().int)  # a plain UUID: psycopg does not know the subclass
 
 
 def upload_key(organization_id: int, video_id: UUID, filename: str | None) -> str:

@@ -15,9 +15,9 @@ from uuid import UUID, uuid4
 import psycopg
 from psycopg import sql
 from psycopg.rows import namedtuple_row
-from uuid6 import uuid7
 
 from agentflow import embedded
+from agentflow.ids import new_id
 from agentflow.jobs import claims, intake, records, settlement
 from agentflow.jobs.model import Job, Outcome, Settled, State, Verdict
 from agentflow.jobs.requests import NewJob, Prepared
@@ -104,7 +104,7 @@ def prepared(
     """A checked request as intake makes it, of a type that exists nowhere."""
     new = NewJob("test", {}, run_at=run_at, callback_url=callback_url, idempotency_key=idempotency_key)
     return Prepared(
-        id=UUID(int=uuid7().int),
+        id=new_id(),
         new=new,
         queue=queue,
         priority=priority,
@@ -119,7 +119,7 @@ def prepared(
 def child(*, callback_url: str | None = None, then: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """A `then` job as it stands in its parent's row."""
     return {
-        "id": str(uuid7()),
+        "id": str(new_id()),
         "type": "test",
         "queue": "default",
         "priority": 1,

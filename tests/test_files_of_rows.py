@@ -13,6 +13,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from agentflow import videos
+from agentflow.ids import new_id
 from agentflow.jobs import files, retention
 from agentflow.jobs.files import Doomed
 from agentflow.jobs.requests import NewJob
@@ -34,7 +35,7 @@ NOTHING = Keep(hours=0, count=0)
 
 def upload(system: System, conn: Connection, organization_id: int = 1, *, row: bool = True) -> videos.Video:
     """A video whose file lies in storage."""
-    video_id = videos.new_id()
+    video_id = new_id()
     key = videos.upload_key(organization_id, video_id, "film.mp4")
     system.storage.put_bytes(key, b"frames")
     more: dict[str, Any] = {"filename": "film.mp4", "content_type": None, "size_bytes": 6}

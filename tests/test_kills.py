@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from agentflow import videos
+from agentflow.ids import new_id
 from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
@@ -35,7 +36,7 @@ def submit_pings(system: System, count: int = PINGS) -> list[UUID]:
 
 
 def submit_analysis(system: System, clip: Path) -> UUID:
-    video_id = videos.new_id()
+    video_id = new_id()
     key = videos.upload_key(1, video_id, clip.name)
     size = system.storage.put_file(key, clip)
     with system.transaction() as transaction:

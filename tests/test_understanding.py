@@ -23,6 +23,7 @@ from actors.analyze_video.understanding import story
 from actors.analyze_video.understanding.transcript import Heard, grouped, stitch, timed_words, webvtt
 from agentflow import settings, videos
 from agentflow.errors import Transient, Wait
+from agentflow.ids import new_id
 from agentflow.jobs import claims, records
 from agentflow.jobs.model import Job
 from agentflow.jobs.requests import NewJob
@@ -285,7 +286,7 @@ def test_a_long_video_is_condensed_before_it_istold(film: Film, vendor: ModelSer
 
 def submit_film(system: System, path: Path) -> tuple[Job, str]:
     """A job to analyse an uploaded film, and where the film lies."""
-    video_id = videos.new_id()
+    video_id = new_id()
     key = videos.upload_key(ORGANIZATION, video_id, path.name)
     size = system.storage.put_file(key, path)
     with system.database.connection() as conn:

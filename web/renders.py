@@ -7,12 +7,12 @@ from typing import Any, Final
 from uuid import UUID
 
 from flask import request
-from uuid6 import uuid7
 
 from agentflow.comfyui import graphs, pictures, pool, preflight, requests
 from agentflow.comfyui.preflight import Complaint
 from agentflow.comfyui.requests import MAX_IMAGES, TYPE, Image, InvalidRender, RenderRequest
 from agentflow.database import Unavailable
+from agentflow.ids import new_id
 from agentflow.jobs import records
 from agentflow.jobs.model import Job
 from agentflow.jobs.records import Filter
@@ -116,7 +116,7 @@ def _create_form(call: Call, key: str | None) -> Answer:
         kind = pictures.media_type(head)
         if kind is None:
             raise invalid(f"images.{name[:100]}", "is no PNG, JPEG or WebP image")
-        return f"{home}/inputs/{uuid7()}{pictures.SUFFIXES[kind]}", kind
+        return f"{home}/inputs/{new_id()}{pictures.SUFFIXES[kind]}", kind
 
     form = uploads.store_files(
         storage,
@@ -247,7 +247,7 @@ def _payload(system: System, wanted: RenderRequest) -> dict[str, Any]:
 
 
 def _new_id() -> UUID:
-    return UUID(int=uuid7().int)  # a plain UUID: psycopg does not know the subclass
+    return new_id()
 
 
 def _find(call: Call, render_id: UUID) -> Job:

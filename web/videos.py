@@ -12,6 +12,7 @@ from flask import request
 from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from agentflow import analysis, videos
+from agentflow.ids import new_id
 from agentflow.jobs.model import Job
 from agentflow.jobs.requests import NewJob
 from agentflow.knowledge import documents
@@ -312,7 +313,7 @@ def _create_upload(call: Call, kind: str, filename: str | None) -> Video:
     system, organization_id = call.system, call.organization_id
     with system.database.connection() as conn:
         conn.execute("select 1")  # better now than after 2 GB
-    video_id = videos.new_id()
+    video_id = new_id()
     most = system.settings.upload_max_bytes
 
     def key_of(name: str | None) -> str:

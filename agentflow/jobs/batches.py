@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from uuid6 import uuid7
-
 from agentflow.database import Connection
+from agentflow.ids import new_id
 from agentflow.jobs.intake import IdempotencyConflict, submit_many
 from agentflow.jobs.model import Ring
 from agentflow.jobs.requests import Prepared
@@ -39,7 +38,7 @@ def submit(
     callback_url: str | None = None,
 ) -> SubmittedBatch:
     """Insert a batch in the caller's transaction. Raises IdempotencyConflict for a key of another request."""
-    batch_id = UUID(int=uuid7().int)
+    batch_id = new_id()
     if idempotency_key is not None:
         known = _remember(
             conn, organization_id, _hash(prepared, callback_url), batch_id, idempotency_key, idempotency_hours

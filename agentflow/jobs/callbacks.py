@@ -12,9 +12,9 @@ from typing import Final
 from uuid import UUID
 
 from psycopg.types.json import Jsonb
-from uuid6 import uuid7
 
 from agentflow.database import Connection
+from agentflow.ids import new_id
 from agentflow.jobs.model import JOB_COLUMNS, Job, Ring, State, job_from_row
 
 TYPE: Final = "deliver_callback"
@@ -55,7 +55,7 @@ def log_attempt(conn: Connection, job: Job, said: DeliveryAttempt) -> None:
         "insert into agentflow.callback_attempts (id, organization_id, callback_id, attempt, duration_ms, status, error,"
         " response) values (%s, %s, %s, %s, %s, %s, %s, %s)",
         (
-            UUID(int=uuid7().int),
+            new_id(),
             job.organization_id,
             job.id,
             said.attempt,
@@ -108,7 +108,7 @@ def replay(conn: Connection, organization_id: int | None, subject_id: UUID | Non
         " from agentflow.jobs o where o.id = %(old)s and o.organization_id = %(organization)s"
         f" returning {JOB_COLUMNS}",
         {
-            "new": UUID(int=uuid7().int),
+            "new": new_id(),
             "old": old.id,
             "organization": old.organization_id,
             "more": Jsonb({"message_id": message_id(old)}),

@@ -11,9 +11,9 @@ from typing import Any, Final
 from uuid import UUID
 
 from psycopg import sql
-from uuid6 import uuid7
 
 from agentflow.database import Connection
+from agentflow.ids import new_id
 from agentflow.jobs.intake import Submitted, submit
 from agentflow.jobs.model import JOB_COLUMNS, Attempt, Job, Ring, State, job_from_row
 from agentflow.jobs.requests import InvalidJob, NewJob, Prepared, prepare
@@ -302,7 +302,7 @@ def _with_the_rest(conn: Connection, job: Job, prepared: Prepared) -> Prepared:
         raise InvalidJob("id", "the job was cleaned up meanwhile")
 
     def renew(children: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{**c, "id": str(uuid7()), "then": renew(c["then"]) if c.get("then") else None} for c in children]
+        return [{**c, "id": str(new_id()), "then": renew(c["then"]) if c.get("then") else None} for c in children]
 
     return dataclasses.replace(
         prepared,

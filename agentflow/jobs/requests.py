@@ -11,8 +11,8 @@ from typing import Any, Final
 from uuid import UUID
 
 from pydantic import ValidationError
-from uuid6 import uuid7
 
+from agentflow.ids import new_id
 from agentflow.jobs import registry
 from agentflow.jobs.model import HEAD_STARTS, PRIORITIES, HeadStart, Priority
 from agentflow.jobs.text import is_storable
@@ -104,7 +104,7 @@ def prepare(
         _check_unique(wanted, new)
     children = _children(new, organization_id, max_payload_bytes, public_only, depth)
     return Prepared(
-        id=uuid7(),
+        id=new_id(),
         new=new,
         queue=job_type.queue,
         priority=PRIORITIES.index(new.priority or job_type.priority),

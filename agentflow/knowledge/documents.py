@@ -15,9 +15,8 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 from uuid import UUID
 
-from uuid6 import uuid7
-
 from agentflow.database import Connection
+from agentflow.ids import new_id
 from agentflow.jobs import records
 from agentflow.jobs.model import Job
 from agentflow.jobs.requests import NewJob
@@ -127,7 +126,7 @@ def video_source_id(video_id: UUID) -> str:
 def upload_key(organization_id: int, filename: str | None) -> str:
     """Where a new file lies. Of the caller's name only a harmless suffix is kept: the name itself stands in the row."""
     suffix = PurePosixPath(filename or "").suffix.lower()
-    return f"o/{organization_id}/documents/{_new_id()}{suffix if SUFFIX.fullmatch(suffix) else ''}"
+    return f"o/{organization_id}/documents/{new_id()}{suffix if SUFFIX.fullmatch(suffix) else ''}"
 
 
 def reading(document_id: UUID, *, graph: bool) -> NewJob:
@@ -147,7 +146,7 @@ def hand_in(
     conn.execute(
         "insert into agentflow.documents (id, organization_id, source_id, title, kind) values (%s, %s, %s, '', %s)"
         " on conflict (organization_id, source_id) do nothing",
-        (_new_id(), organization_id, source_id, UNKNOWN),
+        (new_id(), organization_id, source_id, UNKNOWN),
     )
     before = conn.execute(
         "select id, storage_key from agentflow.documents where organization_id = %s and source_id = %s for update",
@@ -337,7 +336,3 @@ def delete(conn: Connection, organization_id: int, document_id: UUID) -> bool:
     ).rowcount
     vectors.drop_orphans(conn, organization_id, {bytes(row[0]) for row in keys})
     return deleted > 0
-
-
-def _new_id() -> UUID:
-    return UUID(int=uuid7().int)  # a plain UUID: psycopg does not know the subclass

@@ -8,10 +8,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import UUID
 
-from uuid6 import uuid7
-
 from agentflow import log
 from agentflow.database import Connection
+from agentflow.ids import new_id
 from agentflow.jobs.intake import Submitted
 from agentflow.jobs.model import Priority
 from agentflow.jobs.requests import NewJob
@@ -91,7 +90,7 @@ def create(
     conn: Connection, organization_id: int, sealer: Sealer, *, name: str, base_url: str, credentials: Credentials
 ) -> Account:
     """Its first sync finds out whether the credentials are good."""
-    account_id = UUID(int=uuid7().int)
+    account_id = new_id()
     row = conn.execute(
         "insert into agentflow.crm_accounts (id, organization_id, name, base_url, auth, access_sealed, grant_type,"  # noqa: S608
         " grant_sealed, client_id, client_sealed, redirect_uri) values (%(id)s, %(organization)s, %(name)s, %(base_url)s,"

@@ -9,9 +9,9 @@ from typing import Final, Literal
 from uuid import UUID
 
 from psycopg.types.json import Jsonb
-from uuid6 import uuid7
 
 from agentflow.database import Connection
+from agentflow.ids import new_id
 
 Mode = Literal["incremental", "backfill", "reconcile", "touched"]
 RunState = Literal["running", "succeeded", "held", "failed"]
@@ -54,7 +54,7 @@ def open_run(conn: Connection, organization_id: int, account_id: UUID, job_id: U
     conn.execute(
         "insert into agentflow.sync_runs (id, organization_id, account_id, job_id, mode, plan)"
         " values (%s, %s, %s, %s, %s, %s) on conflict (job_id) do nothing",
-        (UUID(int=uuid7().int), organization_id, account_id, job_id, mode, plan),
+        (new_id(), organization_id, account_id, job_id, mode, plan),
     )
     row = conn.execute(
         f"select {_COLUMNS} from agentflow.sync_runs where organization_id = %s and job_id = %s",  # noqa: S608

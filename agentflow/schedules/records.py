@@ -10,9 +10,9 @@ from uuid import UUID
 
 from psycopg import errors
 from psycopg.types.json import Jsonb
-from uuid6 import uuid7
 
 from agentflow.database import Connection
+from agentflow.ids import new_id
 from agentflow.schedules import ticks
 from agentflow.schedules.when import When
 
@@ -94,7 +94,7 @@ def create(conn: Connection, organization_id: int, wanted: Wanted, *, most: int)
         conn,
         f"insert into agentflow.schedules as s (id, organization_id, {_WRITTEN}) values (%(id)s, %(organization)s,"  # noqa: S608
         f" {_VALUES}) returning {_COLUMNS}",
-        UUID(int=uuid7().int),
+        new_id(),
         organization_id,
         *_from_now(conn, wanted),
     )

@@ -12,9 +12,8 @@ from datetime import datetime
 from typing import Final, Literal
 from uuid import UUID
 
-from uuid6 import uuid7
-
 from agentflow.database import Connection
+from agentflow.ids import new_id
 from agentflow.jobs import files
 from agentflow.jobs.files import Doomed
 from agentflow.jobs.retention import BATCH
@@ -88,7 +87,7 @@ def make(
         " message_id, prompt, state) values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
         f" on conflict (bot_id, chat_id, origin) do nothing returning {_COLUMNS}",
         (
-            UUID(int=uuid7().int),
+            new_id(),
             organization_id,
             bot_id,
             sender.chat_id,

@@ -15,9 +15,9 @@ from typing import Any, Final, Literal
 from uuid import UUID
 
 from psycopg.types.json import Jsonb
-from uuid6 import uuid7
 
 from agentflow.database import Connection, Database
+from agentflow.ids import new_id
 from agentflow.secrets import Sealer, context_of
 from agentflow.webhooks.config import Config
 from agentflow.webhooks.sources import SOURCES
@@ -86,7 +86,7 @@ def create(
     row = conn.execute(
         "insert into agentflow.webhook_endpoints as e (id, organization_id, source, name, config, silence_after_s)"  # noqa: S608 - constants
         f" values (%s, %s, %s, %s, %s, %s) returning {_COLUMNS}",
-        (UUID(int=uuid7().int), organization_id, source, name, _stored(config), silence_after_s),
+        (new_id(), organization_id, source, name, _stored(config), silence_after_s),
     ).fetchone()
     assert row is not None  # noqa: S101 - an INSERT returns its row
     endpoint = _endpoint(row)
@@ -257,7 +257,7 @@ def _chosen(source: str, secret: str | None) -> tuple[str | None, str | None]:
 
 
 def _add(conn: Connection, endpoint: Endpoint, kind: Kind, value: str, sealer: Sealer) -> None:
-    id_, of = UUID(int=uuid7().int), endpoint.organization_id
+    id_, of = new_id(), endpoint.organization_id
     sealed = sealer.seal(value, context=context_of(SECRET_PURPOSE, of, id_)) if kind == "secret" else None
     conn.execute(
         "insert into agentflow.webhook_credentials (id, organization_id, endpoint_id, kind, hash, sealed)"

@@ -8,9 +8,8 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
-from uuid6 import uuid7
-
 from agentflow import log, metrics
+from agentflow.ids import new_id
 from agentflow.jobs.requests import NewJob, Prepared
 from agentflow.system import System
 from agentflow.webhooks import content, keeping, places
@@ -78,7 +77,7 @@ def concurrency_key(endpoint_id: UUID, entity: str | None) -> str | None:
 
 
 def _keep(system: System, endpoint: Endpoint, arrived: Arrived) -> Received:
-    event_id = UUID(int=uuid7().int)
+    event_id = new_id()
     key = concurrency_key(endpoint.id, arrived.entity)
     new = NewJob(JOB_TYPE, {"event_id": str(event_id)}, concurrency_key=key)
     prepared = system.prepare(endpoint.organization_id, new, public_only=False)

@@ -12,9 +12,9 @@ from typing import Any, Final
 from uuid import UUID
 
 from psycopg.types.json import Jsonb
-from uuid6 import uuid7
 
 from agentflow.database import Connection
+from agentflow.ids import new_id
 from agentflow.webhooks.endpoints import Endpoint
 from agentflow.webhooks.events import Verdict
 
@@ -130,7 +130,7 @@ def refuse(conn: Connection, endpoint: Endpoint, headers: Mapping[str, str], bod
         " and r.organization_id = %(organization)s and r.verdict = 'refused'"
         " and r.received_at > clock_timestamp() - interval '1 h' limit %(most)s) x) < %(most)s",
         {
-            "id": UUID(int=uuid7().int),
+            "id": new_id(),
             "organization": endpoint.organization_id,
             "endpoint": endpoint.id,
             "reason": reason,

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from uuid6 import uuid7
-
+from agentflow.ids import new_id
 from agentflow.jobs.model import Job
 from agentflow.jobs.requests import NewJob
 from agentflow.system import Transaction
@@ -84,4 +83,4 @@ def _job(event: Event, even_if_stale: bool, correlation_id: str, *, run_at: date
 
 
 def _correlation() -> str:
-    return f"replay:{uuid7()}"
+    return f"replay:{new_id()}"
