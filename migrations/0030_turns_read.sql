@@ -28,6 +28,7 @@ declare
     budgeted boolean;
     ahead boolean;
     moment timestamptz;
+    next_at timestamptz;
 begin
     if not pg_try_advisory_xact_lock(hashtextextended('agentflow.relay:' || p_queue, 7)) then
         return;
@@ -53,29 +54,26 @@ begin
         perform agentflow.let_go_1(p_queue);
     end if;
 
-    if room > 0 then
-        with recursive lanes as (                     -- by skip scan, not by DISTINCT
-            (select j.priority, j.organization_id, j.wake_at from agentflow.jobs j
-                where j.queue = p_queue and j.state = 'queued' order by j.priority, j.organization_id, j.wake_at limit 1)
-            union all
-            select n.priority, n.organization_id, n.wake_at from lanes l cross join lateral (
-                select j.priority, j.organization_id, j.wake_at from agentflow.jobs j
-                where j.queue = p_queue and j.state = 'queued'
-                    and (j.priority, j.organization_id) > (l.priority, l.organization_id)
-                order by j.priority, j.organization_id, j.wake_at limit 1
-            ) n
-        )
-        select array_agg(distinct l.organization_id), array_agg(l.priority order by l.organization_id, l.priority),
-            array_agg(l.owner order by l.organization_id, l.priority)
-        into organizations, classes, owners
-        from (
-            select l.priority, l.organization_id, dense_rank() over (order by l.organization_id)::integer as owner
-            from lanes l
-            where l.wake_at <= clock_timestamp()
-            and not exists (select from agentflow.pauses p where p.kind = 'organization' and p.organization_id = l.organization_id)
-            and not (budgeted and agentflow.over_budget_1(l.organization_id))
-        ) l;
-    end if;
+    with recursive lanes as (                         -- by skip scan, not by DISTINCT
+        (select j.priority, j.organization_id, j.wake_at from agentflow.jobs j
+            where j.queue = p_queue and j.state = 'queued' order by j.priority, j.organization_id, j.wake_at limit 1)
+        union all
+        select n.priority, n.organization_id, n.wake_at from lanes l cross join lateral (
+            select j.priority, j.organization_id, j.wake_at from agentflow.jobs j
+            where j.queue = p_queue and j.state = 'queued'
+                and (j.priority, j.organization_id) > (l.priority, l.organization_id)
+            order by j.priority, j.organization_id, j.wake_at limit 1
+        ) n
+    )
+    select (select min(l.wake_at) from lanes l), array_agg(distinct l.organization_id),
+        array_agg(l.priority order by l.organization_id, l.priority), array_agg(l.owner order by l.organization_id, l.priority)
+    into next_at, organizations, classes, owners
+    from (
+        select l.priority, l.organization_id, dense_rank() over (order by l.organization_id)::integer as owner from lanes l
+        where room > 0 and l.wake_at <= clock_timestamp()
+        and not exists (select from agentflow.pauses p where p.kind = 'organization' and p.organization_id = l.organization_id)
+        and not (budgeted and agentflow.over_budget_1(l.organization_id))
+    ) l;
 
     if organizations is not null then
         if agentflow.share_1() = 1 and not exists (select from agentflow.caps) then
@@ -224,18 +222,5 @@ begin
         end if;
     end if;
 
-    return query
-    with recursive lanes as (
-        (select j.priority, j.organization_id, j.wake_at from agentflow.jobs j
-            where j.queue = p_queue and j.state = 'queued' order by j.priority, j.organization_id, j.wake_at limit 1)
-        union all
-        select n.priority, n.organization_id, n.wake_at from lanes l cross join lateral (
-            select j.priority, j.organization_id, j.wake_at from agentflow.jobs j
-            where j.queue = p_queue and j.state = 'queued'
-                and (j.priority, j.organization_id) > (l.priority, l.organization_id)
-            order by j.priority, j.organization_id, j.wake_at limit 1
-        ) n
-    )
-    select null::uuid, null::text, null::smallint, extract(epoch from min(wake_at) - clock_timestamp())::double precision
-    from lanes;
+    return query select null::uuid, null::text, null::smallint, extract(epoch from next_at - clock_timestamp())::double precision;
 end $$;

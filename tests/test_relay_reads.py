@@ -141,3 +141,26 @@ def test_where_some_lanes_turn_out_short_the_others_are_not_read_to_their_ends(c
 
     assert sum(found.values()) == 200 and len(found) == len(ORGANIZATIONS)
     assert read_by(conn, "relay_5") < read_by(conn, "relay_4")
+
+
+@pytest.mark.parametrize("demand", [16, 0])
+def test_a_round_that_finds_nothing_looks_at_each_lane_once(conn: Connection, demand: int) -> None:
+    """With room or without: when the next job is due is known from the same look."""
+    staff(conn, threads=400, demand=max(demand, 16))
+    for number in ORGANIZATIONS:
+        waiting(conn, number, 20)
+    conn.execute("update agentflow.jobs set run_at = now() + interval '1 h', wake_at = now() + interval '1 h'")
+    if not demand:  # as many are sent as fit into the window
+        conn.execute(
+            "update agentflow.jobs set sent_at = now(), sends = 1 where id in (select id from agentflow.jobs limit 16)"
+        )
+
+    def looks() -> int:
+        return int(value(conn, "select idx_scan from pg_stat_xact_user_tables where relname = 'jobs'"))
+
+    with conn.transaction(force_rollback=True):
+        before = looks()
+        found, due_in_s = dispatch.pick_due(conn, "default")
+        assert looks() - before < len(ORGANIZATIONS) + 8
+
+    assert found == [] and due_in_s is not None and 3500 < due_in_s <= 3600
