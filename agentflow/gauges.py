@@ -23,7 +23,7 @@ from agentflow.jobs import backlog, budgets, registry, staffing, statistics
 from agentflow.jobs.backlog import Share
 from agentflow.jobs.model import QUEUES
 from agentflow.jobs.statistics import Worker
-from agentflow.kommo import accounts
+from agentflow.kommo import accounts, syncing
 from agentflow.metrics import MOST_ORGANIZATIONS
 from agentflow.schedules import canaries, ticks
 from agentflow.webhooks import silence
@@ -223,7 +223,7 @@ def _of_webhooks(watched: Iterable[silence.Watch]) -> Iterator[Metric]:
 
 
 def _of_outside(conn: Connection) -> Iterator[Metric]:
-    lags = {str(id_): lag for id_, lag in accounts.lags(conn, limit=MOST_ORGANIZATIONS).items()}
+    lags = {str(id_): lag for id_, lag in syncing.lags(conn, limit=MOST_ORGANIZATIONS).items()}
     yield _by(
         "agentflow_sync_lag_seconds",
         "By how much the mirror of a CRM account is older than its interval allows; of an organization's accounts the most",

@@ -9,8 +9,8 @@ from uuid import UUID
 
 from agentflow.database import Connection
 from agentflow.jobs.model import Job
-from agentflow.kommo import accounts
-from agentflow.kommo.accounts import Due
+from agentflow.kommo import syncing
+from agentflow.kommo.syncing import Due
 from agentflow.schedules.ticks import Tick
 from agentflow.system import Transaction
 from scheduler.calendar import Entry
@@ -24,11 +24,11 @@ def entries() -> list[Entry]:
 
 def _entry(mode: Literal["incremental", "reconcile"]) -> Entry:
     def due(conn: Connection, _now: datetime) -> Iterator[Tick]:
-        for each in accounts.due(conn):
+        for each in syncing.due(conn):
             if each.mode == mode:
                 yield Tick("", each.at, str(each.account_id), each.organization_id)
 
     def submit(transaction: Transaction, tick: Tick) -> Job:
-        return accounts.submit_due(transaction, Due(UUID(tick.subject), tick.organization_id, mode, tick.at)).job
+        return syncing.submit_due(transaction, Due(UUID(tick.subject), tick.organization_id, mode, tick.at)).job
 
     return Entry(f"kommo.{mode}", due, submit=submit, asks=True)

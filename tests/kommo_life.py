@@ -18,7 +18,7 @@ import psycopg
 
 from agentflow.jobs.requests import NewJob
 from agentflow.jobs.unique import Unique
-from agentflow.kommo import accounts, touched
+from agentflow.kommo import syncing, touched
 from agentflow.kommo.accounts import Account
 from agentflow.system import System
 from tests.core_support import ORGANIZATION
@@ -110,14 +110,14 @@ class Life:
                         "update agentflow.crm_accounts set next_sync_at = now() where organization_id = %s",
                         (ORGANIZATION,),
                     )
-                for each in accounts.due(transaction.conn):
-                    accounts.submit_due(transaction, each)
+                for each in syncing.due(transaction.conn):
+                    syncing.submit_due(transaction, each)
 
     # ---- jobs ----
 
     def sync(self, mode: Any) -> UUID:
         with self._system.transaction() as transaction:
-            return accounts.submit(transaction, ORGANIZATION, self._account.id, mode).job.id
+            return syncing.submit(transaction, ORGANIZATION, self._account.id, mode).job.id
 
     def finish(self, conn: psycopg.Connection, *, within_s: float) -> None:
         """After the last change: whatever waits, and then a walk over everything."""

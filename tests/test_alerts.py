@@ -23,16 +23,16 @@ from agentflow.alerts.judging import judge
 from agentflow.alerts.standing import Found
 from agentflow.system import System
 from scheduler.alerts import Watch
-from tests import test_cli
+from tests import cli_support
 from tests.calendar_support import schedule
+from tests.cli_support import Command
 from tests.folders import server_folder
 from tests.http_server import Reply, Server, serve
 from tests.processes import ROOT, eventually
 from tests.prometheus import AMTOOL, PROMTOOL
 from tests.servers import Postgres
-from tests.test_cli import Command
 
-agentflow = test_cli.agentflow
+agentflow = cli_support.agentflow
 FOLDER = ROOT / "ops" / "monitoring"
 RULES = FOLDER / "alerts.yml"
 BOT_TOKEN = "123456789:AAtesttesttesttesttest"

@@ -29,11 +29,11 @@ from agentflow.system import System
 from tests import core_support as core
 from tests import webhook_support as webhooks
 from tests.backup_support import FILES, KEY, bare_target, contents, everything_in, files_of, fill, system_of, target
+from tests.cli_support import Command, agentflow
 from tests.kommo_server import Account as Server
 from tests.kommo_support import attempt, connect, linked, server
 from tests.pgbouncer import pooler
 from tests.supabase_server import SECRET, supabase_server
-from tests.test_cli import Command, agentflow
 from tests.test_storage import Bucket, bucket, s3_server
 from tests.web_support import client
 from web import create_app

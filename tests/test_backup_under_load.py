@@ -16,9 +16,9 @@ from agentflow.jobs.requests import NewJob
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
 from tests.backup_support import target
+from tests.cli_support import Command, agentflow
 from tests.core_support import rows, value
 from tests.processes import eventually, worker
-from tests.test_cli import Command, agentflow
 
 __all__ = ["agentflow", "target"]
 

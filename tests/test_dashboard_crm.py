@@ -14,7 +14,7 @@ from flask import Flask
 from playwright.sync_api import expect
 
 from agentflow import settings
-from agentflow.kommo import accounts, runs
+from agentflow.kommo import accounts, runs, syncing
 from agentflow.kommo.runs import Latest
 from agentflow.system import System
 from tests import dashboard_samples as samples
@@ -139,12 +139,12 @@ def test_how_far_a_mirror_is_behind_counts_from_its_last_whole_look(conn: psycop
     found = accounts.get(conn, 1, account)
     assert found is not None and latest.run is not None and latest.read_at is not None
 
-    behind_s = accounts.behind_s(found, latest.read_at, datetime.now(UTC))
+    behind_s = syncing.behind_s(found, latest.read_at, datetime.now(UTC))
 
     assert latest.run.id == failed
     assert behind_s == pytest.approx(3600 - 330, abs=60)
-    assert accounts.lags(conn, limit=10)[1] == pytest.approx(behind_s, abs=60)
-    assert accounts.behind_s(found, datetime.now(UTC), datetime.now(UTC)) == 0
+    assert syncing.lags(conn, limit=10)[1] == pytest.approx(behind_s, abs=60)
+    assert syncing.behind_s(found, datetime.now(UTC), datetime.now(UTC)) == 0
     assert runs.latest(conn, THEIRS, [account]) == {}
     assert runs.latest(conn, 1, [samples.account(conn, "New")]).popitem()[1] == Latest(None, None)
 

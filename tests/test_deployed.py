@@ -19,11 +19,11 @@ from agentflow.cli.errors import CANNOT_START, USAGE, WRONG
 from agentflow.prove import measuring
 from agentflow.prove.measuring import Objective, Plan
 from agentflow.prove.ports import free_port
+from tests.cli_support import Said
 from tests.conftest import ADMIN_KEY
 from tests.kommo_server import Account as Kommo
 from tests.kommo_support import server
 from tests.processes import eventually, worker
-from tests.test_cli import Said
 from tests.test_up import Up, open_folder, running_up
 from tests.web_support import AUTH, gunicorn
 

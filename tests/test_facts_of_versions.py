@@ -12,9 +12,10 @@ from agentflow.knowledge import documents, graph
 from agentflow.knowledge.documents import Content, Document
 from agentflow.knowledge.graph import Entity, Mention, Relation, Source, Span
 from agentflow.system import System
-from tests.core_support import Background, value
+from tests.core_support import value
 from tests.documents_support import ORGANIZATION, finish, hand_in, quick_child
 from tests.graph_support import dump, quotes
+from tests.two_at_once import Background
 
 __all__ = ["quick_child"]
 

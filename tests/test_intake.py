@@ -20,8 +20,16 @@ from agentflow.jobs.requests import MAX_THEN_DEPTH, MAX_THEN_JOBS, InvalidJob, N
 from agentflow.jobs.unique import Unique
 from agentflow.system import System
 from tests import core_support
-from tests.core_support import ORGANIZATION, Background, claim, column, prepared, read, together, value
+from tests.core_support import (
+    ORGANIZATION,
+    claim,
+    column,
+    prepared,
+    read,
+    value,
+)
 from tests.one_database import database_url, original
+from tests.two_at_once import Background, together
 
 __all__ = ["database_url", "original"]
 

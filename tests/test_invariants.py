@@ -31,7 +31,6 @@ from tests.core_support import (
     LEASE_S,
     MAX_CRASHES,
     ORGANIZATION,
-    Background,
     Original,
     audit,
     broken,
@@ -40,16 +39,13 @@ from tests.core_support import (
     claimed,
     column,
     finish,
-    lockable,
     pass_time,
     prepared,
     read,
     rescuer,
-    row_locked,
     rows,
     settle,
     submit,
-    together,
     value,
     verdict,
     whole_row,
@@ -57,6 +53,7 @@ from tests.core_support import (
 from tests.mutations import mutate_code, mutate_function
 from tests.one_database import database_url
 from tests.processes import eventually
+from tests.two_at_once import Background, lockable, row_locked, together
 
 __all__ = ["database_url"]
 

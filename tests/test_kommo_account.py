@@ -13,16 +13,17 @@ from actors import write_crm
 from agentflow.connections import NoAnswer
 from agentflow.errors import Permanent, Transient, Wait
 from agentflow.jobs.requests import NewJob
-from agentflow.kommo import accounts, hosts, tokens
+from agentflow.kommo import accounts, hosts, syncing, tokens
 from agentflow.kommo.accounts import Credentials
 from agentflow.kommo.client import Client
 from agentflow.kommo.tokens import NeedsReauth
 from agentflow.system import System
-from tests.core_support import ORGANIZATION, rows, together, value
+from tests.core_support import ORGANIZATION, rows, value
 from tests.http_server import Reply
 from tests.kommo_server import Account as Server
 from tests.kommo_server import answers, kommo, lose
 from tests.kommo_support import account_of, attempt, connect, linked, run, server, sync, write
+from tests.two_at_once import together
 
 __all__ = ["linked", "server"]
 
@@ -158,7 +159,7 @@ def test_a_dead_long_lived_token_is_said_once_and_then_nothing_is_asked(
     assert server.token not in caplog.text
     with linked.database.connection() as ours:
         conn.execute("update agentflow.crm_accounts set next_sync_at = now()")
-        assert accounts.due(ours) == []
+        assert syncing.due(ours) == []
         again = accounts.reconnect(ours, ORGANIZATION, account.id, linked.sealer, Credentials(token=server.new_token()))
     assert again is not None and sync(linked, conn, account)["state"] == "succeeded"
     assert account_of(linked, account).state == "connected"

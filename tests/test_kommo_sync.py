@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from agentflow.kommo import accounts, mirror, touched
+from agentflow.kommo import accounts, mirror, syncing, touched
 from agentflow.kommo.entities import thing
 from agentflow.system import System
 from tests.core_support import ORGANIZATION, rows, value
@@ -353,9 +353,9 @@ def test_due_accounts_are_handed_in_once_and_come_again_after_their_interval(
 
     def tick() -> list[str]:
         with linked.transaction() as transaction:
-            found = accounts.due(transaction.conn)
+            found = syncing.due(transaction.conn)
             for each in found:
-                accounts.submit_due(transaction, each)
+                syncing.submit_due(transaction, each)
         return [each.mode for each in found]
 
     assert [tick(), tick()] == [["incremental"], []]

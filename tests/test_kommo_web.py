@@ -15,16 +15,16 @@ from flask.testing import FlaskClient
 
 from agentflow.jobs import records
 from agentflow.system import System
-from tests import test_cli
+from tests import cli_support
+from tests.cli_support import Command
 from tests.kommo_server import Account as Server
 from tests.kommo_support import linked, run, server
-from tests.test_cli import Command
 from tests.web_support import AUTH, problem
 from web import create_app
 
 __all__ = ["linked", "server"]
 
-agentflow = test_cli.agentflow
+agentflow = cli_support.agentflow
 
 Connection = psycopg.Connection
 

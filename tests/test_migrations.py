@@ -41,9 +41,9 @@ from tests.core_support import (
     read,
     rescuer,
     submit,
-    together,
     value,
 )
+from tests.two_at_once import together
 
 Connection = psycopg.Connection
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,8 @@ from agentflow.jobs.model import Job
 from agentflow.prove.ports import free_port
 from agentflow.system import System
 from agentflow.worker.process import UnknownQueue, served_queues, threads_are_told
+from tests.cli_support import Command, agentflow  # noqa: F401 - a fixture
 from tests.processes import BIN, ROOT, Process, eventually, started
-from tests.test_cli import Command, agentflow  # noqa: F401 - a fixture
 from tests.test_worker import read, submit
 
 pytestmark = pytest.mark.timeout(120)

@@ -26,9 +26,9 @@ from agentflow.jobs.requests import NewJob
 from agentflow.prove.ports import free_port
 from agentflow.system import System
 from tests import job_types  # noqa: F401 - registers the tests' job types
+from tests.cli_support import Command, agentflow  # noqa: F401 - a fixture
 from tests.processes import Process, eventually, started, worker
 from tests.rabbitmq import Node
-from tests.test_cli import Command, agentflow  # noqa: F401 - a fixture
 from tests.test_kills import (  # noqa: F401 - run again here, on this broker
     assert_each_ended_once,
     open_jobs,

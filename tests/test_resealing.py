@@ -19,16 +19,16 @@ from agentflow.secrets import Sealer, Unreadable, context_of
 from agentflow.settings import SettingsError
 from agentflow.system import System
 from agentflow.webhooks import endpoints
-from tests import test_cli
+from tests import cli_support
+from tests.cli_support import Command
 from tests.core_support import value
 from tests.processes import eventually, worker
-from tests.test_cli import Command
 from tests.web_support import client, gunicorn
 from tests.webhook_support import JSON, SIGNERS, Made
 
 __all__ = ["client"]
 
-agentflow = test_cli.agentflow
+agentflow = cli_support.agentflow
 Connection = psycopg.Connection
 OLD, NEW = (base64.b64encode(os.urandom(32)).decode() for _ in range(2))
 

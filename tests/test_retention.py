@@ -22,12 +22,12 @@ from tests.core_support import (
     finish,
     pass_time,
     prepared,
-    row_locked,
     submit,
     value,
     verdict,
 )
 from tests.one_database import database_url, original
+from tests.two_at_once import row_locked
 
 __all__ = ["database_url", "original"]
 

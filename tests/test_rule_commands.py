@@ -10,11 +10,11 @@ import pytest
 from agentflow import organizations
 from agentflow.jobs import rules
 from agentflow.limits import Window
-from tests import test_cli
-from tests.test_cli import Command
+from tests import cli_support
+from tests.cli_support import Command
 
 Connection = psycopg.Connection
-agentflow = test_cli.agentflow
+agentflow = cli_support.agentflow
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from agentflow.telegram.polling import Polling, Stopped, WebhookSet
+from tests.cli_support import Command, agentflow
 from tests.core_support import rows, value
 from tests.one_database import database_url, original
 from tests.processes import BIN, eventually, started
@@ -17,7 +18,6 @@ from tests.telegram_jobs import picture
 from tests.telegram_server import BotApi
 from tests.telegram_support import ANN, Talk, bot, emptied, quick, talk
 from tests.telegram_updates import User
-from tests.test_cli import Command, agentflow
 
 __all__ = ["agentflow", "bot", "database_url", "emptied", "original", "quick", "talk"]
 

@@ -20,17 +20,16 @@ from agentflow.jobs.unique import Unique
 from tests import core_support
 from tests.core_support import (
     ORGANIZATION,
-    Background,
     claim,
     column,
     finish,
     pass_time,
     read,
-    together,
     value,
 )
 from tests.mutations import mutate_code
 from tests.one_database import database_url, original
+from tests.two_at_once import Background, together
 from tests.web_support import client, count, problem
 
 __all__ = ["client", "database_url", "original"]

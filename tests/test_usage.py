@@ -23,9 +23,9 @@ from agentflow.worker import running as running_module
 from agentflow.worker.running import JobContext, Running
 from agentflow.worker.settler import Ended, Settler
 from tests import job_types  # noqa: F401 - registers the tests' job types
+from tests.cli_support import Command
+from tests.cli_support import agentflow as command  # noqa: F401 - a fixture
 from tests.processes import eventually, worker
-from tests.test_cli import Command
-from tests.test_cli import agentflow as command  # noqa: F401 - a fixture
 from tests.web_support import client  # noqa: F401 - a fixture
 
 ORGANIZATION = 1

@@ -17,17 +17,17 @@ from agentflow.jobs import records
 from agentflow.knowledge import graph, graph_matches, graph_queries, graph_types
 from agentflow.knowledge.clusters import Match
 from agentflow.system import System
-from tests import core_support, test_cli
+from tests import cli_support, core_support
+from tests.cli_support import Command
 from tests.graph_support import ORGANIZATION, Runs, Teller, add_document, local, small_graph, texts
 from tests.openrouter_server import model_server
-from tests.test_cli import Command
 from tests.test_query_plans import Plans, plans
 from tests.web_support import client, problem
 from web import create_app
 
 __all__ = ["client"]
 
-agentflow = test_cli.agentflow
+agentflow = cli_support.agentflow
 
 
 @pytest.fixture

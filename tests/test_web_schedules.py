@@ -13,14 +13,14 @@ from flask.testing import FlaskClient
 
 from agentflow.schedules import firing, records
 from agentflow.system import System
-from tests import test_cli
+from tests import cli_support
 from tests.calendar_support import jobs_of, overdue
+from tests.cli_support import Command
 from tests.one_database import database_url, original
-from tests.test_cli import Command
 from tests.web_support import client, problem
 
 __all__ = ["client", "database_url", "original"]
-agentflow = test_cli.agentflow
+agentflow = cli_support.agentflow
 
 HOURLY = {"name": "hourly", "every_s": 3600, "type": "ping", "payload": {"sleep_ms": 1}}
 MORNING = {"name": "morning", "cron": "30 7 * * mon-fri", "time_zone": "Europe/Berlin", "type": "ping"}

@@ -8,15 +8,15 @@ from pathlib import Path
 import psycopg
 from flask.testing import FlaskClient
 
-from tests import test_cli
-from tests.test_cli import Command
+from tests import cli_support
+from tests.cli_support import Command
 from tests.web_support import client, count
 from tests.webhook_support import Made
 
 __all__ = ["client"]
 
 Connection = psycopg.Connection
-agentflow = test_cli.agentflow
+agentflow = cli_support.agentflow
 
 
 def test_an_endpoint_from_its_making_to_a_replay(agentflow: Command, client: FlaskClient, conn: Connection) -> None:

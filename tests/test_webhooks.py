@@ -22,7 +22,8 @@ from agentflow.webhooks import endpoints, events, keeping, order, silence
 from agentflow.webhooks.intake import moment_of
 from agentflow.webhooks.retention import delete_events
 from tests.calendar_support import cleaned_up
-from tests.core_support import together, value
+from tests.core_support import value
+from tests.two_at_once import together
 from tests.web_support import AUTH, client, count, problem
 from tests.webhook_support import FORM, JSON, SIGNERS, Made, event_of, make
 from web import create_app

@@ -20,13 +20,13 @@ from agentflow.comfyui.requests import Image, InvalidRender, RenderRequest
 from agentflow.comfyui.versions import NameTaken, TooMany
 from agentflow.comfyui.workflows import Definition, InvalidParameters, Parameter
 from agentflow.system import System
-from tests import test_cli
+from tests import cli_support
+from tests.cli_support import Command
 from tests.one_database import database_url, original
 from tests.render_support import MODELS, VERSIONS, colour, nodes
-from tests.test_cli import Command
 
 __all__ = ["database_url", "original"]
-agentflow = test_cli.agentflow
+agentflow = cli_support.agentflow
 
 ORGANIZATION = 1
 QWEN, SMOKE = versions.shipped()["qwen-image-edit"][0], versions.shipped()["smoke"][0]

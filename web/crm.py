@@ -9,7 +9,7 @@ from flask import Response
 
 from agentflow.jobs.requests import NewJob
 from agentflow.jobs.text import is_storable
-from agentflow.kommo import accounts, hosts, mirror, runs
+from agentflow.kommo import accounts, hosts, mirror, runs, syncing
 from agentflow.kommo.accounts import Account, Credentials
 from web.api import Answer, Call, Routes
 from web.crm_views import (
@@ -56,7 +56,7 @@ def connect(call: Call, body: AccountRequest) -> Answer:
             base_url=base_url,
             credentials=credentials,
         )
-        accounts.submit(transaction, made.organization_id, made.id, "incremental")
+        syncing.submit(transaction, made.organization_id, made.id, "incremental")
     return Answer(view(made), 201, {"Location": f"/api/crm/accounts/{made.id}"})
 
 
@@ -91,7 +91,7 @@ def change(call: Call, account_id: UUID, body: AccountChange) -> AccountView:
         if body.token is not None or body.code is not None:
             given = Credentials(token=body.token, code=body.code)
             found = accounts.reconnect(transaction.conn, *ids, call.system.sealer, _checked(given))
-            accounts.submit(transaction, *ids, "incremental")
+            syncing.submit(transaction, *ids, "incremental")
     if found is None:
         raise _unknown(account_id)
     return view(found)
@@ -104,7 +104,7 @@ def remove(call: Call, account_id: UUID) -> Response:
     with call.system.transaction() as transaction:
         if not accounts.remove(transaction.conn, found.organization_id, account_id):
             raise _unknown(account_id)
-        accounts.submit(transaction, found.organization_id, account_id, "incremental")
+        syncing.submit(transaction, found.organization_id, account_id, "incremental")
     return Response(status=204)
 
 
@@ -127,7 +127,7 @@ def confirm_deletions(call: Call, account_id: UUID) -> Answer:
     with call.system.transaction() as transaction:
         if accounts.confirm_deletions(transaction.conn, found.organization_id, account_id) is None:
             raise Refused(409, "no deletions of this account wait to be confirmed")
-        job = accounts.submit(transaction, found.organization_id, account_id, "reconcile").job
+        job = syncing.submit(transaction, found.organization_id, account_id, "reconcile").job
     return Answer(summary(call, job), 202, {"Location": f"/api/jobs/{job.id}"})
 
 
@@ -230,7 +230,7 @@ def _write(call: Call, account_id: UUID, kind: str, body: WriteItems, needed: tu
 
 def _submit(call: Call, found: Account, mode: Any, *, plan: bool) -> Answer:
     with call.system.transaction() as transaction:
-        job = accounts.submit(transaction, found.organization_id, found.id, mode, plan=plan).job
+        job = syncing.submit(transaction, found.organization_id, found.id, mode, plan=plan).job
     return Answer(summary(call, job), 202, {"Location": f"/api/jobs/{job.id}"})
 
 

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from flask import Response
 
-from agentflow.kommo import accounts
+from agentflow.kommo import accounts, syncing
 from agentflow.kommo.accounts import Credentials
 from web.api import Call, Media, Routes
 from web.crm import find, host_of
@@ -70,7 +70,7 @@ def callback(call: Call, query: CallbackQuery) -> Response:
             if again is None:
                 raise Refused(404, "the account was removed meanwhile")
             found = again
-        accounts.submit(transaction, found.organization_id, found.id, "incremental")
+        syncing.submit(transaction, found.organization_id, found.id, "incremental")
     return Response(
         "The account is being connected. You may close this window.\n", 200, content_type="text/plain; charset=utf-8"
     )

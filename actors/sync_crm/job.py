@@ -11,7 +11,7 @@ from actors.sync_crm.syncing import Run
 from agentflow import log
 from agentflow.errors import JobError, Permanent, Transient, Wait
 from agentflow.jobs.registry import CRITICAL, Payload, job
-from agentflow.kommo import accounts, cursors, runs
+from agentflow.kommo import accounts, cursors, runs, syncing
 from agentflow.kommo.accounts import Account
 from agentflow.kommo.client import Client
 from agentflow.kommo.runs import Counts
@@ -90,7 +90,7 @@ def _checked(context: JobContext, client: Client, account: Account) -> Account:
         if account.state == "connecting":
             accounts.connected(transaction.conn, *ids, number)
         if cursors.start(transaction.conn, *ids, client.now_s()):
-            accounts.submit(transaction, *ids, "backfill")
+            syncing.submit(transaction, *ids, "backfill")
         return accounts.get(transaction.conn, *ids) or account
 
 

@@ -11,7 +11,7 @@ from agentflow.cli import output
 from agentflow.cli.direct import connected
 from agentflow.cli.errors import USAGE, Failure
 from agentflow.database import Connection
-from agentflow.kommo import accounts, hosts, runs
+from agentflow.kommo import accounts, hosts, runs, syncing
 from agentflow.kommo.accounts import Account, Credentials
 
 
@@ -41,7 +41,7 @@ def connect(host: str, org: str, name: str | None) -> None:
                 base_url=base_url,
                 credentials=Credentials(token=token),
             )
-            accounts.submit(transaction, organization.id, made.id, "incremental")
+            syncing.submit(transaction, organization.id, made.id, "incremental")
     print(made.id)
 
 
@@ -100,7 +100,7 @@ def sync(account: str, mode: Literal["incremental", "backfill", "reconcile"], pl
 
     with connected() as system, system.transaction() as transaction:
         one = _account(transaction.conn, account)
-        job = accounts.submit(transaction, one.organization_id, one.id, mode, plan=plan).job
+        job = syncing.submit(transaction, one.organization_id, one.id, mode, plan=plan).job
     print(job.id)
 
 
@@ -112,7 +112,7 @@ def confirm(account: str) -> None:
         confirmed = accounts.confirm_deletions(transaction.conn, one.organization_id, one.id)
         if confirmed is None:
             raise Failure(f"no deletions of {one.name} wait to be confirmed")
-        job = accounts.submit(transaction, one.organization_id, one.id, "reconcile").job
+        job = syncing.submit(transaction, one.organization_id, one.id, "reconcile").job
     print(job.id)
     print(f"agentflow: up to {confirmed} of each kind may be deleted by this reconciliation", file=sys.stderr)
 

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 import actors  # noqa: E402, F401 - registers the job types
 from agentflow.knowledge import documents  # noqa: E402
 from agentflow.knowledge.documents import Source  # noqa: E402
-from agentflow.kommo import accounts  # noqa: E402
+from agentflow.kommo import syncing  # noqa: E402
 from agentflow.prove.ports import free_port  # noqa: E402
 from agentflow.system import System  # noqa: E402
 from ops.bench.profiling import account  # noqa: E402
@@ -214,7 +214,7 @@ def sync(tree: Path, *, watched: bool) -> Trial:
 
 def _submit(each: Trial, account_id: UUID) -> UUID:
     with each.system.transaction() as transaction:
-        return accounts.submit(transaction, ORGANIZATION, account_id, "incremental").job.id
+        return syncing.submit(transaction, ORGANIZATION, account_id, "incremental").job.id
 
 
 KINDS: dict[str, Callable[..., Trial]] = {"video": video, "embeddings": embeddings, "sync": sync}

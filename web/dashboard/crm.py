@@ -10,7 +10,7 @@ from uuid import UUID
 from flask import Response, request
 
 from agentflow.jobs.rules import EVERY, Pause
-from agentflow.kommo import accounts, mirror, runs
+from agentflow.kommo import accounts, mirror, runs, syncing
 from agentflow.kommo.accounts import Account
 from agentflow.kommo.runs import Latest
 from web import crm as api
@@ -107,7 +107,7 @@ def _shown(account: Account, latest: Latest) -> dict[str, Any]:
         "token": token_in_words(account),
         "read_at": latest.read_at,
         "run": latest.run,
-        "behind_s": accounts.behind_s(account, latest.read_at, now),
+        "behind_s": syncing.behind_s(account, latest.read_at, now),
         "state_in_words": state_in_words(account),
     }
 
