@@ -64,9 +64,9 @@ class Worker:
         eventually(lambda: 0 < self.runtime.claimer.trip_s < 0.5)
         self.runtime.claimer.trip_s = 0.0
 
-    def is_filled(self) -> list[threading.Thread]:
-        """With long jobs: each thread that any job may have is taken, and so is each place to wait here for one. What was
-        measured of earlier jobs does not count. Opening the gate ends them."""
+    def fill(self) -> list[threading.Thread]:
+        """With long jobs: every thread that any job may have, and every place to wait here for one, whatever was measured of
+        earlier jobs. Opening the gate ends them."""
         self.runtime.threads.claims_per_s = lambda: 0.0  # type: ignore[method-assign]
         self.gate.clear()
         threads = [threading.Thread(target=self.runtime.handle, args=(unasked(self.system),)) for _ in range(6)]
@@ -267,7 +267,7 @@ def test_of_types_that_a_process_runs_only_so_many_of_none_is_claimed_ahead(syst
 
 def test_a_message_that_is_passed_on_is_not_claimed_afterwards(system: System, worker: Worker) -> None:
     """Another worker has it by then: claimed here, nobody would run it."""
-    threads, passed = worker.is_filled(), submit(system, "ping")
+    threads, passed = worker.fill(), submit(system, "ping")
 
     ring = Ring(passed.id, passed.queue, passed.type)
     message = DeliveredMessage(message_for(ring, system.settings.job_queue_name), Elsewhere([]))
@@ -290,7 +290,7 @@ def test_a_message_whose_job_is_claimed_is_not_passed_on_but_handed_back(system:
     eventually(lambda: read(system, job.id).state == "running")
     passed = list[Any]()
     message.origin = Elsewhere(passed)
-    threads = worker.is_filled()
+    threads = worker.fill()
 
     worker.runtime.handle(message)
 

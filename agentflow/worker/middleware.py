@@ -14,7 +14,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Final
 
 import dramatiq
@@ -244,8 +243,10 @@ class Lifecycle(Middleware):
             step()
         except Exception as error:  # any: a worker that is not whole must take no work, and hooks swallow errors
             logger.critical("the worker could not start", error=str(error), exc_info=not isinstance(error, OSError))
-            with suppress(Exception):
+            try:
                 undo()
+            except Exception:  # the exit must come
+                logger.exception("what was taken meanwhile is not handed back; it is rescued when its lease ends")
             threading.Timer(5.0, os._exit, (1,)).start()  # in case threads that run already keep it alive
             raise SystemExit(1) from error
 
